@@ -1,0 +1,115 @@
+"""Row kernels: the addresses themselves, for users who want them and for the deterministic backward to sort.
+
+A pair (level, order) names one column of rows; order 0 stands for an order that does not exist at that level.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefixmem_fast.spec import AddressSpec
+
+from .address import LAUNCH, address_of, load_sid_codes, load_token, load_token_codes, order_rows, token_tile
+
+
+@triton.jit
+def store_rows(p_rows, b_codes, b_length, o_m, m_m, PAIRS: tl.constexpr, BH: tl.constexpr, address: tl.constexpr):
+    """Write rows [M, pairs, H] of BM SIDs, -1 where there is none."""
+    H: tl.constexpr = address.heads
+    J: tl.constexpr = len(PAIRS)
+    o_h = tl.arange(0, BH)
+    m_store = m_m[:, None] & (o_h < H)[None, :]
+    for j in tl.static_range(J):
+        p_pair = p_rows + (o_m.to(tl.int64) * (J * H) + j * H)[:, None] + o_h[None, :]
+        if PAIRS[j][1] > 0:
+            b_row, m_row = order_rows(b_codes, b_length, o_h, PAIRS[j][0], PAIRS[j][1], address)
+            tl.store(p_pair, tl.where(m_row[:, None], b_row, -1).to(p_rows.dtype.element_ty), mask=m_store)
+        else:
+            tl.store(p_pair, tl.full(p_pair.shape, -1, p_rows.dtype.element_ty), mask=m_store)
+
+
+@triton.jit(do_not_specialize=["M"])
+def prefix_rows_kernel(
+    p_codes, p_rows, M, LAST: tl.constexpr, PAIRS: tl.constexpr, address: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr
+):
+    """codes [M, L] -> rows [M, pairs, H]; LAST is the last level that a pair names. Grid: tiles of BM SIDs."""
+    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    b_codes, b_length = load_sid_codes(p_codes, o_m, o_m < M, LAST, address)
+    store_rows(p_rows, b_codes, b_length, o_m, o_m < M, PAIRS, BH, address)
+
+
+@triton.jit(do_not_specialize=["T", "V"])
+def token_rows_kernel(
+    p_ids,
+    p_table,
+    p_segments,
+    p_rows,
+    p_chain,
+    T,
+    V,
+    PAIRS: tl.constexpr,
+    address: tl.constexpr,
+    BM: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """ids [B, T] -> rows [B * T, pairs, H] of the SID that begins at each token, -1 where none does, and how many of
+    its tokens follow one another [B * T]. Grid: B * tiles of BM tokens of a row."""
+    i_row, o_t = token_tile(T, BM)
+    p_ids += i_row * T
+    if p_segments is not None:
+        p_segments += i_row * T
+    b_level, _ = load_token(p_ids, p_table, o_t, o_t < T, V)
+    b_codes, b_length, b_chain = load_token_codes(p_ids, p_table, p_segments, o_t, b_level == 1, T, V, address)
+    store_rows(p_rows, b_codes, b_length, i_row * T + o_t, o_t < T, PAIRS, BH, address)
+    tl.store(p_chain + i_row * T + o_t, b_chain, mask=o_t < T)
+
+
+_BM = 64
+
+
+def prefix_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
+    """Rows int64 ``[M, L, N, H]`` of contiguous codes ``[M, L]``."""
+    pairs = tuple(
+        (level, order if order in spec.orders_at(level) else 0)
+        for level in range(1, spec.levels + 1)
+        for order in range(1, spec.max_order + 1)
+    )
+    rows = pair_rows(codes, pairs, torch.int64, spec)
+    return rows.view(codes.shape[0], spec.levels, spec.max_order, spec.heads)
+
+
+def pair_rows(codes: Tensor, pairs: tuple[tuple[int, int], ...], dtype: torch.dtype, spec: AddressSpec) -> Tensor:
+    """Rows ``[M, pairs, H]`` of contiguous codes ``[M, L]``."""
+    M = codes.shape[0]
+    rows = torch.empty((M, len(pairs), spec.heads), dtype=dtype, device=codes.device)
+    if rows.numel():
+        last = max(level for level, _ in pairs)
+        BH = triton.next_power_of_2(spec.heads)
+        prefix_rows_kernel[(triton.cdiv(M, _BM),)](
+            codes, rows, M, last, pairs, address_of(spec), _BM, BH, **LAUNCH
+        )
+    return rows
+
+
+def token_pair_rows(
+    input_ids: Tensor,
+    token_table: Tensor,
+    segment_ids: Tensor | None,
+    pairs: tuple[tuple[int, int], ...],
+    dtype: torch.dtype,
+    spec: AddressSpec,
+) -> tuple[Tensor, Tensor]:
+    """Rows ``[B * T, pairs, H]`` of the SID that begins at each token, and its length in tokens int32 ``[B * T]``."""
+    B, T = input_ids.shape
+    rows = torch.empty((B * T, len(pairs), spec.heads), dtype=dtype, device=input_ids.device)
+    chain = torch.empty((B * T,), dtype=torch.int32, device=input_ids.device)
+    if rows.numel():
+        BH = triton.next_power_of_2(spec.heads)
+        token_rows_kernel[(B * triton.cdiv(T, _BM),)](
+            input_ids, token_table, segment_ids, rows, chain, T, token_table.shape[0],
+            pairs, address_of(spec), _BM, BH, **LAUNCH,
+        )  # fmt: skip
+    return rows, chain

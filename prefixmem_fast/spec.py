@@ -1,0 +1,272 @@
+"""The address spec: one frozen object that says in which row of the fused table every prefix lives.
+
+For a prefix (c_1 .. c_l), order n and head h (PrefixMem, arXiv 2606.00324):
+
+    hashed order:  idx = ( XOR_{i=1..n} c_i * p[i, h] ) mod T_n
+    exact order:   idx = ( .. (c_1 * K_2 + c_2) * K_3 + .. ) * K_n + c_n        (mixed radix, c_1 most significant)
+    row          = offsets[n, h] + idx
+
+Every backend reads this object; none derives an address by other means.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import index
+from typing import Any
+
+from .primes import draw_primes
+
+MODES = ("prefix", "suffix", "full")
+ADDRESSING = ("auto", "hash")
+VERSION = 1
+
+# Multipliers below about 5e4 leave part of a table empty; from there on occupancy is near ideal.
+_SMALLEST_PRIME = 50_000
+# Above this many rows a 31-bit product wraps too few times for its remainders to be uniform.
+_MOST_ROWS_31_BITS = 1 << 26
+_INT64_MAX = (1 << 63) - 1
+
+
+@dataclass(frozen=True)
+class AddressSpec:
+    """Where every memory row lives.
+
+    Levels, positions and orders count from 1 in this text; L is the number of codebooks, N is `max_order`.
+
+    Args:
+        codebook_sizes: K_1 .. K_L, the number of codes at each level.
+        max_order: N, the longest n-gram. Orders above L exist at no level and hold no rows.
+        heads: H, independent hashes for each order.
+        table_rows: T, rows of each hashed table: one number, or one for each of the N orders.
+        mode: which n-gram order n reads at level l.
+            ``"prefix"``: the first n codes, at every level l >= n (the same row at each).
+            ``"suffix"``: the last n codes, at every level l >= n; always hashed.
+            ``"full"``: the whole prefix; at level l only order n = l exists, and nothing above level N.
+        addressing: ``"auto"`` addresses an order exactly where the product of its codebook sizes is at most T_n, in a
+            table of exactly that many rows; ``"hash"`` hashes every order, as the paper does.
+        active_levels: the prefix lengths at which the memory is read, strictly increasing; None means every level.
+        seed: seed of the primes, 0 <= seed < 2^64.
+        version: version of the derivation of the primes; 1 is the only one.
+
+    Derived attributes:
+        levels: L.
+        multipliers: the primes p, ``[position][head]``, N x H, all distinct.
+        product_bits: 31 or 63; every c * p is below 2 to that power. Both widths give the same rows.
+        exact_orders: the orders that are addressed exactly, ascending.
+        rows_per_order: rows of one head's table, for each order.
+        offsets: first row of each table, ``[order][head]``; tables lie in blocks by (order, head).
+        total_rows: rows of all tables together.
+        key: canonical JSON of `to_dict()`.
+
+    Raises:
+        TypeError: an argument is not of the stated type.
+        ValueError: an argument is outside the stated range, or the tables hold 2^63 rows or more.
+
+    The paper leaves the primes and the meaning of "active at levels 4 and 5" open. Assumed here: primes drawn from a
+    seeded generator, code 0 not shifted, and `active_levels=(3, 4)` for that phrase (it predicts levels 4 and 5).
+    """
+
+    codebook_sizes: Sequence[int]
+    max_order: int = 4
+    heads: int = 4
+    table_rows: int | Sequence[int] = 2_000_000
+    mode: str = "prefix"
+    addressing: str = "auto"
+    active_levels: Sequence[int] | None = None
+    seed: int = 0
+    version: int = VERSION
+
+    levels: int = field(init=False, repr=False, compare=False)
+    multipliers: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
+    product_bits: int = field(init=False, repr=False, compare=False)
+    exact_orders: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    rows_per_order: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    offsets: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
+    total_rows: int = field(init=False, repr=False, compare=False)
+    key: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._validate()
+        self._derive()
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _validate(self) -> None:
+        sizes = _integers("codebook_sizes", self.codebook_sizes)
+        if not sizes:
+            raise ValueError("codebook_sizes is empty; give one positive size a level, for example (2048,) * 5")
+        for level, size in enumerate(sizes, 1):
+            if size < 1:
+                raise ValueError(f"codebook_sizes[{level - 1}] = {size} is not positive; every level needs a code")
+        max_order = _positive("max_order", self.max_order)
+        heads = _positive("heads", self.heads)
+
+        rows = self.table_rows
+        if hasattr(rows, "__iter__"):
+            rows = _integers("table_rows", rows)
+            if len(rows) != max_order:
+                raise ValueError(
+                    f"table_rows has {len(rows)} entries, max_order is {max_order}; "
+                    "give one number, or one for each order"
+                )
+        else:
+            rows = (_integer("table_rows", rows),) * max_order
+        if min(rows) < 1:
+            raise ValueError(f"table_rows = {self.table_rows!r} holds a value below 1; every order needs a row")
+
+        _choice("mode", self.mode, MODES)
+        _choice("addressing", self.addressing, ADDRESSING)
+        active = tuple(range(1, len(sizes) + 1))
+        if self.active_levels is not None:
+            given = _integers("active_levels", self.active_levels)
+            if not given or any(level not in active for level in given) or sorted(set(given)) != list(given):
+                raise ValueError(
+                    f"active_levels = {given} is not allowed; give strictly increasing levels "
+                    f"of 1..{len(sizes)}, or None for all of them"
+                )
+            active = given
+        seed = _integer("seed", self.seed)
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed = {seed} is outside 0..2^64 - 1")
+        if self.version != VERSION:
+            raise ValueError(
+                f"version = {self.version!r} is unknown; this release knows version {VERSION}; "
+                "install the release that wrote the spec"
+            )
+        self._set(
+            codebook_sizes=sizes, max_order=max_order, heads=heads, table_rows=rows, active_levels=active, seed=seed
+        )
+
+    def _derive(self) -> None:
+        sizes, orders, heads = self.codebook_sizes, self.max_order, self.heads
+        exact, rows = [], []
+        for n, table in enumerate(self.table_rows, 1):
+            prefixes = math.prod(sizes[:n])
+            if n > len(sizes):
+                rows.append(0)
+            elif self.addressing == "auto" and self.mode != "suffix" and prefixes <= table:
+                exact.append(n)
+                rows.append(prefixes)
+            else:
+                rows.append(table)
+        starts = [heads * sum(rows[:n]) for n in range(orders + 1)]
+        if starts[-1] > _INT64_MAX:
+            raise ValueError(
+                f"the tables hold {starts[-1]} rows, more than 2^63 - 1; lower table_rows, max_order or heads"
+            )
+        self._set(
+            levels=len(sizes),
+            exact_orders=tuple(exact),
+            rows_per_order=tuple(rows),
+            offsets=tuple(tuple(starts[n] + h * rows[n] for h in range(heads)) for n in range(orders)),
+            total_rows=starts[-1],
+        )
+        low, high, bits = self._prime_range()
+        primes = draw_primes(orders * heads, low, high, self.seed)
+        self._set(
+            product_bits=bits, multipliers=tuple(tuple(primes[i * heads : (i + 1) * heads]) for i in range(orders))
+        )
+        self._set(key=json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":")))
+
+    def _prime_range(self) -> tuple[int, int, int]:
+        """Primes of the upper half of what the product width allows: the high bits of XOR are then all in use."""
+        count = self.max_order * self.heads
+        code_bits = (max(self.codebook_sizes) - 1).bit_length()
+        for bits in (31, 63):
+            high = 1 << max(bits - code_bits, 0)
+            low = max(_SMALLEST_PRIME, high // 2)
+            if bits == 31 and max(self.rows_per_order) > _MOST_ROWS_31_BITS:
+                continue
+            if high - low >= 64 * count:
+                return low, high, bits
+        raise ValueError(
+            f"codebook_sizes holds {max(self.codebook_sizes)}: no {count} primes above {_SMALLEST_PRIME} keep "
+            "code x prime below 2^63; use smaller codebooks"
+        )
+
+    def orders_at(self, level: int) -> tuple[int, ...]:
+        """The orders that exist at `level` (1..L), ascending."""
+        if self.mode == "full":
+            return (level,) if level <= self.max_order else ()
+        return tuple(range(1, min(level, self.max_order) + 1))
+
+    def window(self, level: int, order: int) -> tuple[int, int]:
+        """First and last position (1..L, inclusive) of the codes that `order` reads at `level`.
+
+        The row exists where no code up to the last position has ended the prefix. The i-th code of the window is
+        multiplied by the primes of position i.
+        """
+        return (level - order + 1, level) if self.mode == "suffix" else (1, order)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All arguments and all that is derived from them: enough to recompute every row without this package."""
+        return {
+            "version": self.version,
+            "codebook_sizes": list(self.codebook_sizes),
+            "max_order": self.max_order,
+            "heads": self.heads,
+            "table_rows": list(self.table_rows),
+            "mode": self.mode,
+            "addressing": self.addressing,
+            "active_levels": list(self.active_levels),
+            "seed": self.seed,
+            "multipliers": [list(row) for row in self.multipliers],
+            "exact_orders": list(self.exact_orders),
+            "rows_per_order": list(self.rows_per_order),
+            "offsets": [list(row) for row in self.offsets],
+            "total_rows": self.total_rows,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AddressSpec:
+        """Rebuild a spec from `to_dict()`; derived entries may be left out, and must agree where they are given.
+
+        Raises:
+            ValueError: a key is unknown, `codebook_sizes` is missing, or a derived entry differs.
+        """
+        arguments = [name for name, f in cls.__dataclass_fields__.items() if f.init]
+        if "codebook_sizes" not in values:
+            raise ValueError(f"the address spec lacks codebook_sizes; it has {sorted(values)}")
+        spec = cls(**{name: values[name] for name in arguments if name in values})
+        own = spec.to_dict()
+        for name, value in values.items():
+            if name not in own:
+                raise ValueError(f"the address spec has an unknown entry {name!r}; known are {sorted(own)}")
+            if name not in arguments and value != own[name]:
+                raise ValueError(f"the address spec gives {name} = {value}, but its arguments derive {own[name]}")
+        return spec
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} = {value!r} is not an integer")
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{name} = {value!r} is not an integer") from None
+
+
+def _integers(name: str, values: Any) -> tuple[int, ...]:
+    try:
+        values = tuple(values)
+    except TypeError:
+        raise TypeError(f"{name} = {values!r} is not a sequence of integers") from None
+    return tuple(_integer(f"{name}[{i}]", value) for i, value in enumerate(values))
+
+
+def _positive(name: str, value: Any) -> int:
+    value = _integer(name, value)
+    if value < 1:
+        raise ValueError(f"{name} = {value} is not positive; give 1 or more")
+    return value
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} = {value!r} is unknown; allowed are {', '.join(map(repr, allowed))}")

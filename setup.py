@@ -1,0 +1,48 @@
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+version = next(
+    line.split('"')[1]
+    for line in (here / "prefixmem_fast" / "__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="prefixmem_fast",
+    version=version,
+    description="Fused Triton kernels, autograd operators and modules for PrefixMem, an encoder for Semantic IDs",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=["prefixmem_fast", "prefixmem_fast.kernels"],
+    # A top-level package named "kernels" would shadow the Hugging Face package of that name.
+    package_dir={"prefixmem_fast": "prefixmem_fast", "prefixmem_fast.kernels": "kernels"},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "triton; platform_system == 'Linux'",
+        "numpy",
+    ],
+    extras_require={
+        "hf": ["transformers>=4.57"],
+        "train": ["transformers>=4.57", "accelerate"],
+        "bench": ["nvidia-ml-py"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools"],
+    },
+    entry_points={"console_scripts": ["prefixmem = prefixmem_fast.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
