@@ -12,6 +12,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -59,12 +60,14 @@ def address_of(spec: AddressSpec) -> Address:
 
 
 @triton.jit
-def head_constants(values: tl.constexpr, o_h, H: tl.constexpr, INDEX: tl.constexpr):
-    """One compile-time integer a head as a vector, by selects: nothing is read from memory."""
-    b = tl.full(o_h.shape, values[0], INDEX)
+def hash_factor(b_code, o_h, POSITION: tl.constexpr, address: tl.constexpr):
+    """c * p[position, h] as [BM, BH]. The primes are immediates, picked by selects: nothing is read from memory."""
+    H: tl.constexpr = address.heads
+    PRIMES: tl.constexpr = address.multipliers[POSITION]
+    b_prime = tl.full(o_h.shape, PRIMES[0], b_code.dtype)
     for h in tl.static_range(1, H):
-        b = tl.where(o_h == h, values[h], b)
-    return b
+        b_prime = tl.where(o_h == h, PRIMES[h], b_prime)
+    return b_code[:, None] * b_prime[None, :]
 
 
 @triton.jit
@@ -74,23 +77,18 @@ def order_rows(b_codes, b_length, o_h, LEVEL: tl.constexpr, ORDER: tl.constexpr,
     b_codes is a tuple of [BM] codes, b_length [BM] the number of codes before the prefix ends.
     Returns int64 [BM, BH] and the mask [BM] of rows that exist.
     """
-    INDEX: tl.constexpr = tl.int64 if address.wide else tl.int32
-    H: tl.constexpr = address.heads
     FIRST: tl.constexpr = LEVEL - ORDER if address.mode == "suffix" else 0
     ROWS: tl.constexpr = address.rows[ORDER - 1]
     START: tl.constexpr = address.starts[ORDER - 1]
     if address.exact[ORDER - 1]:
         b_index = b_codes[0]
         for i in tl.static_range(1, ORDER):
-            SIZE: tl.constexpr = address.codebook_sizes[i]
-            b_index = b_index * SIZE + b_codes[i]
+            b_index = b_index * address.codebook_sizes[i] + b_codes[i]
         b_index = b_index[:, None]
     else:
-        PRIMES: tl.constexpr = address.multipliers[0]
-        b_index = b_codes[FIRST][:, None] * head_constants(PRIMES, o_h, H, INDEX)[None, :]
+        b_index = hash_factor(b_codes[FIRST], o_h, 0, address)
         for i in tl.static_range(1, ORDER):
-            PRIMES_I: tl.constexpr = address.multipliers[i]
-            b_index = b_index ^ (b_codes[FIRST + i][:, None] * head_constants(PRIMES_I, o_h, H, INDEX)[None, :])
+            b_index = b_index ^ hash_factor(b_codes[FIRST + i], o_h, i, address)
         b_index = b_index % ROWS
     b_row = b_index.to(tl.int64) + (START + o_h.to(tl.int64) * ROWS)[None, :]
     return b_row, b_length >= FIRST + ORDER
@@ -160,17 +158,15 @@ def load_token_codes(p_ids, p_table, p_segments, o_t, m_t, T, V, address: tl.con
 
 
 @triton.jit
-def first_tokens(p_ids, p_table, o_t, m_t, V):
-    """Tokens of level 1 in a tile [BT]: their mask, their rank, and how many there are."""
-    b_level, _ = load_token(p_ids, p_table, o_t, m_t, V)
-    m_first = m_t & (b_level == 1)
-    return m_first, tl.cumsum(m_first.to(tl.int32), 0) - 1, tl.sum(m_first.to(tl.int32), 0)
+def rank_tokens(m_t):
+    """Number the marked tokens of a tile [BT]: the rank of each, and how many there are."""
+    return tl.cumsum(m_t.to(tl.int32), 0) - 1, tl.sum(m_t.to(tl.int32), 0)
 
 
 @triton.jit
-def ranked_tokens(m_first, b_rank, o_t, o_rank):
-    """Offsets [BM] of the first tokens of rank o_rank: compacts a sparse tile [BT] into dense lanes."""
-    m_is = m_first[None, :] & (b_rank[None, :] == o_rank[:, None])  # [BM, BT]
+def ranked_tokens(m_t, b_rank, o_t, o_rank):
+    """Offsets [BM] of the marked tokens of rank o_rank: compacts a sparse tile [BT] into dense lanes."""
+    m_is = m_t[None, :] & (b_rank[None, :] == o_rank[:, None])  # [BM, BT]
     return tl.sum(tl.where(m_is, o_t[None, :], 0), 1)
 
 
@@ -201,11 +197,12 @@ class Tile(NamedTuple):
     columns: int
 
 
-def tile_of(heads: int, width: int, elements: int = 2048) -> Tile:
-    """About `elements` accumulators a program: 16 a thread at 4 warps, two SIDs of 256 bfloat16 a warp."""
-    BW = min(triton.next_power_of_2(width), 1024)
-    BH = min(triton.next_power_of_2(heads), max(elements // BW, 1))
-    BM = min(max(elements // (BH * BW), 1), 64)
+def tile_of(heads: int, width: int, dtype: torch.dtype, budget: int) -> Tile:
+    """A tile whose accumulator takes `budget` bytes a program: float64 for a float64 table, else float32."""
+    elements = budget // (8 if dtype == torch.float64 else 4)
+    BW = min(triton.next_power_of_2(width), elements)
+    BH = min(triton.next_power_of_2(heads), elements // BW)
+    BM = min(elements // (BH * BW), 64)
     return Tile(BM, BH, BW, triton.cdiv(heads, BH) * triton.cdiv(width, BW))
 
 

@@ -20,10 +20,11 @@ from .address import (
     LAUNCH,
     address_of,
     column_tile,
-    first_tokens,
     load_sid_codes,
+    load_token,
     load_token_codes,
     order_rows,
+    rank_tokens,
     ranked_tokens,
     tile_of,
     token_tile,
@@ -101,8 +102,8 @@ def prefix_memory_bwd_kernel(
     for l in tl.static_range(LAST, 0, -1):
         if address.slot_of_level[l - 1] >= 0:
             p_level = p_grad + ((o_m * A + address.slot_of_level[l - 1]) * (H * W))[:, None, None] + o_d
-            b_level = tl.load(p_level, mask=m_m[:, None, None] & m_d, other=0.0).to(ACC)
-            b_sum = b_sum + b_level if address.mode == "prefix" else b_level
+            b_grad = tl.load(p_level, mask=m_m[:, None, None] & m_d, other=0.0).to(ACC)
+            b_sum = b_sum + b_grad if address.mode == "prefix" else b_grad
         scatter_level(b_sum, p_total, b_codes, b_length, o_h, o_w, m_d, l, W, address)
 
 
@@ -132,7 +133,9 @@ def token_memory_bwd_kernel(
         p_segments += i_row * T
     o_h, o_w, o_d, m_d = column_tile(tl.program_id(1), H, W, BH, BW)
 
-    m_first, b_rank, n_first = first_tokens(p_ids, p_table, o_t, o_t < T, V)
+    b_level, _ = load_token(p_ids, p_table, o_t, o_t < T, V)
+    m_first = b_level == 1
+    b_rank, n_first = rank_tokens(m_first)
     i_rank = 0
     while i_rank < n_first:
         o_rank = i_rank + tl.arange(0, BM)
@@ -144,10 +147,15 @@ def token_memory_bwd_kernel(
         for l in tl.static_range(LAST, 0, -1):
             if address.slot_of_level[l - 1] >= 0:
                 p_level = p_grad + ((o_sid + (l - 1)).to(tl.int64) * (H * W))[:, None, None] + o_d
-                b_level = tl.load(p_level, mask=(b_chain >= l)[:, None, None] & m_d, other=0.0).to(ACC)
-                b_sum = b_sum + b_level if address.mode == "prefix" else b_level
+                b_grad = tl.load(p_level, mask=(b_chain >= l)[:, None, None] & m_d, other=0.0).to(ACC)
+                b_sum = b_sum + b_grad if address.mode == "prefix" else b_grad
             scatter_level(b_sum, p_total, b_codes, b_length, o_h, o_w, m_d, l, W, address)
         i_rank += BM
+
+
+# Every atomic keeps an address and a mask; larger tiles spill, scalar registers on gfx942 first (`prefixmem verify
+# --compile` shows it).
+BUDGET, TOKEN_BUDGET = 4096, 2048
 
 
 def _total(grad: Tensor, spec: AddressSpec) -> Tensor:
@@ -161,7 +169,7 @@ def prefix_memory_bwd(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Tensor:
     total = _total(grad, spec)
     M, W = codes.shape[0], total.shape[1]
     if grad.numel():
-        tile = tile_of(spec.heads, W)
+        tile = tile_of(spec.heads, W, grad.dtype, BUDGET)
         grid = (triton.cdiv(M, tile.BM), tile.columns)
         prefix_memory_bwd_kernel[grid](
             codes, grad, total, M, W, address_of(spec), tile.BM, tile.BH, tile.BW, **LAUNCH
@@ -176,7 +184,7 @@ def token_memory_bwd(
     total = _total(grad, spec)
     (B, T), W = input_ids.shape, total.shape[1]
     if grad.numel():
-        tile = tile_of(spec.heads, W)
+        tile = tile_of(spec.heads, W, grad.dtype, TOKEN_BUDGET)
         BT = token_tile_of(tile)
         grid = (B * triton.cdiv(T, BT), tile.columns)
         token_memory_bwd_kernel[grid](

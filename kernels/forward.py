@@ -19,11 +19,11 @@ from .address import (
     LAUNCH,
     address_of,
     column_tile,
-    first_tokens,
     load_sid_codes,
     load_token,
     load_token_codes,
     order_rows,
+    rank_tokens,
     ranked_tokens,
     same_segment,
     tile_of,
@@ -156,11 +156,20 @@ def token_memory_fwd_kernel(
         p_segments += i_row * T
     o_h, o_w, o_d, m_d = column_tile(tl.program_id(1), H, W, BH, BW)
 
+    b_zero = tl.zeros([BM, BH, BW], p_out.dtype.element_ty)
     m_zero = (o_t < T) & ~stands_at_active_level(p_ids, p_table, p_segments, o_t, o_t < T, V, address)
-    p_zero = p_out + (o_t.to(tl.int64) * (H * W))[:, None, None] + o_d
-    tl.store(p_zero, tl.zeros([BT, BH, BW], p_out.dtype.element_ty), mask=m_zero[:, None, None] & m_d)
+    b_rank, n_zero = rank_tokens(m_zero)
+    i_rank = 0
+    while i_rank < n_zero:
+        o_rank = i_rank + tl.arange(0, BM)
+        o_zero = ranked_tokens(m_zero, b_rank, o_t, o_rank)
+        p_zero = p_out + (o_zero.to(tl.int64) * (H * W))[:, None, None] + o_d
+        tl.store(p_zero, b_zero, mask=(o_rank < n_zero)[:, None, None] & m_d)
+        i_rank += BM
 
-    m_first, b_rank, n_first = first_tokens(p_ids, p_table, o_t, o_t < T, V)
+    b_level, _ = load_token(p_ids, p_table, o_t, o_t < T, V)
+    m_first = b_level == 1
+    b_rank, n_first = rank_tokens(m_first)
     i_rank = 0
     while i_rank < n_first:
         o_rank = i_rank + tl.arange(0, BM)
@@ -177,12 +186,16 @@ def token_memory_fwd_kernel(
         i_rank += BM
 
 
+# At 4 warps: 16 float32 sums a thread, two SIDs of 256 bfloat16 a warp, all their rows in flight at once.
+BUDGET = 8192
+
+
 def prefix_memory_fwd(codes: Tensor, weight: Tensor, spec: AddressSpec) -> Tensor:
     """S ``[M, A, H * w]`` of contiguous codes ``[M, L]`` and weight ``[R, w]``."""
     M, W = codes.shape[0], weight.shape[1]
     out = torch.empty((M, len(spec.active_levels), spec.heads * W), dtype=weight.dtype, device=weight.device)
     if out.numel():
-        tile = tile_of(spec.heads, W)
+        tile = tile_of(spec.heads, W, weight.dtype, BUDGET)
         grid = (triton.cdiv(M, tile.BM), tile.columns)
         prefix_memory_fwd_kernel[grid](
             codes, weight, out, M, W, address_of(spec), tile.BM, tile.BH, tile.BW, **LAUNCH
@@ -197,7 +210,7 @@ def token_memory_fwd(
     (B, T), W = input_ids.shape, weight.shape[1]
     out = torch.empty((B, T, spec.heads * W), dtype=weight.dtype, device=weight.device)
     if out.numel():
-        tile = tile_of(spec.heads, W)
+        tile = tile_of(spec.heads, W, weight.dtype, BUDGET)
         BT = token_tile_of(tile)
         grid = (B * triton.cdiv(T, BT), tile.columns)
         token_memory_fwd_kernel[grid](

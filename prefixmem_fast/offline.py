@@ -1,0 +1,261 @@
+"""Compile every kernel for GPUs that are not here, and read registers, spills and access widths from the machine code.
+
+The kernels' own launchers run on meta tensors, so what is compiled is what a real launch would compile: the argument
+types, the alignment and the block sizes are theirs. A stand-in driver names the target and launches nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from .backends import interpreting, triton_problem
+from .spec import AddressSpec
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+MODES = ("prefix", "suffix", "full")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel, compiled for one target. Widths are bytes a thread moves in one instruction, with their counts."""
+
+    kernel: str
+    mode: str
+    dtype: str
+    target: str
+    registers: int
+    spills: int  # instructions on sm, registers on gfx
+    local_bytes: int  # stack or scratch a thread
+    shared_bytes: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    reductions: dict[int, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def clean(self) -> bool:
+        return self.spills == 0 and self.local_bytes == 0
+
+
+def paper_spec(mode: str = "prefix") -> AddressSpec:
+    """The paper's default shape: L = 5, K = 2048, N = H = 4, T = 2M, memory read at prefix lengths 3 and 4."""
+    return AddressSpec((2048,) * 5, mode=mode, active_levels=(3, 4))
+
+
+def problem() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    if interpreting():
+        return "TRITON_INTERPRET=1 is set, so Triton interprets and does not compile; unset it"
+    return triton_problem()
+
+
+def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 4096) -> dict[str, Callable[[], Any]]:
+    """Every kernel as a call of its launcher on meta tensors; `segment_sum` covers its leaf and its inner form."""
+    from .kernels import backward, forward, rows, segment
+
+    def meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    codes = meta(sids, spec.levels)
+    ids, segments = meta(8, sids), meta(8, sids)
+    table = meta(150_000, 2, dtype=torch.int32)
+    weight = meta(spec.total_rows, width, dtype=dtype)
+    grad = meta(sids, len(spec.active_levels), spec.heads * width, dtype=dtype)
+    token_grad = meta(8, sids, spec.heads * width, dtype=dtype)
+    pairs = segment.terms_of(spec).pairs
+    return {
+        "prefix_memory_fwd": lambda: forward.prefix_memory_fwd(codes, weight, spec),
+        "token_memory_fwd": lambda: forward.token_memory_fwd(ids, table, segments, weight, spec),
+        "prefix_memory_bwd": lambda: backward.prefix_memory_bwd(grad, codes, spec),
+        "token_memory_bwd": lambda: backward.token_memory_bwd(token_grad, ids, table, segments, spec),
+        "segment_sum": lambda: segment.prefix_memory_bwd(grad, codes, spec),
+        "segment_sum_tokens": lambda: segment.token_memory_bwd(token_grad, ids, table, segments, spec),
+        "prefix_rows": lambda: rows.prefix_rows(codes, spec),
+        "token_rows": lambda: rows.token_pair_rows(ids, table, segments, pairs, torch.int32, spec),
+    }
+
+
+def compile_all(targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Compiled]:
+    """Compile every kernel for every target and dtype at the paper's default shape, and the other modes in bfloat16.
+
+    Raises:
+        RuntimeError: nothing can be compiled here, or a disassembler is missing.
+        ValueError: a target or dtype is unknown.
+    """
+    reason = problem()
+    if reason is not None:
+        raise RuntimeError(f"the kernels cannot be compiled: {reason}")
+    for name, given, known in (("target", targets, TARGETS), ("dtype", dtypes, tuple(DTYPES))):
+        unknown = [value for value in given if value not in known]
+        if unknown:
+            raise ValueError(f"{name} = {unknown[0]!r} is unknown; allowed are {', '.join(map(repr, known))}")
+    for target in targets:
+        for dtype in dtypes:
+            for mode in MODES if dtype == "bfloat16" else MODES[:1]:
+                spec = paper_spec(mode)
+                calls = launches(spec, DTYPES[dtype], 256 // spec.heads)
+                if dtype != dtypes[0]:  # rows have no floating dtype
+                    calls = {name: call for name, call in calls.items() if not name.endswith("rows")}
+                for name, call in calls.items():
+                    for kernel in compiled_by(call, target):
+                        yield _inspect(kernel, name, mode, dtype, target)
+
+
+def compiled_by(call: Callable[[], Any], target: str) -> list[Any]:
+    """The kernels that a launcher compiles for a target, as Triton's CompiledKernel; row kernels of others left out."""
+    with _stand_in_driver(target) as seen:
+        call()
+        return list(seen)
+
+
+@contextmanager
+def _stand_in_driver(target: str) -> Iterator[list[Any]]:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    if target.startswith("sm_"):
+        gpu = GPUTarget("cuda", int(target[3:]), 32)
+    else:
+        gpu = GPUTarget("hip", target, 64)
+    properties = {"max_shared_mem": 1 << 20, "multiprocessor_count": 132}
+    stand_in = SimpleNamespace(
+        get_current_device=lambda: target,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: gpu,
+        launcher_cls=lambda src, metadata: lambda *args, **kwargs: None,
+        utils=SimpleNamespace(
+            get_device_properties=lambda device: properties,
+            load_binary=lambda name, binary, shared, device: (None, 1, 0, 0, 1024),
+            unload_module=lambda module: None,
+        ),
+    )
+    seen: list[Any] = []
+    run, active = JITFunction.run, driver._active
+
+    def recording_run(self, *args, **kwargs):
+        kernel = run(self, *args, **kwargs)
+        if kernel not in seen:
+            seen.append(kernel)
+        return kernel
+
+    driver.set_active(stand_in)
+    JITFunction.run = recording_run
+    try:
+        yield seen
+    finally:
+        JITFunction.run = run
+        driver._active = active
+
+
+def _inspect(kernel: Any, name: str, mode: str, dtype: str, target: str) -> Compiled:
+    read = _read_sass if target.startswith("sm_") else _read_gcn
+    label = kernel.metadata.name.removesuffix("_kernel")
+    if label == "segment_sum":
+        label = name
+    return Compiled(label, mode, dtype, target, shared_bytes=kernel.metadata.shared, **read(kernel))
+
+
+_SASS_WIDTH = re.compile(r"\.(U8|S8|U16|S16|64|128|256)\b")
+_SASS_ACCESS = re.compile(r"\b(LDG|STG|REDG?|ATOMG|LDL|STL)(?![A-Z])((?:\.[A-Za-z0-9_]+)*)")
+
+
+def _read_sass(kernel: Any) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = _run("cuobjdump", "-res-usage", cubin)
+        sass = _run("nvdisasm", "-c", cubin)
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL"))
+    widths: dict[str, Counter] = {op: Counter() for op in ("LDG", "STG", "RED")}
+    spills = 0
+    for op, suffix in _SASS_ACCESS.findall(sass):
+        if op in ("LDL", "STL"):
+            spills += 1
+            continue
+        op = "RED" if op in ("RED", "REDG", "ATOMG") else op
+        widths[op][_sass_bytes(suffix)] += 1
+    return {
+        "registers": registers,
+        "spills": spills,
+        "local_bytes": stack + local,
+        "loads": _sorted(widths["LDG"]),
+        "stores": _sorted(widths["STG"]),
+        "reductions": _sorted(widths["RED"]),
+    }
+
+
+def _sass_bytes(suffix: str) -> int:
+    lanes = re.search(r"F32x(\d)", suffix)
+    if lanes:
+        return 4 * int(lanes.group(1))
+    if ".F64" in suffix:
+        return 8
+    width = _SASS_WIDTH.search(suffix + " ")
+    if width is None:
+        return 4
+    return {"U8": 1, "S8": 1, "U16": 2, "S16": 2}.get(width.group(1)) or int(width.group(1)) // 8
+
+
+_GCN_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store|atomic_[a-z_]*add)_([a-z0-9_]+)")
+
+
+def _read_gcn(kernel: Any) -> dict[str, Any]:
+    text = kernel.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))
+
+    widths: dict[str, Counter] = {op: Counter() for op in ("load", "store", "atomic")}
+    for op, suffix in _GCN_ACCESS.findall(text):
+        widths[op.split("_")[0]][_gcn_bytes(suffix)] += 1
+    return {
+        "registers": field("vgpr_count"),
+        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        "local_bytes": field("private_segment_fixed_size"),
+        "loads": _sorted(widths["load"]),
+        "stores": _sorted(widths["store"]),
+        "reductions": _sorted(widths["atomic"]),
+    }
+
+
+def _gcn_bytes(suffix: str) -> int:
+    words = re.match(r"dwordx(\d)", suffix)
+    if words:
+        return 4 * int(words.group(1))
+    for key, size in (("dword", 4), ("f64", 8), ("x2", 8), ("ubyte", 1), ("sbyte", 1), ("byte", 1), ("short", 2)):
+        if key in suffix:
+            return size
+    return 4
+
+
+def _sorted(widths: Counter) -> dict[int, int]:
+    return dict(sorted(widths.items()))
+
+
+def _run(tool: str, *arguments: Any) -> str:
+    import triton
+
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    path = str(bundled) if bundled.exists() else shutil.which(tool)
+    if path is None:
+        raise RuntimeError(f"{tool} is neither in triton's package nor on the PATH; install the CUDA toolkit's tools")
+    done = subprocess.run([path, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{tool} failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
