@@ -16,14 +16,15 @@ setup(
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["prefixmem_fast", "prefixmem_fast.kernels"],
+    packages=["prefixmem_fast", "prefixmem_fast.cli", "prefixmem_fast.kernels"],
     # A top-level package named "kernels" would shadow the Hugging Face package of that name.
-    package_dir={"prefixmem_fast": "prefixmem_fast", "prefixmem_fast.kernels": "kernels"},
+    package_dir={"prefixmem_fast.kernels": "kernels"},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
         "triton; platform_system == 'Linux'",
         "numpy",
+        "tqdm",
     ],
     extras_require={
         "hf": ["transformers>=4.57"],

@@ -15,6 +15,10 @@ BACKENDS = ("auto", "triton", "reference")
 _OLDEST_TRITON = (3, 4)
 
 
+class BackendError(RuntimeError):
+    """A backend cannot run here; the message says why and what to do."""
+
+
 @lru_cache(maxsize=1)
 def triton_problem() -> str | None:
     """Why the kernels cannot be built here at all, or None."""
@@ -53,7 +57,7 @@ def resolve(backend: str, *tensors: Tensor) -> str:
 
     Raises:
         ValueError: `backend` is unknown, the tensors are on different devices.
-        RuntimeError: the backend cannot run here.
+        BackendError: the backend cannot run here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r} is unknown; allowed are {', '.join(map(repr, BACKENDS))}")
@@ -66,5 +70,5 @@ def resolve(backend: str, *tensors: Tensor) -> str:
         return "triton" if device.type == "cuda" and triton_problem() is None else "reference"
     problem = unavailable(backend, device)
     if problem is not None:
-        raise RuntimeError(f"backend = {backend!r} cannot run: {problem}")
+        raise BackendError(f"backend = {backend!r} cannot run: {problem}")
     return backend

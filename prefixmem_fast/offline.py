@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .backends import interpreting, triton_problem
+from .backends import BackendError, interpreting, triton_problem
 from .spec import AddressSpec
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -94,12 +94,12 @@ def compile_all(targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = tu
     """Compile every kernel for every target and dtype at the paper's default shape, and the other modes in bfloat16.
 
     Raises:
-        RuntimeError: nothing can be compiled here, or a disassembler is missing.
+        BackendError: nothing can be compiled here, or a disassembler is missing.
         ValueError: a target or dtype is unknown.
     """
     reason = problem()
     if reason is not None:
-        raise RuntimeError(f"the kernels cannot be compiled: {reason}")
+        raise BackendError(f"the kernels cannot be compiled: {reason}")
     for name, given, known in (("target", targets, TARGETS), ("dtype", dtypes, tuple(DTYPES))):
         unknown = [value for value in given if value not in known]
         if unknown:
@@ -254,7 +254,7 @@ def _run(tool: str, *arguments: Any) -> str:
     bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     path = str(bundled) if bundled.exists() else shutil.which(tool)
     if path is None:
-        raise RuntimeError(f"{tool} is neither in triton's package nor on the PATH; install the CUDA toolkit's tools")
+        raise BackendError(f"{tool} is neither in triton's package nor on the PATH; install the CUDA toolkit's tools")
     done = subprocess.run([path, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{tool} failed: {done.stderr.strip() or done.stdout.strip()}")

@@ -34,7 +34,7 @@ def prefix_rows(codes: Tensor, spec: AddressSpec, *, backend: str = "auto") -> T
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape or value is not as stated.
-        RuntimeError: the backend cannot run on these tensors.
+        BackendError: the backend cannot run on these tensors.
     """
     _check_codes(codes, spec)
     rows = _prefix_rows(codes.reshape(-1, spec.levels).contiguous(), spec.key, resolve(backend, codes))
@@ -66,7 +66,7 @@ def prefix_memory(
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape or value is not as stated.
-        RuntimeError: the backend cannot run on these tensors.
+        BackendError: the backend cannot run on these tensors.
     """
     _check_codes(codes, spec)
     _check_weight(weight, spec)
@@ -108,7 +108,7 @@ def token_memory(
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape or value is not as stated.
-        RuntimeError: the backend cannot run on these tensors.
+        BackendError: the backend cannot run on these tensors.
     """
     _check_tensor("input_ids", input_ids, (torch.int32, torch.int64), 2, "[B, T]")
     _check_tensor("token_table", token_table, (torch.int32,), 2, "[V, 2]")

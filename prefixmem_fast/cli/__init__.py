@@ -1,0 +1,31 @@
+"""The `prefixmem` command. Exit codes: 0 done, 1 a check failed, 2 bad input, with one line that says what to do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..backends import BackendError
+from . import info, verify
+
+COMMANDS = {"info": info, "verify": verify}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="prefixmem", description="PrefixMem: memory for Semantic IDs.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, module in COMMANDS.items():
+        summary = module.__doc__.strip().splitlines()[0]
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("--json", action="store_true", help="print one JSON object for machines")
+        module.add_arguments(command)
+    options = parser.parse_args(arguments)
+    try:
+        return COMMANDS[options.command].run(options)
+    except (ValueError, OSError, BackendError) as error:
+        print(f"prefixmem {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"prefixmem {options.command}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,80 @@
+"""Show versions, the GPU, and which backends can run and why the others cannot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..backends import interpreting, unavailable
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(options: argparse.Namespace) -> int:
+    facts = collect()
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for name, value in facts["versions"].items():
+        print(f"{name:<16}{value}")
+    for gpu in facts["gpus"]:
+        print(f"{'gpu':<16}{gpu['name']}, {gpu['memory_gib']} GiB, {gpu['architecture']}, driver {gpu['driver']}")
+    if not facts["gpus"]:
+        print(f"{'gpu':<16}none that torch can use")
+    for backend, problem in facts["backends"].items():
+        print(f"{backend:<16}{'available' if problem is None else 'not available: ' + problem}")
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        gpus.append(
+            {
+                "name": properties.name,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "architecture": getattr(properties, "gcnArchName", f"sm_{properties.major}{properties.minor}"),
+                "driver": _driver(),
+            }
+        )
+    device = torch.device("cuda" if gpus else "cpu")
+    return {
+        "versions": {
+            "prefixmem_fast": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "numpy": _version("numpy"),
+        },
+        "gpus": gpus,
+        "interpreter": interpreting(),
+        "backends": {backend: unavailable(backend, device) for backend in ("triton", "reference")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _driver() -> str:
+    try:
+        import pynvml
+    except ImportError:
+        return "unknown (pip install nvidia-ml-py)"
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError as error:
+        return f"unknown ({error})"

@@ -1,0 +1,84 @@
+"""Check every backend against the reference, or compile every kernel for GPUs that are not here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from tqdm import tqdm
+
+from .. import offline
+from ..backends import BACKENDS, interpreting, resolve, unavailable
+from ..verify import verify
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="what to hold against the reference (default: all that run)"
+    )
+    parser.add_argument("--cases", type=int, default=100, help="random configurations (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the configurations (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="compile offline instead, and report the machine code")
+    parser.add_argument(
+        "--targets", default=",".join(offline.TARGETS), help="for --compile: GPU architectures (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtypes", default=",".join(offline.DTYPES), help="for --compile: table dtypes (default: %(default)s)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    return _compile(options) if options.compile else _verify(options)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    if options.cases < 1:
+        raise ValueError(f"--cases = {options.cases}; give 1 or more")
+    device = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
+    skipped = None
+    if options.backend == "auto":
+        skipped = unavailable("triton", torch.device(device))
+        backends = () if skipped else ("triton",)
+    else:
+        resolve(options.backend, torch.empty(0, device=device))
+        backends = () if options.backend == "reference" else (options.backend,)
+
+    with tqdm(total=options.cases, unit="case", disable=options.json or None) as bar:
+        for report in verify(backends, options.cases, options.seed, device):
+            bar.update()
+            bar.set_postfix(mismatches=len(report.mismatches))
+    if options.json:
+        print(json.dumps({**report.as_dict(), "triton_skipped": skipped}, indent=2))
+    else:
+        where = "the Triton interpreter on the CPU" if interpreting() else device
+        print(f"{' and '.join(report.backends)} on {where}, seed {report.seed}")
+        if skipped:
+            print(f"triton not checked: {skipped}")
+        print(f"{report.cases} cases, {report.comparisons} comparisons, {len(report.mismatches)} mismatches")
+        for dtype, worst in sorted(report.worst.items()):
+            print(f"{dtype:<10} worst error {worst['absolute']:.3g}, {worst['of_bound']:.2f} of the derived bound")
+        for mismatch in report.mismatches[:10]:
+            print(f"MISMATCH {mismatch}")
+    return 1 if report.mismatches else 0
+
+
+def _compile(options: argparse.Namespace) -> int:
+    targets, dtypes = tuple(options.targets.split(",")), tuple(options.dtypes.split(","))
+    kernels = list(tqdm(offline.compile_all(targets, dtypes), unit="kernel", disable=options.json or None))
+    spilled = [kernel for kernel in kernels if not kernel.clean]
+    if options.json:
+        print(json.dumps([kernel.as_dict() for kernel in kernels], indent=2))
+        return 1 if spilled else 0
+    print("bytes a thread moves in one instruction x how many such instructions; L = 5, N = H = 4, T = 2M, width 64")
+    form = "{:<8}{:<20}{:<8}{:<10}{:>5}{:>8}{:>7}{:>8}  {:<26}{:<20}{}"
+    print(form.format("target", "kernel", "mode", "dtype", "regs", "spills", "local", "shared", "loads", "stores", "red."))
+    for k in kernels:
+        widths = [" ".join(f"{size}x{count}" for size, count in w.items()) for w in (k.loads, k.stores, k.reductions)]
+        print(
+            form.format(
+                k.target, k.kernel, k.mode, k.dtype, k.registers, k.spills, k.local_bytes, k.shared_bytes, *widths
+            )
+        )
+    print(f"{len(kernels)} kernels compiled, {len(spilled)} with spills or local memory")
+    return 1 if spilled else 0
