@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from prefixmem_fast.spec import AddressSpec
 
@@ -186,6 +187,11 @@ def token_tile(T, BT: tl.constexpr):
     """Row (int64) and token offsets [BT] within it of this program's tile; a tile never spans two rows."""
     n_tiles = (T + BT - 1) // BT
     return (tl.program_id(0) // n_tiles).to(tl.int64), tl.program_id(0) % n_tiles * BT + tl.arange(0, BT)
+
+
+def zero_table(spec: AddressSpec, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A table of zeros to sum a dense gradient in."""
+    return torch.zeros((spec.total_rows, width), dtype=dtype, device=device)
 
 
 class Tile(NamedTuple):

@@ -29,6 +29,7 @@ from .address import (
     tile_of,
     token_tile,
     token_tile_of,
+    zero_table,
 )
 
 
@@ -161,7 +162,7 @@ BUDGET, TOKEN_BUDGET = 4096, 2048
 def _total(grad: Tensor, spec: AddressSpec) -> Tensor:
     """The accumulator: float32, or float64 for a float64 gradient; bfloat16 sums would lose small gradients."""
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    return torch.zeros((spec.total_rows, grad.shape[-1] // spec.heads), dtype=dtype, device=grad.device)
+    return zero_table(spec, grad.shape[-1] // spec.heads, dtype, grad.device)
 
 
 def prefix_memory_bwd(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Tensor:

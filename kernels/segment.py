@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prefixmem_fast.spec import AddressSpec
 
-from .address import LAUNCH, address_of
+from .address import LAUNCH, address_of, zero_table
 from .rows import pair_rows, token_pair_rows
 
 BLOCK = 32  # terms a block
@@ -144,7 +144,7 @@ def segment_sum_kernel(
 def _sum_sorted(grad: Tensor, rows: Tensor, chain: Tensor | None, spec: AddressSpec) -> Tensor:
     """Dense gradient from the rows of all terms ``[M, pairs, H]``."""
     W = grad.shape[-1] // spec.heads
-    total = torch.zeros((spec.total_rows, W), dtype=grad.dtype, device=grad.device)
+    total = zero_table(spec, W, grad.dtype, grad.device)
     if not rows.numel() or not grad.numel():
         return total
     accumulator = torch.float64 if grad.dtype == torch.float64 else torch.float32

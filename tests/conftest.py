@@ -1,0 +1,31 @@
+import os
+
+# Before anything imports triton: the kernels run on CPU tensors. The GPU suite sets 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "prefixmem",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("prefixmem")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty():
+    """torch.empty is filled with NaN (integers with their largest value), so an element nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,208 @@
+"""Every kernel in the Triton interpreter against the reference: rows and copies bit for bit, sums within bounds."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefixmem_fast import AddressSpec, prefix_memory, prefix_rows, reference, token_memory
+from prefixmem_fast.verify import random_tokens, sum_bound
+from tests.strategies import codes_for, specs
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+MODES = ["prefix", "suffix", "full"]
+
+
+def name(value):
+    return str(value).removeprefix("torch.")
+
+
+def assert_within(found, exact, bound):
+    assert found.isfinite().all()
+    error = (found.double() - exact).abs()
+    assert (error <= bound).all(), f"{(error / bound).max().item():.3g} times the bound"
+
+
+def assert_gradient(found, grad, backward, dtype):
+    """`found` against the float64 sums, within the bound that the number and size of the summands give."""
+    exact = backward(grad.double())
+    terms, magnitude = backward(torch.ones_like(grad).double()), backward(grad.double().abs())
+    assert_within(found, exact, sum_bound(terms, magnitude, exact, dtype))
+
+
+def token_case(spec, shape, seed=0):
+    ids, table = random_tokens(random.Random(seed), spec, shape)
+    return torch.tensor(ids, dtype=torch.int64).reshape(shape), torch.tensor(table, dtype=torch.int32)
+
+
+@given(specs(largest_code=3_000_000_000), st.data())
+@settings(max_examples=30)
+def test_rows(spec, data):
+    codes = data.draw(codes_for(spec))
+    assert torch.equal(prefix_rows(codes, spec, backend="triton"), prefix_rows(codes, spec, backend="reference"))
+
+
+@given(specs(), st.sampled_from((1, 3, 64)), st.data())
+@settings(max_examples=30)
+def test_any_spec(spec, width, data):
+    """Forward bit for bit in float32 (both add the orders in turn); both gradients within the derived bound."""
+    codes = data.draw(codes_for(spec))
+    weight = torch.randn(spec.total_rows, width, requires_grad=True)
+    out = prefix_memory(codes, weight, spec, backend="triton")
+    assert torch.equal(out, reference.prefix_memory(codes, weight, spec))
+    grad = torch.randn_like(out)
+    for deterministic in (False, True):
+        out = prefix_memory(codes, weight, spec, backend="triton", deterministic=deterministic)
+        (found,) = torch.autograd.grad(out, weight, grad)
+        assert_gradient(found, grad, lambda g: reference.prefix_memory_backward(g, codes, spec), torch.float32)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+@pytest.mark.parametrize("mode", MODES)
+def test_dtypes(mode, dtype, deterministic):
+    """Odd shapes: 63 SIDs, three heads, a width of 20."""
+    spec = AddressSpec((6, 300, 9, 4, 7), max_order=4, heads=3, table_rows=50, mode=mode, active_levels=(2, 3, 5))
+    codes = torch.randint(-1, 10, (63, 5), dtype=torch.int32)
+    weight = torch.randn(spec.total_rows, 20).to(dtype).requires_grad_()
+    out = prefix_memory(codes, weight, spec, backend="triton", deterministic=deterministic)
+    exact = reference.prefix_memory(codes, weight.detach().double(), spec)
+    magnitude = reference.prefix_memory(codes, weight.detach().double().abs(), spec)
+    assert_within(out.detach(), exact, sum_bound(torch.full_like(exact, 4), magnitude, exact, dtype))
+    grad = torch.randn(out.shape).to(dtype)
+    out.backward(grad)
+    assert weight.grad.dtype == dtype
+    assert_gradient(weight.grad, grad, lambda g: reference.prefix_memory_backward(g, codes, spec), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+def test_one_row_is_copied_exactly(dtype):
+    """With one order there is nothing to sum: an off-by-one would not hide behind a tolerance."""
+    spec = AddressSpec((11,), max_order=1, heads=4, table_rows=11)
+    weight = torch.randn(spec.total_rows, 64).to(dtype)
+    codes = torch.randint(0, 11, (70, 1))
+    out = prefix_memory(codes, weight, spec, backend="triton")
+    rows = prefix_rows(codes, spec)[:, 0, 0]
+    assert torch.equal(out[:, 0], weight[rows].flatten(1))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("mode", MODES)
+def test_token_stream(mode, packed):
+    spec = AddressSpec((6, 300, 9, 4), max_order=3, heads=3, table_rows=50, mode=mode, active_levels=(1, 3, 4))
+    ids, table = token_case(spec, (3, 83))
+    segments = torch.arange(83).div(17, rounding_mode="floor").expand_as(ids) if packed else None
+    weight = torch.randn(spec.total_rows, 12, requires_grad=True)
+    out = token_memory(ids, table, weight, spec, segment_ids=segments, backend="triton")
+    assert out.detach().abs().sum(-1).count_nonzero() > 50
+    assert torch.equal(out, reference.token_memory(ids, table, weight, spec, segments))
+    grad = torch.randn_like(out)
+    for deterministic in (False, True):
+        out = token_memory(
+            ids, table, weight, spec, segment_ids=segments, backend="triton", deterministic=deterministic
+        )
+        (found,) = torch.autograd.grad(out, weight, grad)
+        assert_gradient(
+            found, grad, lambda g: reference.token_memory_backward(g, ids, table, spec, segments), torch.float32
+        )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+def test_token_stream_dtypes(dtype):
+    spec = AddressSpec((6, 300, 9), heads=2, table_rows=50, active_levels=(2, 3))
+    ids, table = token_case(spec, (2, 31), seed=1)
+    weight = torch.randn(spec.total_rows, 8).to(dtype).requires_grad_()
+    out = token_memory(ids.int(), table, weight, spec, backend="triton")
+    exact = reference.token_memory(ids, table, weight.detach().double(), spec)
+    magnitude = reference.token_memory(ids, table, weight.detach().double().abs(), spec)
+    assert_within(out.detach(), exact, sum_bound(torch.full_like(exact, 3), magnitude, exact, dtype))
+    grad = torch.randn(out.shape).to(dtype)
+    for deterministic in (False, True):
+        out = token_memory(ids, table, weight, spec, backend="triton", deterministic=deterministic)
+        (found,) = torch.autograd.grad(out, weight, grad)
+        assert_gradient(found, grad, lambda g: reference.token_memory_backward(g, ids, table, spec), dtype)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (5, 1), (1, 200)], ids=str)
+def test_token_shapes(shape):
+    """Empty batches, single decoding steps, and SIDs that cross the tile of a program."""
+    spec = AddressSpec((3, 3, 3), heads=2, table_rows=9)
+    ids, table = token_case(spec, shape)
+    weight = torch.randn(spec.total_rows, 4, requires_grad=True)
+    for deterministic in (False, True):
+        out = token_memory(ids, table, weight, spec, backend="triton", deterministic=deterministic)
+        assert torch.equal(out, reference.token_memory(ids, table, weight, spec))
+        out.sum().backward()
+
+
+def test_wide_rows_are_split_into_column_tiles():
+    spec = AddressSpec((5, 5), heads=3, table_rows=7)
+    codes = torch.randint(0, 5, (3, 2))
+    weight = torch.randn(spec.total_rows, 2100, requires_grad=True)
+    out = prefix_memory(codes, weight, spec, backend="triton")
+    assert torch.equal(out, reference.prefix_memory(codes, weight, spec))
+    for deterministic in (False, True):
+        out = prefix_memory(codes, weight, spec, backend="triton", deterministic=deterministic)
+        (found,) = torch.autograd.grad(out, weight, torch.ones_like(out))
+        assert torch.equal(found, reference.prefix_memory_backward(torch.ones_like(out), codes, spec))
+
+
+def test_many_heads():
+    spec = AddressSpec((5, 70_000), heads=40, table_rows=7)
+    codes = torch.randint(0, 5, (3, 2))
+    weight = torch.randn(spec.total_rows, 1)
+    out = prefix_memory(codes, weight, spec, backend="triton")
+    assert torch.equal(out, reference.prefix_memory(codes, weight, spec))
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+@pytest.mark.parametrize("rows", [1, 2, 500])
+def test_all_sids_equal(rows, deterministic):
+    """One prefix for the whole batch: runs longer than many blocks, and every sum of small integers exact."""
+    spec = AddressSpec((500,) * 3, heads=2, max_order=2, table_rows=rows, addressing="hash")
+    codes = torch.tensor([[7, 8, 9]]).expand(700, 3)
+    weight = torch.zeros(spec.total_rows, 4, requires_grad=True)
+    out = prefix_memory(codes, weight, spec, backend="triton", deterministic=deterministic)
+    grad = torch.randint(-8, 9, out.shape).float()
+    out.backward(grad)
+    assert torch.equal(weight.grad, reference.prefix_memory_backward(grad, codes, spec))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_deterministic_bits(mode):
+    """Two runs, and a batch whose duplicates stand elsewhere in memory, give the same bits."""
+    spec = AddressSpec((40,) * 4, heads=2, table_rows=30, mode=mode)
+    codes = torch.randint(0, 40, (400, 4)) // 13 * 13
+    weight = torch.randn(spec.total_rows, 8, requires_grad=True)
+    grad = torch.randn(400, 4, 16)
+    found = []
+    for _ in range(2):
+        out = prefix_memory(codes.clone(), weight, spec, backend="triton", deterministic=True)
+        found.append(torch.autograd.grad(out, weight, grad.clone())[0])
+    assert torch.equal(*found)
+    assert_gradient(found[0], grad, lambda g: reference.prefix_memory_backward(g, codes, spec), torch.float32)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+def test_bfloat16_gradients_are_summed_in_float32(deterministic):
+    """1 + 300 x 2^-9 survives; a bfloat16 running sum would stay at 1."""
+    spec = AddressSpec((1,), heads=1, max_order=1, table_rows=1)
+    weight = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    out = prefix_memory(torch.zeros(301, 1, dtype=torch.int64), weight, spec, backend="triton", deterministic=deterministic)
+    grad = torch.full_like(out, 2**-9)
+    grad[0] = 1
+    out.backward(grad)
+    assert abs(weight.grad.item() - (1 + 300 * 2**-9)) <= 2**-7 * 1.6
+
+
+def test_nan_in_unread_rows_does_not_leak():
+    spec = AddressSpec((4, 4), heads=2, table_rows=40)
+    codes = torch.tensor([[1, -1], [1, 2], [-1, 0]])
+    weight = torch.full((spec.total_rows, 3), torch.nan)
+    rows = prefix_rows(codes, spec)
+    weight[rows[rows >= 0]] = 1.0
+    out = prefix_memory(codes, weight, spec, backend="triton")
+    assert out.isfinite().all()
+    assert torch.equal(out, reference.prefix_memory(codes, weight, spec))
