@@ -1,0 +1,77 @@
+"""Bytes and launches of the kernels against their floors; the same figures on every machine."""
+
+import pytest
+import torch
+
+from prefixmem_fast import AddressSpec, prefix_memory, token_memory
+from prefixmem_fast.kernels import forward
+from tests.kernels.traffic import counted
+
+SPEC = AddressSpec((2048,) * 5, table_rows=3000, active_levels=(3, 4))
+M, N, H, W, A, L = 128, 4, 4, 64, 2, 5
+
+
+def weight_of(spec, dtype=torch.bfloat16):
+    return torch.randn(spec.total_rows, W).to(dtype)
+
+
+def test_forward_reads_each_row_once_a_sid():
+    codes, weight = torch.randint(0, 2048, (M, L)), weight_of(SPEC)
+    with counted(codes=codes, weight=weight) as traffic:
+        prefix_memory(codes, weight, SPEC, backend="triton")
+    assert traffic.launches == 1
+    assert traffic.loaded["weight"] == M * N * H * W * 2
+    floor = M * L * 8 + M * N * H * W * 2 + M * A * H * W * 2
+    assert traffic.total <= 1.05 * floor
+
+
+def test_forward_skips_rows_of_ended_prefixes():
+    codes, weight = torch.randint(0, 2048, (M, L)), weight_of(SPEC)
+    codes[:, 2] = -1
+    with counted(codes=codes, weight=weight) as traffic:
+        prefix_memory(codes, weight, SPEC, backend="triton")
+    assert traffic.loaded["weight"] == M * 2 * H * W * 2
+
+
+@pytest.mark.parametrize("text", [0, 3], ids=["SIDs only", "3 text tokens a SID"])
+def test_token_stream(text):
+    """Rows once a SID, every output element once, one launch, and little else."""
+    sids, period = 24, L + text
+    weight = weight_of(SPEC)
+    table = torch.zeros(1 + L * 2048, 2, dtype=torch.int32)
+    table[1:, 0] = torch.arange(L).repeat_interleave(2048) + 1
+    table[1:, 1] = torch.arange(2048).repeat(L)
+    codes = torch.randint(0, 2048, (2, sids, L))
+    ids = torch.zeros(2, sids, period, dtype=torch.int64)
+    ids[..., :L] = 1 + codes + 2048 * torch.arange(L)
+    ids = ids.reshape(2, sids * period)
+    with counted(weight=weight) as traffic:
+        out = token_memory(ids, table, weight, SPEC, backend="triton")
+    assert traffic.launches == 1
+    assert traffic.loaded["weight"] == 2 * sids * N * H * W * 2
+    assert sum(traffic.stored.values()) == out.numel() * 2
+    floor = ids.numel() * 8 + 2 * sids * N * H * W * 2 + out.numel() * 2
+    assert traffic.total <= 1.3 * floor
+
+
+def test_backward_reads_the_gradient_once_and_adds_each_row_once():
+    codes, weight = torch.randint(0, 2048, (M, L)), weight_of(SPEC).requires_grad_()
+    out = prefix_memory(codes, weight, SPEC, backend="triton")
+    grad = torch.randn(out.shape).to(out)
+    with counted(grad=grad) as traffic:
+        out.backward(grad)
+    assert traffic.launches == 1
+    assert traffic.loaded["grad"] == M * A * H * W * 2
+    assert sum(traffic.added.values()) == M * N * H * W * 4
+    floor = M * L * 8 + M * A * H * W * 2 + M * N * H * W * 4
+    assert traffic.total <= 1.3 * floor
+
+
+def test_a_kernel_that_reads_rows_once_a_level_is_caught(monkeypatch):
+    """The count fails where it should: without the running sum, levels 3 and 4 read 3 + 4 orders and not 4."""
+    codes, weight = torch.randint(0, 2048, (M, L)), weight_of(SPEC)
+    address = forward.address_of(SPEC)
+    monkeypatch.setattr(forward, "address_of", lambda spec: address._replace(mode="suffix"))
+    with counted(weight=weight) as traffic:
+        prefix_memory(codes, weight, SPEC, backend="triton")
+    assert traffic.loaded["weight"] == M * (3 + 4) * H * W * 2
