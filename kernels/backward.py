@@ -65,7 +65,7 @@ def scatter_level(
     W: tl.constexpr,
     address: tl.constexpr,
 ):
-    """Add the gradient [BM, BH, BW] of a level to the rows that it is the first, or in prefix mode the last, to read."""
+    """Add the gradient [BM, BH, BW] of a level to its rows; in prefix mode, to those of the order that begins at it."""
     N: tl.constexpr = address.orders
     if address.mode == "prefix":
         if LEVEL <= N:
@@ -172,9 +172,7 @@ def prefix_memory_bwd(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Tensor:
     if grad.numel():
         tile = tile_of(spec.heads, W, grad.dtype, BUDGET)
         grid = (triton.cdiv(M, tile.BM), tile.columns)
-        prefix_memory_bwd_kernel[grid](
-            codes, grad, total, M, W, address_of(spec), tile.BM, tile.BH, tile.BW, **LAUNCH
-        )
+        prefix_memory_bwd_kernel[grid](codes, grad, total, M, W, address_of(spec), tile.BM, tile.BH, tile.BW, **LAUNCH)
     return total.to(grad.dtype)
 
 

@@ -197,9 +197,7 @@ def prefix_memory_fwd(codes: Tensor, weight: Tensor, spec: AddressSpec) -> Tenso
     if out.numel():
         tile = tile_of(spec.heads, W, weight.dtype, BUDGET)
         grid = (triton.cdiv(M, tile.BM), tile.columns)
-        prefix_memory_fwd_kernel[grid](
-            codes, weight, out, M, W, address_of(spec), tile.BM, tile.BH, tile.BW, **LAUNCH
-        )
+        prefix_memory_fwd_kernel[grid](codes, weight, out, M, W, address_of(spec), tile.BM, tile.BH, tile.BW, **LAUNCH)
     return out
 
 

@@ -33,7 +33,14 @@ def store_rows(p_rows, b_codes, b_length, o_m, m_m, PAIRS: tl.constexpr, BH: tl.
 
 @triton.jit(do_not_specialize=["M"])
 def prefix_rows_kernel(
-    p_codes, p_rows, M, LAST: tl.constexpr, PAIRS: tl.constexpr, address: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr
+    p_codes,
+    p_rows,
+    M,
+    LAST: tl.constexpr,
+    PAIRS: tl.constexpr,
+    address: tl.constexpr,
+    BM: tl.constexpr,
+    BH: tl.constexpr,
 ):
     """codes [M, L] -> rows [M, pairs, H]; LAST is the last level that a pair names. Grid: tiles of BM SIDs."""
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -88,9 +95,7 @@ def pair_rows(codes: Tensor, pairs: tuple[tuple[int, int], ...], dtype: torch.dt
     if rows.numel():
         last = max(level for level, _ in pairs)
         BH = triton.next_power_of_2(spec.heads)
-        prefix_rows_kernel[(triton.cdiv(M, _BM),)](
-            codes, rows, M, last, pairs, address_of(spec), _BM, BH, **LAUNCH
-        )
+        prefix_rows_kernel[(triton.cdiv(M, _BM),)](codes, rows, M, last, pairs, address_of(spec), _BM, BH, **LAUNCH)
     return rows
 
 

@@ -50,7 +50,16 @@ def terms_of(spec: AddressSpec) -> Terms:
 
 @triton.jit
 def term_gradient(
-    p_grad, p_chain, b_term, m_term, o_w, m_w, W: tl.constexpr, ACC: tl.constexpr, terms: tl.constexpr, address: tl.constexpr
+    p_grad,
+    p_chain,
+    b_term,
+    m_term,
+    o_w,
+    m_w,
+    W: tl.constexpr,
+    ACC: tl.constexpr,
+    terms: tl.constexpr,
+    address: tl.constexpr,
 ):
     """Gradient [BB, BW] of terms [BB]: the sum over the active levels that read the term's row."""
     A: tl.constexpr = address.active

@@ -149,9 +149,7 @@ class PrefixMemory(nn.Module):
             if difference is not None:
                 error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {difference}")
                 return
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _spec_difference(self, stored: Tensor) -> str | None:
         own = self.config.spec.to_dict()

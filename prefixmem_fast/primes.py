@@ -44,7 +44,7 @@ def is_prime(n: int) -> bool:
 
 
 def draw_primes(count: int, low: int, high: int, seed: int) -> list[int]:
-    """Draw `count` distinct primes of [low, high): SplitMix64 outputs reduced to the range, made odd, tested in turn."""
+    """Draw distinct primes of [low, high): outputs of SplitMix64 reduced to the range, made odd and tested in turn."""
     primes: list[int] = []
     seen: set[int] = set()
     for value in splitmix64(seed):

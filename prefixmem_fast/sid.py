@@ -23,9 +23,7 @@ class SIDVocabulary:
         self._on_device: dict[torch.device, Tensor] = {}
 
     @classmethod
-    def from_table(
-        cls, tokens: Mapping[int, tuple[int, int]], codebook_sizes: Sequence[int]
-    ) -> SIDVocabulary:
+    def from_table(cls, tokens: Mapping[int, tuple[int, int]], codebook_sizes: Sequence[int]) -> SIDVocabulary:
         """A vocabulary from an explicit table ``{token_id: (level, code)}``; levels count from 1, codes from 0.
 
         Codes that never occur may be missing.
@@ -44,7 +42,7 @@ class SIDVocabulary:
             if not 0 <= code < sizes[level - 1]:
                 raise ValueError(f"token id {token} has code {code}; level {level} allows 0..{sizes[level - 1] - 1}")
             if (level, code) in owner:
-                raise ValueError(f"token ids {owner[level, code]} and {token} both stand for level {level}, code {code}")
+                raise ValueError(f"token ids {owner[level, code]} and {token} both mean level {level}, code {code}")
             owner[level, code] = token
             table[token, 0], table[token, 1] = level, code
         return cls(table, sizes)

@@ -209,7 +209,8 @@ def _check_oracle(report: Report, case: Case) -> None:
     spec, weight = case.spec.to_dict(), case.weight.double().cpu()
     codes = case.codes[:_ORACLE_SIDS]
     rows = torch.from_numpy(oracle.prefix_rows(codes.cpu().numpy(), spec))
-    report.equal("reference rows against the oracle", case, prefix_rows(codes, case.spec, backend="reference").cpu(), rows)
+    found = prefix_rows(codes, case.spec, backend="reference").cpu()
+    report.equal("reference rows against the oracle", case, found, rows)
 
     wide = weight.to(codes.device, copy=True).requires_grad_()
     memory = prefix_memory(codes, wide, case.spec, backend="reference")

@@ -135,7 +135,8 @@ def test_tokens_of_whole_sids_read_what_their_codes_read():
         table[10 + 7 * level : 17 + 7 * level, 1] = torch.arange(7)
     codes = torch.randint(0, 7, (5, 3))
     tokens = codes + torch.tensor([10, 17, 24])
-    ids = torch.cat([torch.tensor([[3]]), tokens[:2].reshape(1, -1), torch.tensor([[0, 1]]), tokens[2:].reshape(1, -1)], 1)
+    row = [3, *tokens[:2].flatten().tolist(), 0, 1, *tokens[2:].flatten().tolist()]
+    ids = torch.tensor([row])
     weight = torch.randn(spec.total_rows, 2)
     out = token_memory(ids, table, weight, spec)[0]
     by_sid = torch.cat([out[1:7], out[9:]]).reshape(5, 3, -1)

@@ -72,7 +72,8 @@ def _compile(options: argparse.Namespace) -> int:
         return 1 if spilled else 0
     print("bytes a thread moves in one instruction x how many such instructions; L = 5, N = H = 4, T = 2M, width 64")
     form = "{:<8}{:<20}{:<8}{:<10}{:>5}{:>8}{:>7}{:>8}  {:<26}{:<20}{}"
-    print(form.format("target", "kernel", "mode", "dtype", "regs", "spills", "local", "shared", "loads", "stores", "red."))
+    heads = ("target", "kernel", "mode", "dtype", "regs", "spills", "local", "shared", "loads", "stores", "adds")
+    print(form.format(*heads))
     for k in kernels:
         widths = [" ".join(f"{size}x{count}" for size, count in w.items()) for w in (k.loads, k.stores, k.reductions)]
         print(

@@ -190,7 +190,8 @@ def test_bfloat16_gradients_are_summed_in_float32(deterministic):
     """1 + 300 x 2^-9 survives; a bfloat16 running sum would stay at 1."""
     spec = AddressSpec((1,), heads=1, max_order=1, table_rows=1)
     weight = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    out = prefix_memory(torch.zeros(301, 1, dtype=torch.int64), weight, spec, backend="triton", deterministic=deterministic)
+    codes = torch.zeros(301, 1, dtype=torch.int64)
+    out = prefix_memory(codes, weight, spec, backend="triton", deterministic=deterministic)
     grad = torch.full_like(out, 2**-9)
     grad[0] = 1
     out.backward(grad)

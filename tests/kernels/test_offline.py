@@ -1,0 +1,86 @@
+"""What the compiler makes of every kernel for GPUs that are not here. Runs in processes of its own: no interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+
+
+def python(*arguments):
+    done = subprocess.run([sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100", "gfx942"])
+def compiled(request):
+    """Every kernel, dtype and mode for one architecture, by the command that users run."""
+    return json.loads(python("-m", "prefixmem_fast.cli", "verify", "--compile", "--json", "--targets", request.param))
+
+
+def of(compiled, kernel, mode="prefix", dtype="bfloat16"):
+    """The first is the kernel itself; a second of the same name is its inner form."""
+    return next(k for k in compiled if (k["kernel"], k["mode"], k["dtype"]) == (kernel, mode, dtype))
+
+
+def widths(counts):
+    return {int(size): count for size, count in counts.items()}
+
+
+def test_every_kernel_without_spills_or_local_memory(compiled):
+    assert {k["kernel"] for k in compiled} == {
+        "prefix_memory_fwd", "token_memory_fwd", "prefix_memory_bwd", "token_memory_bwd", "segment_sum",
+        "segment_sum_tokens", "prefix_rows", "token_rows",
+    }  # fmt: skip
+    assert {k["dtype"] for k in compiled} == {"float32", "bfloat16", "float16", "float64"}
+    assert {k["mode"] for k in compiled} == {"prefix", "suffix", "full"}
+    dirty = [(k["kernel"], k["mode"], k["dtype"]) for k in compiled if k["spills"] or k["local_bytes"]]
+    assert not dirty
+
+
+def test_rows_of_64_bfloat16_load_16_bytes_at_once(compiled):
+    """What is not a 16-byte row load is an 8-byte code; outputs leave in 16-byte stores."""
+    kernel = of(compiled, "prefix_memory_fwd")
+    loads = widths(kernel["loads"])
+    threads = 256 if kernel["target"] == "gfx942" else 128
+    rows_a_thread = 8 * 4 * 4 * 64 * 2 // threads // 16  # BM x N x H x w x bytes
+    assert loads.pop(16) == rows_a_thread
+    assert set(loads) == {8}
+    assert set(widths(kernel["stores"])) == {16}
+
+
+def test_gradients_leave_in_vector_reductions(compiled):
+    kernel = of(compiled, "prefix_memory_bwd", dtype="float32")
+    # Vector reductions exist from sm_90 on; sm_80 and CDNA 3 add one float32 at a time.
+    expected = {16} if kernel["target"] in ("sm_90", "sm_100") else {4}
+    assert set(widths(kernel["reductions"])) == expected
+    bfloat = of(compiled, "prefix_memory_bwd")
+    assert set(widths(bfloat["reductions"])) == expected
+
+
+def test_forward_registers_leave_room_for_many_warps(compiled):
+    """Two SIDs a warp in at most 48 registers: 40 or more warps a multiprocessor."""
+    assert of(compiled, "prefix_memory_fwd")["registers"] <= 48
+
+
+RECOMPILE = """
+import torch
+from prefixmem_fast import offline
+from prefixmem_fast.kernels import backward, forward, segment
+spec = offline.paper_spec()
+kernels = (forward.prefix_memory_fwd_kernel, forward.token_memory_fwd_kernel, backward.prefix_memory_bwd_kernel,
+           backward.token_memory_bwd_kernel, segment.segment_sum_kernel)
+for sids in (1, 2, 16, 17, 4096, 1 << 20):
+    for call in offline.launches(spec, torch.float32, 64, sids).values():
+        offline.compiled_by(call, "sm_90")
+print([len(kernel.device_caches["sm_90"][0]) for kernel in kernels])
+"""
+
+
+def test_a_new_batch_size_compiles_nothing():
+    """One binary a kernel whatever the number of SIDs; the segment sum has a leaf and an inner form for each input."""
+    assert json.loads(python("-c", RECOMPILE)) == [1, 1, 1, 1, 4]
