@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from prefixmem_fast import AddressSpec, ops, prefix_memory, prefix_rows, token_memory
@@ -55,7 +56,7 @@ def test_compile_whole_graph(backend):
 
 def test_compile_with_a_dynamic_batch():
     w = weight()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(lambda codes: prefix_memory(codes, w, SPEC), fullgraph=True, dynamic=True, backend=counter)
     for sids in (11, 13, 17):  # no size of another tensor, or torch ties the two together
         batch = torch.randint(0, 3, (sids, 3))

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from ..backends import BackendError
-from . import info, verify
+from . import demo, info, verify
 
-COMMANDS = {"info": info, "verify": verify}
+COMMANDS = {"info": info, "verify": verify, "demo": demo}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
