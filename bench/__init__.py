@@ -1,1 +1,1 @@
-"""Microbenchmarks of prefixmem_fast: `python -m bench` on this machine, `python bench/gpu.py` for everything on a GPU."""
+"""Microbenchmarks: `python -m bench` on this machine, `python bench/gpu.py` for the whole suite on a GPU."""

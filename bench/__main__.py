@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,8 +26,6 @@ from tqdm import tqdm
 
 from prefixmem_fast import AddressSpec, prefix_memory, prefix_rows
 from prefixmem_fast.cli.info import collect
-
-Work = tuple[str, Callable[[Tensor], Tensor], Tensor, list[nn.Parameter]]
 
 
 def eager_tables(spec: AddressSpec, weight: Tensor) -> tuple[Callable[[Tensor], Tensor], list[nn.Parameter]]:
@@ -69,6 +68,12 @@ def providers(spec: AddressSpec, width: int, dtype: torch.dtype, device: str) ->
         ),
         ("eager PyTorch, one nn.Embedding a table", eager, eager_parameters),
     ]
+
+
+def training_step(forward: Callable[[Tensor], Tensor], codes: Tensor, parameters: list, grad: Tensor) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+    forward(codes).backward(grad)
 
 
 def timed(call: Callable[[], object], device: str, repeats: int) -> tuple[float, float, float]:
@@ -133,14 +138,9 @@ def main() -> None:
                 continue
             grad = torch.randn_like(forward(codes))
             with torch.no_grad():
-                times = timed(lambda f=forward: f(codes), device, options.repeats)
+                times = timed(partial(forward, codes), device, options.repeats)
             rows.append(_row("forward", name, sids, times, floor, bandwidth, machine, commit))
-
-            def step(f=forward, p=parameters, g=grad):
-                for parameter in p:
-                    parameter.grad = None
-                f(codes).backward(g)
-
+            step = partial(training_step, forward, codes, parameters, grad)
             times = timed(step, device, max(options.repeats // 3, 3))
             rows.append(_row("forward + dense backward", name, sids, times, None, bandwidth, machine, commit))
     print(f"{'':<26}{'provider':<42}{'SIDs':>9}{'ms':>10}{'p20':>9}{'p80':>9}{'of copy':>9}")
