@@ -1,10 +1,15 @@
 """Triton kernels of PrefixMem, one file a family. Installed as `prefixmem_fast.kernels`.
 
-    address.py    the hash, the rows and the codes in registers; what all kernels share
     forward.py    S over codes and over a token stream
     backward.py   dense gradient by float32 atomics
     segment.py    dense gradient by a stable sort and fixed-order sums: the deterministic mode
     rows.py       the rows themselves
+    address.py    the hash, the rows and the codes in registers   }
+    tokens.py     Semantic IDs in a token stream                  } what they share
+    tiles.py      block sizes and launch options                  }
+
+Names inside the kernels: `o_` offsets, `m_` masks, `p_` pointers, `b_` blocks in registers, `i_` program indices;
+BM SIDs, BH heads, BW columns of a head's row and BT tokens are the sides of a tile. Levels and orders count from 1.
 
 Set TRITON_INTERPRET=1 before triton is imported to run every kernel on CPU tensors.
 """

@@ -16,21 +16,9 @@ from torch import Tensor
 
 from prefixmem_fast.spec import AddressSpec
 
-from .address import (
-    LAUNCH,
-    address_of,
-    column_tile,
-    load_sid_codes,
-    load_token,
-    load_token_codes,
-    order_rows,
-    rank_tokens,
-    ranked_tokens,
-    tile_of,
-    token_tile,
-    token_tile_of,
-    zero_table,
-)
+from .address import address_of, load_sid_codes, order_rows
+from .tiles import LAUNCH, column_tile, tile_of, zero_table
+from .tokens import load_token, load_token_codes, rank_tokens, ranked_tokens, token_tile, token_tile_of
 
 
 @triton.jit

@@ -15,18 +15,14 @@ from torch import Tensor
 
 from prefixmem_fast.spec import AddressSpec
 
-from .address import (
-    LAUNCH,
-    address_of,
-    column_tile,
-    load_sid_codes,
+from .address import address_of, load_sid_codes, order_rows
+from .tiles import LAUNCH, column_tile, tile_of
+from .tokens import (
     load_token,
     load_token_codes,
-    order_rows,
     rank_tokens,
     ranked_tokens,
-    same_segment,
-    tile_of,
+    stands_at_active_level,
     token_tile,
     token_tile_of,
 )
@@ -107,23 +103,6 @@ def prefix_memory_fwd_kernel(
         if address.slot_of_level[l - 1] >= 0:
             p_level = p_out + ((o_m * A + address.slot_of_level[l - 1]) * (H * W))[:, None, None] + o_d
             tl.store(p_level, b_sum.to(p_out.dtype.element_ty), mask=m_m[:, None, None] & m_d)
-
-
-@triton.jit
-def stands_at_active_level(p_ids, p_table, p_segments, o_t, m_t, V, address: tl.constexpr):
-    """Mask of tokens at an active level of a whole SID: the tokens before them have the levels 1, 2, .. in order."""
-    LAST: tl.constexpr = address.last_active
-    b_level, _ = load_token(p_ids, p_table, o_t, m_t, V)
-    m_active = tl.zeros_like(m_t)
-    for l in tl.static_range(1, LAST + 1):
-        if address.slot_of_level[l - 1] >= 0:
-            m_active = m_active | (b_level == l)
-    m_active = m_active & (b_level <= o_t + 1)
-    for back in tl.static_range(1, LAST):
-        m_back = same_segment(p_segments, o_t, o_t - back, m_active & (b_level > back))
-        b_before, _ = load_token(p_ids, p_table, o_t - back, m_back, V)
-        m_active = m_active & ((b_level <= back) | (m_back & (b_before == b_level - back)))
-    return m_active
 
 
 @triton.jit(do_not_specialize=["T", "V"])

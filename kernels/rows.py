@@ -12,7 +12,9 @@ from torch import Tensor
 
 from prefixmem_fast.spec import AddressSpec
 
-from .address import LAUNCH, address_of, load_sid_codes, load_token, load_token_codes, order_rows, token_tile
+from .address import address_of, load_sid_codes, order_rows
+from .tiles import LAUNCH
+from .tokens import load_token, load_token_codes, token_tile
 
 
 @triton.jit

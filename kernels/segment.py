@@ -20,8 +20,9 @@ from torch import Tensor
 
 from prefixmem_fast.spec import AddressSpec
 
-from .address import LAUNCH, address_of, zero_table
+from .address import address_of
 from .rows import pair_rows, token_pair_rows
+from .tiles import LAUNCH, zero_table
 
 BLOCK = 32  # terms a block
 

@@ -146,7 +146,8 @@ def _stand_in_driver(target: str) -> Iterator[list[Any]]:
         ),
     )
     seen: list[Any] = []
-    run, active = JITFunction.run, driver._active
+    slot = "_active" if hasattr(driver, "_active") else "active"  # triton 3.4 keeps a lazy proxy in `active`
+    run, active = JITFunction.run, getattr(driver, slot)
 
     def recording_run(self, *args, **kwargs):
         kernel = run(self, *args, **kwargs)
@@ -160,7 +161,7 @@ def _stand_in_driver(target: str) -> Iterator[list[Any]]:
         yield seen
     finally:
         JITFunction.run = run
-        driver._active = active
+        setattr(driver, slot, active)
 
 
 def _inspect(kernel: Any, name: str, mode: str, dtype: str, target: str) -> Compiled:

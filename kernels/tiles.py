@@ -1,0 +1,49 @@
+"""Block sizes, column tiles and launch options that the kernels share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefixmem_fast.spec import AddressSpec
+
+# Sums hold no product to contract; naming the option keeps the bits equal across Triton's changing defaults.
+LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+class Tile(NamedTuple):
+    """Block sizes of one launch, and how many column tiles cover a row of H x W."""
+
+    BM: int
+    BH: int
+    BW: int
+    columns: int
+
+
+def tile_of(heads: int, width: int, dtype: torch.dtype, budget: int) -> Tile:
+    """A tile whose accumulator takes `budget` bytes a program: float64 for a float64 table, else float32."""
+    elements = budget // (8 if dtype == torch.float64 else 4)
+    BW = min(triton.next_power_of_2(width), elements)
+    BH = min(triton.next_power_of_2(heads), elements // BW)
+    BM = min(elements // (BH * BW), 32)
+    return Tile(BM, BH, BW, triton.cdiv(heads, BH) * triton.cdiv(width, BW))
+
+
+@triton.jit
+def column_tile(i_block, H: tl.constexpr, W: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+    """Heads and columns of tile i_block of a row of H x W: offsets [BH], [BW], element offsets and mask [1, BH, BW]."""
+    N_W: tl.constexpr = (W + BW - 1) // BW
+    o_h = i_block // N_W * BH + tl.arange(0, BH)
+    o_w = i_block % N_W * BW + tl.arange(0, BW)
+    o_d = (o_h[:, None] * W + o_w[None, :])[None, :, :]
+    m_d = ((o_h < H)[:, None] & (o_w < W)[None, :])[None, :, :]
+    return o_h, o_w, o_d, m_d
+
+
+def zero_table(spec: AddressSpec, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A table of zeros to sum a dense gradient in."""
+    return torch.zeros((spec.total_rows, width), dtype=dtype, device=device)
