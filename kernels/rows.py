@@ -76,7 +76,10 @@ def token_rows_kernel(
     tl.store(p_chain + i_row * T + o_t, b_chain, mask=o_t < T)
 
 
-_BM = 64
+def _tile(heads: int) -> tuple[int, int]:
+    """BM and BH: 256 rows of a pair a program; more would spill where orders and heads are many."""
+    BH = triton.next_power_of_2(heads)
+    return max(min(256 // BH, 64), 1), BH
 
 
 def prefix_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
@@ -96,8 +99,8 @@ def pair_rows(codes: Tensor, pairs: tuple[tuple[int, int], ...], dtype: torch.dt
     rows = torch.empty((M, len(pairs), spec.heads), dtype=dtype, device=codes.device)
     if rows.numel():
         last = max(level for level, _ in pairs)
-        BH = triton.next_power_of_2(spec.heads)
-        prefix_rows_kernel[(triton.cdiv(M, _BM),)](codes, rows, M, last, pairs, address_of(spec), _BM, BH, **LAUNCH)
+        BM, BH = _tile(spec.heads)
+        prefix_rows_kernel[(triton.cdiv(M, BM),)](codes, rows, M, last, pairs, address_of(spec), BM, BH, **LAUNCH)
     return rows
 
 
@@ -114,9 +117,9 @@ def token_pair_rows(
     rows = torch.empty((B * T, len(pairs), spec.heads), dtype=dtype, device=input_ids.device)
     chain = torch.empty((B * T,), dtype=torch.int32, device=input_ids.device)
     if rows.numel():
-        BH = triton.next_power_of_2(spec.heads)
-        token_rows_kernel[(B * triton.cdiv(T, _BM),)](
+        BM, BH = _tile(spec.heads)
+        token_rows_kernel[(B * triton.cdiv(T, BM),)](
             input_ids, token_table, segment_ids, rows, chain, T, token_table.shape[0],
-            pairs, address_of(spec), _BM, BH, **LAUNCH,
+            pairs, address_of(spec), BM, BH, **LAUNCH,
         )  # fmt: skip
     return rows, chain
