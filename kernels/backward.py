@@ -17,7 +17,7 @@ from torch import Tensor
 from prefixmem_fast.spec import AddressSpec
 
 from .address import address_of, load_sid_codes, order_rows
-from .tiles import LAUNCH, column_tile, tile_of, zero_table
+from .tiles import LAUNCH, blocks, column_tile, tile_of, zero_table
 from .tokens import load_token, load_token_codes, rank_tokens, ranked_tokens, token_tile, token_tile_of
 
 
@@ -159,7 +159,7 @@ def prefix_memory_bwd(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Tensor:
     M, W = codes.shape[0], total.shape[1]
     if grad.numel():
         tile = tile_of(spec.heads, W, grad.dtype, BUDGET)
-        grid = (triton.cdiv(M, tile.BM), tile.columns)
+        grid = (blocks(M, tile.BM), tile.columns)
         prefix_memory_bwd_kernel[grid](codes, grad, total, M, W, address_of(spec), tile.BM, tile.BH, tile.BW, **LAUNCH)
     return total.to(grad.dtype)
 
@@ -173,7 +173,7 @@ def token_memory_bwd(
     if grad.numel():
         tile = tile_of(spec.heads, W, grad.dtype, TOKEN_BUDGET)
         BT = token_tile_of(tile)
-        grid = (B * triton.cdiv(T, BT), tile.columns)
+        grid = (B * blocks(T, BT), tile.columns)
         token_memory_bwd_kernel[grid](
             input_ids, token_table, segment_ids, grad, total, T, token_table.shape[0],
             W, address_of(spec), BT, tile.BM, tile.BH, tile.BW, **LAUNCH,

@@ -16,7 +16,7 @@ from torch import Tensor
 from prefixmem_fast.spec import AddressSpec
 
 from .address import address_of, load_sid_codes, order_rows
-from .tiles import LAUNCH, column_tile, tile_of
+from .tiles import LAUNCH, blocks, column_tile, tile_of
 from .tokens import (
     load_token,
     load_token_codes,
@@ -175,7 +175,7 @@ def prefix_memory_fwd(codes: Tensor, weight: Tensor, spec: AddressSpec) -> Tenso
     out = torch.empty((M, len(spec.active_levels), spec.heads * W), dtype=weight.dtype, device=weight.device)
     if out.numel():
         tile = tile_of(spec.heads, W, weight.dtype, BUDGET)
-        grid = (triton.cdiv(M, tile.BM), tile.columns)
+        grid = (blocks(M, tile.BM), tile.columns)
         prefix_memory_fwd_kernel[grid](codes, weight, out, M, W, address_of(spec), tile.BM, tile.BH, tile.BW, **LAUNCH)
     return out
 
@@ -189,7 +189,7 @@ def token_memory_fwd(
     if out.numel():
         tile = tile_of(spec.heads, W, weight.dtype, BUDGET)
         BT = token_tile_of(tile)
-        grid = (B * triton.cdiv(T, BT), tile.columns)
+        grid = (B * blocks(T, BT), tile.columns)
         token_memory_fwd_kernel[grid](
             input_ids, token_table, segment_ids, weight, out, T, token_table.shape[0],
             W, address_of(spec), BT, tile.BM, tile.BH, tile.BW, **LAUNCH,

@@ -5,6 +5,8 @@ A pair (level, order) names one column of rows; order 0 stands for an order that
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,7 @@ from torch import Tensor
 from prefixmem_fast.spec import AddressSpec
 
 from .address import address_of, load_sid_codes, order_rows
-from .tiles import LAUNCH
+from .tiles import LAUNCH, blocks
 from .tokens import load_token, load_token_codes, token_tile
 
 
@@ -76,20 +78,25 @@ def token_rows_kernel(
     tl.store(p_chain + i_row * T + o_t, b_chain, mask=o_t < T)
 
 
+@lru_cache(maxsize=64)
 def _tile(heads: int) -> tuple[int, int]:
     """BM and BH: 256 rows of a pair a program; more would spill where orders and heads are many."""
     BH = triton.next_power_of_2(heads)
     return max(min(256 // BH, 64), 1), BH
 
 
-def prefix_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
-    """Rows int64 ``[M, L, N, H]`` of contiguous codes ``[M, L]``."""
-    pairs = tuple(
+@lru_cache(maxsize=64)
+def _all_pairs(spec: AddressSpec) -> tuple[tuple[int, int], ...]:
+    return tuple(
         (level, order if order in spec.orders_at(level) else 0)
         for level in range(1, spec.levels + 1)
         for order in range(1, spec.max_order + 1)
     )
-    rows = pair_rows(codes, pairs, torch.int64, spec)
+
+
+def prefix_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
+    """Rows int64 ``[M, L, N, H]`` of contiguous codes ``[M, L]``."""
+    rows = pair_rows(codes, _all_pairs(spec), torch.int64, spec)
     return rows.view(codes.shape[0], spec.levels, spec.max_order, spec.heads)
 
 
@@ -100,7 +107,7 @@ def pair_rows(codes: Tensor, pairs: tuple[tuple[int, int], ...], dtype: torch.dt
     if rows.numel():
         last = max(level for level, _ in pairs)
         BM, BH = _tile(spec.heads)
-        prefix_rows_kernel[(triton.cdiv(M, BM),)](codes, rows, M, last, pairs, address_of(spec), BM, BH, **LAUNCH)
+        prefix_rows_kernel[(blocks(M, BM),)](codes, rows, M, last, pairs, address_of(spec), BM, BH, **LAUNCH)
     return rows
 
 
@@ -118,7 +125,7 @@ def token_pair_rows(
     chain = torch.empty((B * T,), dtype=torch.int32, device=input_ids.device)
     if rows.numel():
         BM, BH = _tile(spec.heads)
-        token_rows_kernel[(B * triton.cdiv(T, BM),)](
+        token_rows_kernel[(B * blocks(T, BM),)](
             input_ids, token_table, segment_ids, rows, chain, T, token_table.shape[0],
             pairs, address_of(spec), BM, BH, **LAUNCH,
         )  # fmt: skip

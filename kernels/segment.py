@@ -22,7 +22,7 @@ from prefixmem_fast.spec import AddressSpec
 
 from .address import address_of
 from .rows import pair_rows, token_pair_rows
-from .tiles import LAUNCH, zero_table
+from .tiles import LAUNCH, blocks, zero_table
 
 BLOCK = 32  # terms a block
 
@@ -159,20 +159,20 @@ def _sum_sorted(grad: Tensor, rows: Tensor, chain: Tensor | None, spec: AddressS
         return total
     accumulator = torch.float64 if grad.dtype == torch.float64 else torch.float32
     keys, order = torch.sort(rows.flatten(), stable=True)
-    values = None
+    values, terms, address = None, terms_of(spec), address_of(spec)
     BW = min(triton.next_power_of_2(W), 256)
     BB = min(max(1024 // BW, 1), 64)
     while True:
         entries = keys.numel()
-        blocks = triton.cdiv(entries, BLOCK)
-        edge_keys = torch.empty((2 * blocks,), dtype=keys.dtype, device=grad.device)
-        edge_values = torch.empty((2 * blocks, W), dtype=accumulator, device=grad.device)
-        grid = (triton.cdiv(blocks, BB), triton.cdiv(W, BW))
+        n_blocks = blocks(entries, BLOCK)
+        edge_keys = torch.empty((2 * n_blocks,), dtype=keys.dtype, device=grad.device)
+        edge_values = torch.empty((2 * n_blocks, W), dtype=accumulator, device=grad.device)
+        grid = (blocks(n_blocks, BB), blocks(W, BW))
         segment_sum_kernel[grid](
             keys, order, grad, chain, values, total, edge_keys, edge_values, entries,
-            W, terms_of(spec), address_of(spec), values is None, BLOCK, BB, BW, **LAUNCH,
+            W, terms, address, values is None, BLOCK, BB, BW, **LAUNCH,
         )  # fmt: skip
-        if blocks == 1:
+        if n_blocks == 1:
             return total
         keys, values = edge_keys, edge_values
 

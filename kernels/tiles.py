@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,13 +25,19 @@ class Tile(NamedTuple):
     columns: int
 
 
+def blocks(size: int, block: int) -> int:
+    """ceil(size / block); triton.cdiv takes microseconds on the host."""
+    return -(-size // block)
+
+
+@lru_cache(maxsize=256)
 def tile_of(heads: int, width: int, dtype: torch.dtype, budget: int) -> Tile:
     """A tile whose accumulator takes `budget` bytes a program: float64 for a float64 table, else float32."""
     elements = budget // (8 if dtype == torch.float64 else 4)
     BW = min(triton.next_power_of_2(width), elements)
     BH = min(triton.next_power_of_2(heads), elements // BW)
     BM = min(elements // (BH * BW), 32)
-    return Tile(BM, BH, BW, triton.cdiv(heads, BH) * triton.cdiv(width, BW))
+    return Tile(BM, BH, BW, blocks(heads, BH) * blocks(width, BW))
 
 
 @triton.jit

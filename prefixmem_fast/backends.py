@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import lru_cache
+import re
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -19,31 +20,35 @@ class BackendError(RuntimeError):
     """A backend cannot run here; the message says why and what to do."""
 
 
-@lru_cache(maxsize=1)
-def triton_problem() -> str | None:
-    """Why the kernels cannot be built here at all, or None."""
+def _find_triton_problem() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; it comes with torch for GPUs on Linux, or: pip install triton"
-    try:
-        found = version("triton")
-    except PackageNotFoundError:
-        return None  # a vendor's build under another name
-    if tuple(int(part) for part in found.split("+")[0].split(".")[:2]) < _OLDEST_TRITON:
-        oldest = ".".join(map(str, _OLDEST_TRITON))
-        return f"triton {found} is older than {oldest}; install torch 2.8 or newer with its triton"
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+        if tuple(map(int, re.findall(r"\d+", found)[:2])) < _OLDEST_TRITON:
+            oldest = ".".join(map(str, _OLDEST_TRITON))
+            return f"triton {found} is older than {oldest}; install torch 2.8 or newer with its triton"
+        break
     return None
+
+
+# Why the kernels cannot be built here at all, or None.
+TRITON_PROBLEM = _find_triton_problem()
 
 
 def interpreting() -> bool:
     """Whether the kernels run in the Triton interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def unavailable(backend: str, device: torch.device) -> str | None:
     """Why `backend` cannot run on tensors of `device`, or None."""
     if backend == "reference" or device.type == "meta":
         return None
-    problem = triton_problem()
+    problem = TRITON_PROBLEM
     if problem is None and device.type != "cuda" and not interpreting():
         problem = (
             f"the tensors are on {device}; move them to a GPU, set TRITON_INTERPRET=1 before starting Python to run "
@@ -52,22 +57,29 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     return problem
 
 
-def resolve(backend: str, *tensors: Tensor) -> str:
-    """The backend that runs for these tensors.
-
-    Raises:
-        ValueError: `backend` is unknown, the tensors are on different devices.
-        BackendError: the backend cannot run here.
-    """
+def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r} is unknown; allowed are {', '.join(map(repr, BACKENDS))}")
-    device = tensors[0].device
-    if any(tensor.device != device for tensor in tensors):
-        raise ValueError(
-            f"the tensors are on {', '.join(str(tensor.device) for tensor in tensors)}; move them to one device"
-        )
+
+
+def resolve(backend: str, **tensors: Tensor) -> str:
+    """The backend that runs for these named tensors.
+
+    Raises:
+        ValueError: `backend` is unknown, or the tensors are on different devices.
+        BackendError: the backend cannot run here.
+    """
+    check_backend(backend)
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    device = next(iter(devices.values()))
+    if any(other != device for other in devices.values()):
+        where = ", ".join(f"{name} is on {other}" for name, other in devices.items())
+        raise ValueError(f"{where}; move them to one device")
     if backend == "auto":
-        return "triton" if device.type == "cuda" and triton_problem() is None else "reference"
+        if device.type == "cuda" and TRITON_PROBLEM is not None:
+            warnings.warn(f"the reference runs, slowly: {TRITON_PROBLEM}", stacklevel=3)
+            return "reference"
+        return "triton" if device.type == "cuda" else "reference"
     problem = unavailable(backend, device)
     if problem is not None:
         raise BackendError(f"backend = {backend!r} cannot run: {problem}")

@@ -8,14 +8,15 @@ m_l is added to the input embedding of the token of c_l. There is no gate, no no
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .ops import prefix_memory, token_memory
-from .spec import AddressSpec
+from .ops import check_how, prefix_memory, token_memory
+from .spec import AddressSpec, positive
 
 if TYPE_CHECKING:
     from .sid import SIDVocabulary
@@ -45,21 +46,23 @@ class PrefixMemConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.spec, AddressSpec):
             raise TypeError(f"spec is a {type(self.spec).__name__}; give an AddressSpec")
-        sizes = {"memory_dim": self.memory_dim}
+        object.__setattr__(self, "memory_dim", positive("memory_dim", self.memory_dim))
         if self.hidden_size is not None:
-            sizes["hidden_size"] = self.hidden_size
-        for name, value in sizes.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} = {value!r} is not a positive integer")
+            object.__setattr__(self, "hidden_size", positive("hidden_size", self.hidden_size))
         if self.memory_dim % self.spec.heads:
-            raise ValueError(f"memory_dim = {self.memory_dim} is not a multiple of the spec's {self.spec.heads} heads")
+            heads = self.spec.heads
+            near = max(self.memory_dim // heads, 1) * heads
+            raise ValueError(
+                f"memory_dim = {self.memory_dim} is not a multiple of the spec's {heads} heads; "
+                f"give {near} or {near + heads}, say"
+            )
         if self.spec.total_rows * self.row_width >= 1 << 63:
             raise ValueError(
                 f"{self.spec.total_rows} rows of {self.row_width} do not fit 2^63 elements; lower table_rows"
             )
         for name in ("memory_init_std", "output_init_std"):
             value = getattr(self, name)
-            if not 0 <= value < float("inf"):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} = {value!r} is not a finite number of 0 or more")
 
     @property
@@ -72,6 +75,17 @@ class PrefixMemConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PrefixMemConfig:
+        """Rebuild a config from `to_dict()`.
+
+        Raises:
+            TypeError, ValueError: `values` is not a dict, lacks `spec`, or has an unknown key.
+        """
+        if not isinstance(values, dict):
+            raise TypeError(f"the config is a {type(values).__name__}; give the dict that to_dict() returned")
+        unknown = [key for key in values if key not in cls.__dataclass_fields__]
+        if unknown or "spec" not in values:
+            what = f"has an unknown entry {unknown[0]!r}" if unknown else "lacks spec"
+            raise ValueError(f"the config {what}; known are {', '.join(cls.__dataclass_fields__)}")
         return cls(**{**values, "spec": AddressSpec.from_dict(values["spec"])})
 
 
@@ -83,7 +97,7 @@ class PrefixMemory(nn.Module):
         backend, grad, deterministic: how `prefix_memory` computes; not part of the checkpoint.
 
     The state_dict carries the spec as JSON bytes (a uint8 tensor, so that safetensors takes it). Loading a checkpoint
-    whose spec differs reports both specs and leaves the tables as they were.
+    whose spec differs raises RuntimeError with both specs before anything of this module is changed.
     """
 
     def __init__(
@@ -97,6 +111,8 @@ class PrefixMemory(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_config(config)
+        check_how(backend, grad, deterministic)
         self.config = config
         self.backend, self.grad, self.deterministic = backend, grad, deterministic
         self.weight = nn.Parameter(torch.empty(config.spec.total_rows, config.row_width, device=device, dtype=dtype))
@@ -116,6 +132,11 @@ class PrefixMemory(nn.Module):
             ValueError: the vocabulary's codebooks are not the spec's.
         """
         spec = self.config.spec
+        if not hasattr(vocabulary, "token_table") or not isinstance(input_ids, Tensor):
+            raise TypeError(
+                f"input_ids is a {type(input_ids).__name__} and vocabulary a {type(vocabulary).__name__}; "
+                "give a tensor [B, T] and a SIDVocabulary"
+            )
         if tuple(vocabulary.codebook_sizes) != spec.codebook_sizes:
             raise ValueError(
                 f"the vocabulary's codebook_sizes {tuple(vocabulary.codebook_sizes)} differ from the encoder's "
@@ -144,26 +165,43 @@ class PrefixMemory(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         stored = state_dict.get(prefix + "_extra_state")
-        if stored is not None:
+        if prefix + "_extra_state" in state_dict:
             difference = self._spec_difference(stored)
-            if difference is not None:
-                error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {difference}")
-                return
+            if difference is not None:  # raised at once, not collected: later modules keep their weights too
+                raise RuntimeError(f"{prefix.rstrip('.') or type(self).__name__}: {difference}")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
-    def _spec_difference(self, stored: Tensor) -> str | None:
+    def _spec_difference(self, stored: Any) -> str | None:
         own = self.config.spec.to_dict()
         try:
-            found = json.loads(bytes(stored.cpu().tolist()))
-        except ValueError:
+            if stored.dtype != torch.uint8 or stored.is_meta:
+                return f"the checkpoint's address spec is {stored.dtype} on {stored.device}; load it as it was saved"
+            found = json.loads(bytes(stored.cpu().flatten().tolist()))
+            names = [name for name in {**own, **found} if found.get(name) != own.get(name)]
+        except (AttributeError, TypeError, ValueError):
             return "the checkpoint's address spec is not JSON; the file is damaged or was not written by this package"
-        if found == own:
+        if not names:
             return None
-        names = [name for name in own if found.get(name) != own[name]]
         return (
-            f"the checkpoint's address spec differs in {', '.join(names)}: its rows mean other prefixes. "
-            f"Build the module from the checkpoint's spec.\n  checkpoint: {found}\n  module:     {own}"
+            f"the checkpoint's address spec differs in {', '.join(names)}. Build the module from the checkpoint's "
+            f"spec.\n  checkpoint: {found}\n  module:     {own}"
         )
+
+
+class OutputProjection(nn.Linear):
+    """W_out: no bias, and a start near zero that also holds where a framework calls `reset_parameters`."""
+
+    def __init__(self, config: PrefixMemConfig, **factory: Any) -> None:
+        self.init_std = config.output_init_std
+        super().__init__(config.memory_dim, config.hidden_size, bias=False, **factory)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.init_std)
+
+
+def _check_config(config: PrefixMemConfig) -> None:
+    if not isinstance(config, PrefixMemConfig):
+        raise TypeError(f"config is a {type(config).__name__}; give a PrefixMemConfig")
 
 
 class PrefixMem(nn.Module):
@@ -188,18 +226,18 @@ class PrefixMem(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_config(config)
         if config.hidden_size is None:
             raise ValueError("hidden_size = None; give the width of the model's embeddings in PrefixMemConfig")
         self.config = config
         self.memory = PrefixMemory(
             config, backend=backend, grad=grad, deterministic=deterministic, device=device, dtype=dtype
         )
-        self.out_proj = nn.Linear(config.memory_dim, config.hidden_size, bias=False, device=device, dtype=dtype)
-        self.reset_output()
+        self.out_proj = OutputProjection(config, device=device, dtype=dtype)
 
     def reset_output(self) -> None:
         """Start W_out afresh, near zero: what a pre-trained memory needs when it meets a new model."""
-        nn.init.normal_(self.out_proj.weight, std=self.config.output_init_std)
+        self.out_proj.reset_parameters()
 
     def forward(self, codes: Tensor) -> Tensor:
         """m of every level: integer ``[..., L]`` to ``[..., L, hidden_size]``, zero at inactive levels."""

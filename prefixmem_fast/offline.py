@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .backends import BackendError, interpreting, triton_problem
+from .backends import TRITON_PROBLEM, BackendError, interpreting
 from .spec import AddressSpec
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -61,7 +61,7 @@ def problem() -> str | None:
     """Why nothing can be compiled here, or None."""
     if interpreting():
         return "TRITON_INTERPRET=1 is set, so Triton interprets and does not compile; unset it"
-    return triton_problem()
+    return TRITON_PROBLEM
 
 
 def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 4096) -> dict[str, Callable[[], Any]]:

@@ -1,7 +1,8 @@
 """The operation as torch custom operators, and the functions that users call.
 
 `prefix_memory` and `token_memory` are linear in the table, so each is the derivative of its own backward: the pair of
-operators below differentiates to any order. torch.compile, checkpointing, autocast and DDP see ordinary operators.
+operators below differentiates in reverse mode to any order. Custom operators have no forward mode; it is refused.
+torch.compile, checkpointing, autocast and DDP see ordinary operators.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
-from .backends import resolve
+from .backends import check_backend, resolve
 from .spec import AddressSpec
 
 GRADS = ("dense",)
@@ -36,8 +38,9 @@ def prefix_rows(codes: Tensor, spec: AddressSpec, *, backend: str = "auto") -> T
         TypeError, ValueError: an argument's type, dtype, shape or value is not as stated.
         BackendError: the backend cannot run on these tensors.
     """
+    _check_spec(spec)
     _check_codes(codes, spec)
-    rows = _prefix_rows(codes.reshape(-1, spec.levels).contiguous(), spec.key, resolve(backend, codes))
+    rows = _prefix_rows(codes.reshape(-1, spec.levels), spec.key, resolve(backend, codes=codes))
     return rows.view(*codes.shape[:-1], *rows.shape[1:])
 
 
@@ -60,6 +63,7 @@ def prefix_memory(
         backend: "auto", "triton" or "reference"; "auto" takes Triton for tensors on a GPU.
         grad: "dense" gives ``weight.grad`` of the shape and dtype of `weight`.
         deterministic: the gradient has the same bits run after run; otherwise it may be summed by float32 atomics.
+            `torch.use_deterministic_algorithms(True)` asks for it too.
 
     Returns:
         ``[..., A, H * w]`` in the dtype of `weight`, summed in float32 (float64 for float64).
@@ -68,14 +72,15 @@ def prefix_memory(
         TypeError, ValueError: an argument's type, dtype, shape or value is not as stated.
         BackendError: the backend cannot run on these tensors.
     """
+    _check_spec(spec)
     _check_codes(codes, spec)
     _check_weight(weight, spec)
-    _check_grad(grad)
+    check_how(backend, grad, deterministic)
     out = _prefix_memory(
-        codes.reshape(-1, spec.levels).contiguous(),
-        weight.contiguous(),
+        codes.reshape(-1, spec.levels),
+        weight,
         spec.key,
-        resolve(backend, codes, weight),
+        resolve(backend, codes=codes, weight=weight),
         deterministic,
     )
     return out.view(*codes.shape[:-1], *out.shape[1:])
@@ -110,35 +115,55 @@ def token_memory(
         TypeError, ValueError: an argument's type, dtype, shape or value is not as stated.
         BackendError: the backend cannot run on these tensors.
     """
+    _check_spec(spec)
     _check_tensor("input_ids", input_ids, (torch.int32, torch.int64), 2, "[B, T]")
     _check_tensor("token_table", token_table, (torch.int32,), 2, "[V, 2]")
     if token_table.shape[1] != 2:
         raise ValueError(f"token_table has shape {tuple(token_table.shape)}; give [V, 2], (level, code) of each id")
-    tensors = [input_ids, token_table, weight]
+    tensors = {"input_ids": input_ids, "token_table": token_table, "weight": weight}
     if segment_ids is not None:
         _check_tensor("segment_ids", segment_ids, (torch.int32, torch.int64), 2, "[B, T]")
         if segment_ids.shape != input_ids.shape:
             raise ValueError(
                 f"segment_ids has shape {tuple(segment_ids.shape)}; give that of input_ids, {tuple(input_ids.shape)}"
             )
-        segment_ids = segment_ids.contiguous()
-        tensors.append(segment_ids)
+        tensors["segment_ids"] = segment_ids
     _check_weight(weight, spec)
-    _check_grad(grad)
+    check_how(backend, grad, deterministic)
     return _token_memory(
-        input_ids.contiguous(),
-        token_table.contiguous(),
+        input_ids,
+        token_table,
         segment_ids,
-        weight.contiguous(),
+        weight,
         spec.key,
-        resolve(backend, *tensors),
+        resolve(backend, **tensors),
         deterministic,
     )
 
 
-def _check_codes(codes: Tensor, spec: AddressSpec) -> None:
+def check_how(backend: str, grad: str, deterministic: bool) -> None:
+    """Refuse unknown ways to compute.
+
+    Raises:
+        TypeError, ValueError: with the argument, its value and what is allowed.
+    """
+    check_backend(backend)
+    if grad not in GRADS:
+        raise ValueError(f"grad = {grad!r} is unknown; allowed are {', '.join(map(repr, GRADS))}")
+    if not isinstance(deterministic, bool):
+        raise TypeError(f"deterministic = {deterministic!r} is not a bool; give True or False")
+
+
+def _torch_wants_determinism() -> bool:
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _check_spec(spec: AddressSpec) -> None:
     if not isinstance(spec, AddressSpec):
         raise TypeError(f"spec is a {type(spec).__name__}; give an AddressSpec")
+
+
+def _check_codes(codes: Tensor, spec: AddressSpec) -> None:
     _check_tensor("codes", codes, _CODE_DTYPES, None, "[..., L]")
     if codes.dim() < 1 or codes.shape[-1] != spec.levels:
         raise ValueError(
@@ -151,11 +176,15 @@ def _check_weight(weight: Tensor, spec: AddressSpec) -> None:
     _check_tensor("weight", weight, _WEIGHT_DTYPES, 2, "[R, w]")
     if weight.shape[0] != spec.total_rows or weight.shape[1] < 1:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; the spec needs [{spec.total_rows}, w] with w >= 1")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(weight).tangent is not None:
+        raise NotImplementedError("weight carries a forward-mode tangent; use reverse mode, or torch.func.vjp")
 
 
 def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], dims: int | None, shape: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; give a tensor {shape}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{name} is sparse or nested; give a dense tensor {shape}")
     if tensor.dtype not in dtypes:
         allowed = ", ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} has dtype {tensor.dtype}; allowed are {allowed}; convert with .to()")
@@ -163,12 +192,12 @@ def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], di
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; give {shape}")
 
 
-def _check_grad(grad: str) -> None:
-    if grad not in GRADS:
-        raise ValueError(f"grad = {grad!r} is unknown; allowed are {', '.join(map(repr, GRADS))}")
+# Operators carry the spec as its canonical JSON: graphs, fakes and exported programs then hold all they need. Triton
+# launches on the current device, hence `device_of`; the kernels take contiguous tensors.
 
 
-# Operators carry the spec as its canonical JSON: graphs, fakes and exported programs then hold all they need.
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 @lru_cache(maxsize=64)
@@ -181,7 +210,8 @@ def _prefix_rows(codes: Tensor, spec: str, backend: str) -> Tensor:
     if backend == "triton":
         from .kernels import rows
 
-        return rows.prefix_rows(codes, _spec(spec))
+        with torch.cuda.device_of(codes):
+            return rows.prefix_rows(codes.contiguous(), _spec(spec))
     return reference.prefix_rows(codes, _spec(spec))
 
 
@@ -196,7 +226,8 @@ def _prefix_memory(codes: Tensor, weight: Tensor, spec: str, backend: str, deter
     if backend == "triton":
         from .kernels import forward
 
-        return forward.prefix_memory_fwd(codes, weight, _spec(spec))
+        with torch.cuda.device_of(weight):
+            return forward.prefix_memory_fwd(codes.contiguous(), weight.contiguous(), _spec(spec))
     return reference.prefix_memory(codes, weight, _spec(spec))
 
 
@@ -208,11 +239,12 @@ def _(codes, weight, spec, backend, deterministic):
 
 @torch.library.custom_op("prefixmem_fast::prefix_memory_backward", mutates_args=())
 def _prefix_memory_backward(grad: Tensor, codes: Tensor, spec: str, backend: str, deterministic: bool) -> Tensor:
-    grad = grad.contiguous()
     if backend == "triton":
         from .kernels import backward, segment
 
-        return (segment if deterministic else backward).prefix_memory_bwd(grad, codes, _spec(spec))
+        kernels = segment if deterministic or _torch_wants_determinism() else backward
+        with torch.cuda.device_of(grad):
+            return kernels.prefix_memory_bwd(grad.contiguous(), codes.contiguous(), _spec(spec))
     return reference.prefix_memory_backward(grad, codes, _spec(spec))
 
 
@@ -238,7 +270,7 @@ def _save_backward(ctx, inputs, output):
 
 def _differentiate_backward(ctx, grad_weight):
     (codes,) = ctx.saved_tensors
-    return _prefix_memory(codes, grad_weight.contiguous(), *ctx.how), None, None, None, None
+    return _prefix_memory(codes, grad_weight, *ctx.how), None, None, None, None
 
 
 _prefix_memory.register_autograd(_differentiate_memory, setup_context=_save_memory)
@@ -258,7 +290,8 @@ def _token_memory(
     if backend == "triton":
         from .kernels import forward
 
-        return forward.token_memory_fwd(input_ids, token_table, segment_ids, weight, _spec(spec))
+        with torch.cuda.device_of(weight):
+            return forward.token_memory_fwd(*_contiguous(input_ids, token_table, segment_ids, weight), _spec(spec))
     return reference.token_memory(input_ids, token_table, weight, _spec(spec), segment_ids)
 
 
@@ -277,12 +310,12 @@ def _token_memory_backward(
     backend: str,
     deterministic: bool,
 ) -> Tensor:
-    grad = grad.contiguous()
     if backend == "triton":
         from .kernels import backward, segment
 
-        kernels = segment if deterministic else backward
-        return kernels.token_memory_bwd(grad, input_ids, token_table, segment_ids, _spec(spec))
+        kernels = segment if deterministic or _torch_wants_determinism() else backward
+        with torch.cuda.device_of(grad):
+            return kernels.token_memory_bwd(*_contiguous(grad, input_ids, token_table, segment_ids), _spec(spec))
     return reference.token_memory_backward(grad, input_ids, token_table, _spec(spec), segment_ids)
 
 
@@ -308,7 +341,7 @@ def _save_tokens_backward(ctx, inputs, output):
 
 
 def _differentiate_tokens_backward(ctx, grad_weight):
-    grad = _token_memory(*ctx.saved_tensors, grad_weight.contiguous(), *ctx.how)
+    grad = _token_memory(*ctx.saved_tensors, grad_weight, *ctx.how)
     return grad, None, None, None, None, None, None
 
 

@@ -132,8 +132,8 @@ def token_codes(
         level: int64 ``[B, T]``, the level of the token within its SID, 0 for text.
     """
     known = (input_ids >= 0) & (input_ids < token_table.shape[0])
-    entry = token_table[torch.where(known, input_ids, 0).long()].long()
-    token_level, token_code = torch.where(known, entry[..., 0], 0), entry[..., 1]
+    table = torch.cat([token_table, token_table.new_zeros(1, 2)])  # the row past the end is text
+    token_level, token_code = table[torch.where(known, input_ids, token_table.shape[0]).long()].long().unbind(-1)
 
     level = torch.zeros_like(token_level)
     codes = level.new_full((*level.shape, spec.levels), -1)

@@ -7,6 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .spec import integer, integers
+
+# 2 GiB of table; the largest vocabularies have a few million ids.
+_MOST_IDS = 1 << 28
+
 
 class SIDVocabulary:
     """Maps token ids to (level, code) and back. Every id it does not know is text.
@@ -29,22 +34,33 @@ class SIDVocabulary:
         Codes that never occur may be missing.
 
         Raises:
-            ValueError: an id is negative, a level or code is out of range, or two ids share one (level, code).
+            TypeError: something is not an integer, a pair or a mapping.
+            ValueError: an id, level or code is out of range, or two ids share one (level, code).
         """
-        sizes = tuple(int(size) for size in codebook_sizes)
-        table = torch.zeros((max(tokens, default=-1) + 1, 2), dtype=torch.int32)
+        sizes = integers("codebook_sizes", codebook_sizes)
+        if not sizes or min(sizes) < 1 or max(sizes) > 1 << 31:
+            raise ValueError(f"codebook_sizes = {sizes}; give one size of 1..2^31 a level")
+        if not isinstance(tokens, Mapping):
+            raise TypeError(f"tokens is a {type(tokens).__name__}; give a dict {{token_id: (level, code)}}")
         owner: dict[tuple[int, int], int] = {}
-        for token, (level, code) in tokens.items():
-            if token < 0:
-                raise ValueError(f"token id {token} is negative; ids count from 0")
+        for token, entry in tokens.items():
+            token = integer("token id", token)
+            if not 0 <= token < _MOST_IDS:
+                raise ValueError(f"token id {token} is outside 0..{_MOST_IDS - 1}")
+            entry = integers(f"the entry of token id {token}", entry)
+            if len(entry) != 2:
+                raise ValueError(f"token id {token} has the entry {entry}; give (level, code)")
+            level, code = entry
             if not 1 <= level <= len(sizes):
                 raise ValueError(f"token id {token} has level {level}; allowed are 1..{len(sizes)}")
             if not 0 <= code < sizes[level - 1]:
                 raise ValueError(f"token id {token} has code {code}; level {level} allows 0..{sizes[level - 1] - 1}")
-            if (level, code) in owner:
-                raise ValueError(f"token ids {owner[level, code]} and {token} both mean level {level}, code {code}")
-            owner[level, code] = token
-            table[token, 0], table[token, 1] = level, code
+            if entry in owner:
+                raise ValueError(f"token ids {owner[entry]} and {token} both mean level {level}, code {code}")
+            owner[entry] = token
+        table = torch.zeros((max(owner.values(), default=-1) + 1, 2), dtype=torch.int32)
+        if owner:
+            table[list(owner.values())] = torch.tensor(list(owner), dtype=torch.int32)
         return cls(table, sizes)
 
     def __len__(self) -> int:
@@ -65,6 +81,12 @@ class SIDVocabulary:
     def token_table(self, device: torch.device | str) -> Tensor:
         """`table` on a device; copied there once."""
         device = torch.device(device)
+        if device == self.table.device:
+            return self.table
         if device not in self._on_device:
-            self._on_device[device] = self.table.to(device)
+            with torch.inference_mode(False):  # a first call while serving must not spoil a later training step
+                table = self.table.to(device)
+            if type(table) is not Tensor:
+                return table  # a fake of a tracer is not kept
+            self._on_device[device] = table
         return self._on_device[device]

@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from operator import index
 from typing import Any
 
@@ -98,25 +99,25 @@ class AddressSpec:
             object.__setattr__(self, name, value)
 
     def _validate(self) -> None:
-        sizes = _integers("codebook_sizes", self.codebook_sizes)
+        sizes = integers("codebook_sizes", self.codebook_sizes)
         if not sizes:
             raise ValueError("codebook_sizes is empty; give one positive size a level, for example (2048,) * 5")
         for level, size in enumerate(sizes, 1):
             if size < 1:
                 raise ValueError(f"codebook_sizes[{level - 1}] = {size} is not positive; every level needs a code")
-        max_order = _positive("max_order", self.max_order)
-        heads = _positive("heads", self.heads)
+        max_order = positive("max_order", self.max_order)
+        heads = positive("heads", self.heads)
 
         rows = self.table_rows
         if hasattr(rows, "__iter__"):
-            rows = _integers("table_rows", rows)
+            rows = integers("table_rows", rows)
             if len(rows) != max_order:
                 raise ValueError(
                     f"table_rows has {len(rows)} entries, max_order is {max_order}; "
                     "give one number, or one for each order"
                 )
         else:
-            rows = (_integer("table_rows", rows),) * max_order
+            rows = (integer("table_rows", rows),) * max_order
         if min(rows) < 1:
             raise ValueError(f"table_rows = {self.table_rows!r} holds a value below 1; every order needs a row")
 
@@ -124,17 +125,17 @@ class AddressSpec:
         _choice("addressing", self.addressing, ADDRESSING)
         active = tuple(range(1, len(sizes) + 1))
         if self.active_levels is not None:
-            given = _integers("active_levels", self.active_levels)
+            given = integers("active_levels", self.active_levels)
             if not given or any(level not in active for level in given) or sorted(set(given)) != list(given):
                 raise ValueError(
                     f"active_levels = {given} is not allowed; give strictly increasing levels "
                     f"of 1..{len(sizes)}, or None for all of them"
                 )
             active = given
-        seed = _integer("seed", self.seed)
+        seed = integer("seed", self.seed)
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed = {seed} is outside 0..2^64 - 1")
-        if self.version != VERSION:
+        if type(self.version) is not int or self.version != VERSION:
             raise ValueError(
                 f"version = {self.version!r} is unknown; this release knows version {VERSION}; "
                 "install the release that wrote the spec"
@@ -155,7 +156,7 @@ class AddressSpec:
                 rows.append(prefixes)
             else:
                 rows.append(table)
-        starts = [heads * sum(rows[:n]) for n in range(orders + 1)]
+        starts = [heads * total for total in accumulate(rows, initial=0)]
         if starts[-1] > _INT64_MAX:
             raise ValueError(
                 f"the tables hold {starts[-1]} rows, more than 2^63 - 1; lower table_rows, max_order or heads"
@@ -225,14 +226,20 @@ class AddressSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AddressSpec:
-        """Rebuild a spec from `to_dict()`; derived entries may be left out, and must agree where they are given.
+        """Rebuild a spec from `to_dict()`, or from arguments alone.
 
         Raises:
-            ValueError: a key is unknown, `codebook_sizes` is missing, or a derived entry differs.
+            TypeError: `values` is not a dict.
+            ValueError: a key is unknown, an argument is missing beside derived entries, or a derived entry differs.
         """
+        if not isinstance(values, dict):
+            raise TypeError(f"the address spec is a {type(values).__name__}; give the dict that to_dict() returned")
         arguments = [name for name, f in cls.__dataclass_fields__.items() if f.init]
-        if "codebook_sizes" not in values:
-            raise ValueError(f"the address spec lacks codebook_sizes; it has {sorted(values)}")
+        # A default that fills a gap in a written spec would quietly move rows.
+        needed = ["codebook_sizes"] if set(values) <= set(arguments) else arguments
+        missing = [name for name in needed if name not in values]
+        if missing:
+            raise ValueError(f"the address spec lacks {', '.join(missing)}; it has {', '.join(map(str, values))}")
         spec = cls(**{name: values[name] for name in arguments if name in values})
         own = spec.to_dict()
         for name, value in values.items():
@@ -243,7 +250,7 @@ class AddressSpec:
         return spec
 
 
-def _integer(name: str, value: Any) -> int:
+def integer(name: str, value: Any) -> int:
     if isinstance(value, bool):
         raise TypeError(f"{name} = {value!r} is not an integer")
     try:
@@ -252,16 +259,16 @@ def _integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} = {value!r} is not an integer") from None
 
 
-def _integers(name: str, values: Any) -> tuple[int, ...]:
+def integers(name: str, values: Any) -> tuple[int, ...]:
     try:
         values = tuple(values)
     except TypeError:
         raise TypeError(f"{name} = {values!r} is not a sequence of integers") from None
-    return tuple(_integer(f"{name}[{i}]", value) for i, value in enumerate(values))
+    return tuple(integer(f"{name}[{i}]", value) for i, value in enumerate(values))
 
 
-def _positive(name: str, value: Any) -> int:
-    value = _integer(name, value)
+def positive(name: str, value: Any) -> int:
+    value = integer(name, value)
     if value < 1:
         raise ValueError(f"{name} = {value} is not positive; give 1 or more")
     return value

@@ -106,20 +106,46 @@ def test_state_dict_carries_the_spec():
 def test_state_dict_of_another_spec_is_refused_and_changes_nothing():
     other = PrefixMem(PrefixMemConfig(AddressSpec((8,) * 4, table_rows=50, active_levels=(2, 4), seed=1), 16, 24))
     encoder = PrefixMem(CONFIG)
-    before = encoder.memory.weight.clone()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
     with pytest.raises(RuntimeError, match="differs in seed, multipliers") as error:
         encoder.load_state_dict(other.state_dict())
     assert "'seed': 1" in str(error.value)
     assert "'seed': 0" in str(error.value)
-    assert torch.equal(encoder.memory.weight, before)
+    after = encoder.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before), "W_out is kept too"
 
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (torch.tensor([255, 3], dtype=torch.uint8), "not JSON"),
+        (torch.tensor(list(b"[1]"), dtype=torch.uint8), "not JSON"),
+        (torch.zeros(5), "is torch.float32 on cpu; load it as it was saved"),
+        (torch.zeros(5, dtype=torch.uint8, device="meta"), "on meta"),
+        ("{}", "not JSON"),
+        (None, "not JSON"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_damaged_spec_is_refused(stored, message):
+    encoder = PrefixMem(CONFIG)
     state = encoder.state_dict()
+    state["memory._extra_state"] = stored
+    with pytest.raises(RuntimeError, match=message):
+        encoder.load_state_dict(state)
     del state["memory._extra_state"]
     with pytest.raises(RuntimeError, match=r"Missing key.*_extra_state"):
         encoder.load_state_dict(state)
-    state["memory._extra_state"] = torch.tensor([255, 3], dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="not JSON"):
-        encoder.load_state_dict(state)
+
+
+def test_reset_parameters_starts_near_zero():
+    """What FSDP calls on every module after meta-device construction."""
+    encoder = PrefixMem(CONFIG, device="meta").to_empty(device="cpu")
+    for module in encoder.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert 0 < encoder.out_proj.weight.std() < 0.002
+    assert 0.01 < encoder.memory.weight.std() < 0.03
 
 
 def test_repr_says_what_it_holds():
@@ -135,11 +161,12 @@ def test_config_round_trip():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"memory_dim": 18}, "memory_dim = 18 is not a multiple of the spec's 4 heads"),
+        ({"memory_dim": 18}, "memory_dim = 18 is not a multiple of the spec's 4 heads; give 16 or 20"),
         ({"memory_dim": 0}, "memory_dim = 0"),
         ({"hidden_size": -1}, "hidden_size = -1"),
         ({"memory_init_std": -1.0}, "memory_init_std = -1.0"),
         ({"output_init_std": float("nan")}, "output_init_std = nan"),
+        ({"output_init_std": "a"}, "output_init_std = 'a'"),
         ({"memory_dim": 1 << 60}, r"do not fit 2\^63"),
     ],
 )
@@ -152,5 +179,16 @@ def test_encoder_needs_a_hidden_size():
     with pytest.raises(ValueError, match="hidden_size = None"):
         PrefixMem(PrefixMemConfig(SPEC, 16))
     PrefixMemory(PrefixMemConfig(SPEC, 16))
-    with pytest.raises(TypeError, match="spec is a dict"):
-        PrefixMemConfig({})
+    for wrong, message in (
+        (lambda: PrefixMemConfig({}), "spec is a dict"),
+        (lambda: PrefixMem(SPEC), "config is a AddressSpec"),
+        (lambda: PrefixMemory(None), "config is a NoneType"),
+        (lambda: PrefixMem(CONFIG).encode_tokens(torch.zeros(1, 2).long(), {}), "vocabulary a dict"),
+        (lambda: PrefixMem(CONFIG, deterministic="no"), "deterministic = 'no'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            wrong()
+    with pytest.raises(ValueError, match="backend = 'cuda' is unknown"):
+        PrefixMem(CONFIG, backend="cuda")
+    with pytest.raises(ValueError, match="lacks spec"):
+        PrefixMemConfig.from_dict({})

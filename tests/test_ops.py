@@ -93,6 +93,38 @@ def test_double_backward_is_the_forward():
         assert torch.equal(second, prefix_memory(codes(), direction, SPEC))
 
 
+def test_forward_mode_is_refused():
+    """torch's custom operators drop tangents without a word."""
+    w = weight().detach()
+    message = "forward-mode tangent; use reverse mode"
+    bad(lambda: torch.func.jvp(lambda w: prefix_memory(codes(), w, SPEC), (w,), (w,)), NotImplementedError, message)
+    bad(lambda: torch.func.jvp(lambda w: token_memory(IDS, TABLE, w, SPEC), (w,), (w,)), NotImplementedError, message)
+
+
+def test_operators_take_strided_tensors():
+    wide = torch.empty(SPEC.total_rows, 8)[:, ::2].copy_(weight().detach())
+    strided = codes().T.contiguous().T
+    for backend in ("reference", "triton"):
+        found = ops._prefix_memory(strided, wide, SPEC.key, backend, False)
+        assert torch.equal(found, prefix_memory(codes(), wide.contiguous(), SPEC))
+
+
+def test_torch_can_ask_for_determinism(monkeypatch):
+    from prefixmem_fast.kernels import segment
+
+    called = []
+    kept = segment.prefix_memory_bwd
+    monkeypatch.setattr(segment, "prefix_memory_bwd", lambda *given: called.append(1) or kept(*given))
+    torch.use_deterministic_algorithms(True)
+    prefix_memory(codes(), weight(), SPEC, backend="triton").sum().backward()
+    assert called
+
+
+def test_an_empty_token_table_is_all_text():
+    for backend in ("reference", "triton"):
+        assert not token_memory(IDS, TABLE[:0], weight(), SPEC, backend=backend).any()
+
+
 def test_frozen_tables_need_no_gradient():
     out = prefix_memory(codes(), weight().detach(), SPEC)
     assert not out.requires_grad
@@ -114,7 +146,10 @@ def test_errors_name_the_argument():
     bad(lambda: prefix_memory(codes(), w, SPEC.to_dict()), TypeError, "spec is a dict")
     bad(lambda: prefix_memory(codes(), w, SPEC, grad="lazy"), ValueError, "grad = 'lazy' is unknown; allowed")
     bad(lambda: prefix_memory(codes(), w, SPEC, backend="cuda"), ValueError, "backend = 'cuda' is unknown")
-    bad(lambda: prefix_memory(codes(), w.to("meta"), SPEC), ValueError, "move them to one device")
+    bad(lambda: prefix_memory(codes(), w.to("meta"), SPEC), ValueError, "codes is on cpu, weight is on meta; move")
+    bad(lambda: prefix_memory(codes(), w, SPEC, deterministic="yes"), TypeError, "deterministic = 'yes' is not a bool")
+    bad(lambda: prefix_memory(codes(), w.detach().to_sparse(), SPEC), TypeError, "weight is sparse or nested")
+    bad(lambda: token_memory(IDS, TABLE, w, None), TypeError, "spec is a NoneType")
     bad(lambda: prefix_rows(codes().float(), SPEC), TypeError, "codes has dtype")
     bad(lambda: token_memory(IDS[0], TABLE, w, SPEC), ValueError, r"input_ids has shape \(7,\); give \[B, T\]")
     bad(lambda: token_memory(IDS, TABLE.long(), w, SPEC), TypeError, "token_table has dtype")
@@ -133,9 +168,9 @@ def test_triton_on_cpu_tensors_says_what_to_do(monkeypatch):
 def test_an_old_triton_says_what_to_do(monkeypatch):
     from prefixmem_fast import backends
 
-    monkeypatch.setattr(backends, "version", lambda _: "3.2.0")
-    backends.triton_problem.cache_clear()
-    try:
-        bad(lambda: prefix_memory(codes(), weight(), SPEC, backend="triton"), BackendError, "triton 3.2.0 is older")
-    finally:
-        backends.triton_problem.cache_clear()
+    assert backends.TRITON_PROBLEM is None
+    for found in ("3.2.0", "3.3rc1"):
+        monkeypatch.setattr(backends, "version", lambda _, found=found: found)
+        monkeypatch.setattr(backends, "TRITON_PROBLEM", backends._find_triton_problem())
+        message = f"triton {found} is older than 3.4; install torch"
+        bad(lambda: prefix_memory(codes(), weight(), SPEC, backend="triton"), BackendError, message)

@@ -21,13 +21,31 @@ def test_empty():
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ({-1: (1, 0)}, "token id -1 is negative"),
+        ({-1: (1, 0)}, r"token id -1 is outside 0\.\.268435455"),
         ({5: (0, 0)}, r"token id 5 has level 0; allowed are 1\.\.2"),
         ({5: (3, 0)}, "token id 5 has level 3"),
         ({5: (2, 5)}, r"token id 5 has code 5; level 2 allows 0\.\.4"),
         ({5: (1, 2), 6: (1, 2)}, "token ids 5 and 6 both mean level 1, code 2"),
+        ({1 << 45: (1, 2)}, "token id 35184372088832 is outside"),
+        ({5: (1, 2, 3)}, "token id 5 has the entry"),
+        ({5: 1}, "the entry of token id 5 = 1 is not a sequence of integers"),
+        ({5: (1, 1.5)}, r"the entry of token id 5\[1\] = 1.5 is not an integer"),
+        ({"a": (1, 1)}, "token id = 'a' is not an integer"),
+        ([(1, 2)], "tokens is a list"),
     ],
 )
 def test_errors(tokens, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         SIDVocabulary.from_table(tokens, (4, 5))
+
+
+@pytest.mark.parametrize("sizes", [(), (3.7,), "34", (-3,), None, (1 << 32,)])
+def test_codebook_sizes(sizes):
+    with pytest.raises((ValueError, TypeError), match="codebook_sizes"):
+        SIDVocabulary.from_table({}, sizes)
+
+
+def test_a_table_copied_while_serving_can_be_trained_with():
+    vocabulary = SIDVocabulary.from_table({7: (1, 3)}, (4,))
+    with torch.inference_mode():
+        assert not vocabulary.token_table("meta").is_inference()

@@ -143,6 +143,7 @@ BAD = [
     ({"seed": -1}, ValueError, "seed = -1"),
     ({"seed": 1 << 64}, ValueError, "seed"),
     ({"version": 2}, ValueError, "version = 2 is unknown"),
+    ({"version": True}, ValueError, "version = True is unknown"),
     ({"table_rows": 1 << 60, "addressing": "hash"}, ValueError, r"more than 2\^63 - 1"),
 ]
 
@@ -161,3 +162,9 @@ def test_from_dict_refuses_what_it_cannot_honour():
         AddressSpec.from_dict({**good, "colour": 1})
     with pytest.raises(ValueError, match="lacks codebook_sizes"):
         AddressSpec.from_dict({})
+    with pytest.raises(TypeError, match="is a str"):
+        AddressSpec.from_dict(json.dumps(good))
+    for name in ("mode", "seed", "version", "active_levels"):
+        with pytest.raises(ValueError, match=f"lacks {name}"):
+            AddressSpec.from_dict({key: value for key, value in good.items() if key != name})
+    assert AddressSpec.from_dict({"codebook_sizes": (8, 8)}) == AddressSpec((8, 8))

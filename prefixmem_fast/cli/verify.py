@@ -41,7 +41,7 @@ def _verify(options: argparse.Namespace) -> int:
         skipped = unavailable("triton", torch.device(device))
         backends = () if skipped else ("triton",)
     else:
-        resolve(options.backend, torch.empty(0, device=device))
+        resolve(options.backend, tensors=torch.empty(0, device=device))
         backends = () if options.backend == "reference" else (options.backend,)
 
     with tqdm(total=options.cases, unit="case", disable=options.json or None) as bar:

@@ -71,12 +71,16 @@ def test_forward_and_backward_in_a_cuda_graph():
             prefix_memory(codes, weight, PAPER, deterministic=deterministic).sum().backward()
             weight.grad = None
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = prefix_memory(codes, weight, PAPER)
-    codes.copy_(torch.randint(0, 2048, codes.shape, device="cuda"))
-    graph.replay()
-    assert torch.equal(out, reference.prefix_memory(codes, weight, PAPER))
+    grad = torch.ones(64, 2, 256, device="cuda", dtype=weight.dtype)
+    for deterministic in (False, True):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = prefix_memory(codes, weight, PAPER, deterministic=deterministic)
+            (found,) = torch.autograd.grad(out, weight, grad)
+        codes.copy_(torch.randint(0, 2048, codes.shape, device="cuda"))
+        graph.replay()
+        assert torch.equal(out, reference.prefix_memory(codes, weight, PAPER))
+        assert torch.equal(found, reference.prefix_memory_backward(grad, codes, PAPER)), "sums of ones are exact"
 
 
 def test_no_host_synchronisation():

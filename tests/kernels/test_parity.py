@@ -137,6 +137,22 @@ def test_token_shapes(shape):
         out.sum().backward()
 
 
+def test_a_sid_never_spans_two_rows():
+    """Rows that end inside a SID, each followed by a row that begins with the levels that are missing."""
+    spec = AddressSpec((3, 3, 3), heads=2, table_rows=9)
+    table = torch.tensor([[0, 0], [1, 1], [2, 2], [3, 0]], dtype=torch.int32)
+    ids = torch.tensor([[1, 2], [3, 1], [2, 3], [1, 2], [3, 0], [1, 2]])
+    whole = torch.tensor([[1, 1], [0, 1], [0, 0], [1, 1], [0, 0], [1, 1]]).bool()
+    weight = torch.randn(spec.total_rows, 4, requires_grad=True)
+    for backend in ("reference", "triton"):
+        for deterministic in (False, True):
+            out = token_memory(ids, table, weight, spec, backend=backend, deterministic=deterministic)
+            assert torch.equal(out.any(-1), whole)
+            (found,) = torch.autograd.grad(out, weight, torch.ones_like(out))
+            # Tokens of level 1 read H rows of 4, those of level 2 twice as many; all of them exactly.
+            assert found.sum() == (4 * 1 + 3 * 2) * 2 * 4
+
+
 def test_wide_rows_are_split_into_column_tiles():
     spec = AddressSpec((5, 5), heads=3, table_rows=7)
     codes = torch.randint(0, 5, (3, 2))
