@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A machine with its own torch, pytest and GPU runs the GPU suite as it is; any other takes the virtual environment.
-GPU_PYTHON = $(shell $(PYTHON) -c "import torch, triton, pytest, hypothesis, tqdm" 2>/dev/null && echo $(PYTHON) || echo $(BIN)/python)
+# The GPU suite runs with the machine's own torch where that python has all it needs, else in the virtual environment.
+GPU_NEEDS := torch triton pytest hypothesis tqdm numpy
+GPU_PYTHON = $(shell for m in $(GPU_NEEDS); do $(PYTHON) -c "import $$m" 2>/dev/null || exit 1; done && echo $(PYTHON) || echo $(BIN)/python)
 
 .PHONY: test demo bench gpu lint format clean
 
@@ -13,13 +14,13 @@ test: $(VENV)/ready
 
 demo: $(VENV)/ready
 	$(BIN)/prefixmem info
-	$(BIN)/prefixmem demo
+	OMP_NUM_THREADS=1 $(BIN)/prefixmem demo
 
 bench: $(VENV)/ready
 	$(BIN)/python -m bench
 
 gpu:
-	@test "$(GPU_PYTHON)" = "$(PYTHON)" || $(MAKE) $(VENV)/ready
+	@test "$(GPU_PYTHON)" = "$(PYTHON)" || { echo "$(PYTHON) lacks one of $(GPU_NEEDS): using $(VENV)"; $(MAKE) $(VENV)/ready; }
 	$(GPU_PYTHON) bench/gpu.py
 
 lint: $(VENV)/ready

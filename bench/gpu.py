@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ def main() -> int:
             print(f"{name:<12}skipped: {reason}")
         return 0
 
+    shutil.rmtree(BUILD, ignore_errors=True)
     # A plain copy of the two packages, laid out as an installation would lay them.
     subprocess.run([sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(BUILD)], cwd=ROOT, check=True)
     paths = [str(BUILD), str(ROOT), os.environ.get("PYTHONPATH", "")]

@@ -18,7 +18,7 @@ from prefixmem_fast.spec import AddressSpec
 
 from .address import address_of, load_sid_codes, order_rows
 from .tiles import LAUNCH, blocks, column_tile, tile_of, zero_table
-from .tokens import load_token, load_token_codes, rank_tokens, ranked_tokens, token_tile, token_tile_of
+from .tokens import load_token, load_token_codes, rank_tokens, ranked_tokens, token_blocks, token_tile
 
 
 @triton.jit
@@ -142,8 +142,7 @@ def token_memory_bwd_kernel(
         i_rank += BM
 
 
-# Every atomic keeps an address and a mask; larger tiles spill, scalar registers on gfx942 first (`prefixmem verify
-# --compile` shows it).
+# Every atomic keeps an address and a mask: twice these budgets, and `prefixmem verify --compile` reports spills.
 BUDGET, TOKEN_BUDGET = 4096, 2048
 
 
@@ -172,10 +171,10 @@ def token_memory_bwd(
     (B, T), W = input_ids.shape, total.shape[1]
     if grad.numel():
         tile = tile_of(spec.heads, W, grad.dtype, TOKEN_BUDGET)
-        BT = token_tile_of(tile)
+        BT, BM = token_blocks(tile)
         grid = (B * blocks(T, BT), tile.columns)
         token_memory_bwd_kernel[grid](
             input_ids, token_table, segment_ids, grad, total, T, token_table.shape[0],
-            W, address_of(spec), BT, tile.BM, tile.BH, tile.BW, **LAUNCH,
+            W, address_of(spec), BT, BM, tile.BH, tile.BW, **LAUNCH,
         )  # fmt: skip
     return total.to(grad.dtype)

@@ -23,8 +23,8 @@ from .tokens import (
     rank_tokens,
     ranked_tokens,
     stands_at_active_level,
+    token_blocks,
     token_tile,
-    token_tile_of,
 )
 
 
@@ -165,7 +165,7 @@ def token_memory_fwd_kernel(
         i_rank += BM
 
 
-# At 4 warps: 16 float32 sums a thread, two SIDs of 256 bfloat16 a warp, all their rows in flight at once.
+# At 4 warps: 16 float32 sums a thread, two SIDs of 256 bfloat16 a warp.
 BUDGET = 8192
 
 
@@ -188,10 +188,10 @@ def token_memory_fwd(
     out = torch.empty((B, T, spec.heads * W), dtype=weight.dtype, device=weight.device)
     if out.numel():
         tile = tile_of(spec.heads, W, weight.dtype, BUDGET)
-        BT = token_tile_of(tile)
+        BT, BM = token_blocks(tile)
         grid = (B * blocks(T, BT), tile.columns)
         token_memory_fwd_kernel[grid](
             input_ids, token_table, segment_ids, weight, out, T, token_table.shape[0],
-            W, address_of(spec), BT, tile.BM, tile.BH, tile.BW, **LAUNCH,
+            W, address_of(spec), BT, BM, tile.BH, tile.BW, **LAUNCH,
         )  # fmt: skip
     return out

@@ -91,6 +91,7 @@ def ranked_tokens(m_t, b_rank, o_t, o_rank):
     return tl.sum(tl.where(m_is, o_t[None, :], 0), 1)
 
 
-def token_tile_of(tile: Tile) -> int:
-    """BT, tokens a program owns: about one in four begins a SID, and BM x BT comparisons must fit the registers."""
-    return min(max(4 * tile.BM, 16), 64)
+def token_blocks(tile: Tile) -> tuple[int, int]:
+    """BT tokens a program owns, and BM of them or of its SIDs at a time: BM x BT comparisons fit the registers."""
+    BM = min(tile.BM, 16)
+    return max(4 * BM, 16), BM

@@ -32,6 +32,8 @@ def _find_triton_problem() -> str | None:
             oldest = ".".join(map(str, _OLDEST_TRITON))
             return f"triton {found} is older than {oldest}; install torch 2.8 or newer with its triton"
         break
+    if importlib.util.find_spec("prefixmem_fast.kernels") is None:
+        return "this prefixmem_fast is a bare checkout; run Python in another folder, or install it: pip install -e ."
     return None
 
 
@@ -51,8 +53,8 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     problem = TRITON_PROBLEM
     if problem is None and device.type != "cuda" and not interpreting():
         problem = (
-            f"the tensors are on {device}; move them to a GPU, set TRITON_INTERPRET=1 before starting Python to run "
-            "the kernels in the interpreter, or use backend='reference'"
+            f"it needs tensors on a GPU and these would be on {device}; set TRITON_INTERPRET=1 before starting "
+            "Python to run the kernels in the interpreter, or take the reference backend, which runs anywhere"
         )
     return problem
 

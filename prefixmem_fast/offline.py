@@ -21,17 +21,21 @@ from typing import Any
 import torch
 
 from .backends import TRITON_PROBLEM, BackendError, interpreting
-from .spec import AddressSpec
+from .spec import MODES, AddressSpec
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-MODES = ("prefix", "suffix", "full")
+WIDTH = 64  # the paper: d_mem = 256 over 4 heads
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel, compiled for one target. Widths are bytes a thread moves in one instruction, with their counts."""
+    """One kernel, compiled for one target. Widths are bytes a thread moves in one instruction, with their counts.
 
+    Of two `segment_sum` of one launcher the first reads gradients, the second the partial sums of the first.
+    """
+
+    launcher: str
     kernel: str
     mode: str
     dtype: str
@@ -65,7 +69,7 @@ def problem() -> str | None:
 
 
 def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 4096) -> dict[str, Callable[[], Any]]:
-    """Every kernel as a call of its launcher on meta tensors; `segment_sum` covers its leaf and its inner form."""
+    """Every kernel as a call of its launcher on meta tensors; the deterministic gradients launch several kernels."""
     from .kernels import backward, forward, rows, segment
 
     def meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -77,16 +81,14 @@ def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 4096
     weight = meta(spec.total_rows, width, dtype=dtype)
     grad = meta(sids, len(spec.active_levels), spec.heads * width, dtype=dtype)
     token_grad = meta(8, sids, spec.heads * width, dtype=dtype)
-    pairs = segment.terms_of(spec).pairs
     return {
         "prefix_memory_fwd": lambda: forward.prefix_memory_fwd(codes, weight, spec),
         "token_memory_fwd": lambda: forward.token_memory_fwd(ids, table, segments, weight, spec),
         "prefix_memory_bwd": lambda: backward.prefix_memory_bwd(grad, codes, spec),
         "token_memory_bwd": lambda: backward.token_memory_bwd(token_grad, ids, table, segments, spec),
-        "segment_sum": lambda: segment.prefix_memory_bwd(grad, codes, spec),
-        "segment_sum_tokens": lambda: segment.token_memory_bwd(token_grad, ids, table, segments, spec),
+        "deterministic_bwd": lambda: segment.prefix_memory_bwd(grad, codes, spec),
+        "deterministic_token_bwd": lambda: segment.token_memory_bwd(token_grad, ids, table, segments, spec),
         "prefix_rows": lambda: rows.prefix_rows(codes, spec),
-        "token_rows": lambda: rows.token_pair_rows(ids, table, segments, pairs, torch.int32, spec),
     }
 
 
@@ -108,16 +110,14 @@ def compile_all(targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = tu
         for dtype in dtypes:
             for mode in MODES if dtype == "bfloat16" else MODES[:1]:
                 spec = paper_spec(mode)
-                calls = launches(spec, DTYPES[dtype], 256 // spec.heads)
-                if dtype != dtypes[0]:  # rows have no floating dtype
-                    calls = {name: call for name, call in calls.items() if not name.endswith("rows")}
-                for name, call in calls.items():
+                calls = launches(spec, DTYPES[dtype], WIDTH)
+                for launcher, call in calls.items():
                     for kernel in compiled_by(call, target):
-                        yield _inspect(kernel, name, mode, dtype, target)
+                        yield _inspect(kernel, launcher, mode, dtype, target)
 
 
 def compiled_by(call: Callable[[], Any], target: str) -> list[Any]:
-    """The kernels that a launcher compiles for a target, as Triton's CompiledKernel; row kernels of others left out."""
+    """The kernels that a launcher compiles for a target, as Triton's CompiledKernel, in the order of their launch."""
     with _stand_in_driver(target) as seen:
         call()
         return list(seen)
@@ -164,12 +164,10 @@ def _stand_in_driver(target: str) -> Iterator[list[Any]]:
         setattr(driver, slot, active)
 
 
-def _inspect(kernel: Any, name: str, mode: str, dtype: str, target: str) -> Compiled:
+def _inspect(kernel: Any, launcher: str, mode: str, dtype: str, target: str) -> Compiled:
     read = _read_sass if target.startswith("sm_") else _read_gcn
-    label = kernel.metadata.name.removesuffix("_kernel")
-    if label == "segment_sum":
-        label = name
-    return Compiled(label, mode, dtype, target, shared_bytes=kernel.metadata.shared, **read(kernel))
+    name = kernel.metadata.name.removesuffix("_kernel")
+    return Compiled(launcher, name, mode, dtype, target, shared_bytes=kernel.metadata.shared, **read(kernel))
 
 
 _SASS_WIDTH = re.compile(r"\.(U8|S8|U16|S16|64|128|256)\b")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 
 import torch
 from tqdm import tqdm
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from .. import offline
 from ..backends import BACKENDS, interpreting, resolve, unavailable
 from ..verify import verify
+from .info import collect
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,12 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=int, default=100, help="random configurations (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the configurations (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile offline instead, and report the machine code")
-    parser.add_argument(
-        "--targets", default=",".join(offline.TARGETS), help="for --compile: GPU architectures (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--dtypes", default=",".join(offline.DTYPES), help="for --compile: table dtypes (default: %(default)s)"
-    )
+    for name, known in (("targets", offline.TARGETS), ("dtypes", offline.DTYPES)):
+        parser.add_argument(f"--{name}", help=f"for --compile: some of {','.join(known)} (default: all)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -33,6 +31,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    for name in ("targets", "dtypes"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} goes with --compile; add it, or leave --{name} out")
     if options.cases < 1:
         raise ValueError(f"--cases = {options.cases}; give 1 or more")
     device = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
@@ -64,22 +65,30 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _compile(options: argparse.Namespace) -> int:
-    targets, dtypes = tuple(options.targets.split(",")), tuple(options.dtypes.split(","))
+    targets, dtypes = _listed("targets", options, offline.TARGETS), _listed("dtypes", options, offline.DTYPES)
     kernels = list(tqdm(offline.compile_all(targets, dtypes), unit="kernel", disable=options.json or None))
     spilled = [kernel for kernel in kernels if not kernel.clean]
     if options.json:
-        print(json.dumps([kernel.as_dict() for kernel in kernels], indent=2))
+        head = {"versions": collect()["versions"], "width": offline.WIDTH, "spec": offline.paper_spec().to_dict()}
+        print(json.dumps({**head, "kernels": [kernel.as_dict() for kernel in kernels]}, indent=1))
         return 1 if spilled else 0
-    print("bytes a thread moves in one instruction x how many such instructions; L = 5, N = H = 4, T = 2M, width 64")
-    form = "{:<8}{:<20}{:<8}{:<10}{:>5}{:>8}{:>7}{:>8}  {:<26}{:<20}{}"
-    heads = ("target", "kernel", "mode", "dtype", "regs", "spills", "local", "shared", "loads", "stores", "adds")
-    print(form.format(*heads))
+    print(f"{offline.paper_spec()}, rows of {offline.WIDTH}")
+    print("loads, stores and atomic adds: bytes a thread moves in one instruction x how many such instructions")
+    form = "{:<8}{:<25}{:<19}{:<8}{:<10}{:>5}{:>8}{:>7}{:>8}  {:<26}{:<20}{}"
+    heads = ("target", "launcher", "kernel", "mode", "dtype", "regs", "spills", "local", "shared", "loads", "stores")
+    print(form.format(*heads, "adds"))
     for k in kernels:
         widths = [" ".join(f"{size}x{count}" for size, count in w.items()) for w in (k.loads, k.stores, k.reductions)]
-        print(
-            form.format(
-                k.target, k.kernel, k.mode, k.dtype, k.registers, k.spills, k.local_bytes, k.shared_bytes, *widths
-            )
-        )
+        facts = (k.target, k.launcher, k.kernel, k.mode, k.dtype, k.registers, k.spills, k.local_bytes, k.shared_bytes)
+        print(form.format(*facts, *widths).rstrip())
     print(f"{len(kernels)} kernels compiled, {len(spilled)} with spills or local memory")
     return 1 if spilled else 0
+
+
+def _listed(name: str, options: argparse.Namespace, known: Iterable[str]) -> tuple[str, ...]:
+    given = getattr(options, name)
+    chosen = tuple(known) if given is None else tuple(filter(None, map(str.strip, given.split(","))))
+    unknown = [value for value in chosen if value not in known]
+    if unknown or not chosen:
+        raise ValueError(f"--{name} = {given!r} is unknown; allowed are {', '.join(known)}, separated by commas")
+    return chosen

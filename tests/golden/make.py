@@ -1,4 +1,4 @@
-"""Write rows_v1.json from the integer oracle. The rows of version 1 never change; a new version gets a new file."""
+"""Write the golden rows of a new version of the address spec from the integer oracle; those that exist never change."""
 
 import json
 import random
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from prefixmem_fast import AddressSpec, oracle
+from prefixmem_fast.spec import VERSION
 
 SPECS = [
     {"codebook_sizes": (2048,) * 5},
@@ -34,6 +35,7 @@ def make():
 
 
 if __name__ == "__main__":
-    Path(__file__).with_name("rows_v1.json").write_text(
-        "[\n" + ",\n".join(json.dumps(case) for case in make()) + "\n]\n"
-    )
+    path = Path(__file__).with_name(f"rows_v{VERSION}.json")
+    if path.exists():
+        raise SystemExit(f"{path.name} exists, and the rows of a version never change; raise spec.VERSION first")
+    path.write_text("[\n" + ",\n".join(json.dumps(case) for case in make()) + "\n]\n")
