@@ -30,7 +30,7 @@ setup(
         "hf": ["transformers>=4.57"],
         "train": ["transformers>=4.57", "accelerate"],
         "bench": ["nvidia-ml-py"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff"],
     },
     entry_points={"console_scripts": ["prefixmem = prefixmem_fast.cli:main"]},
     classifiers=[
