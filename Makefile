@@ -2,8 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # The GPU suite runs with the machine's own torch where that python has all it needs, else in the virtual environment.
-GPU_NEEDS := torch triton pytest hypothesis tqdm numpy
-GPU_PYTHON = $(shell for m in $(GPU_NEEDS); do $(PYTHON) -c "import $$m" 2>/dev/null || exit 1; done && echo $(PYTHON) || echo $(BIN)/python)
+GPU_NEEDS := torch, triton, pytest, hypothesis, tqdm, numpy
+GPU_PYTHON = $(shell $(PYTHON) -c "import $(GPU_NEEDS)" 2>/dev/null && echo $(PYTHON) || echo $(BIN)/python)
 
 .PHONY: test demo bench gpu lint format clean
 
@@ -20,7 +20,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m bench
 
 gpu:
-	@test "$(GPU_PYTHON)" = "$(PYTHON)" || { echo "$(PYTHON) lacks one of $(GPU_NEEDS): using $(VENV)"; $(MAKE) $(VENV)/ready; }
+	@test "$(GPU_PYTHON)" = "$(PYTHON)" || { echo "$(PYTHON) cannot import all of $(GPU_NEEDS): using $(VENV)"; $(MAKE) $(VENV)/ready; }
 	$(GPU_PYTHON) bench/gpu.py
 
 lint: $(VENV)/ready
