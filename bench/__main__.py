@@ -139,7 +139,7 @@ def main() -> None:
         codes = torch.randint(0, 2048, (sids, 5), device=device)
         expected = prefix_memory(codes[:256], named[0][2][0], spec, backend="reference")
         floor = _forward_bytes(codes, spec, width, dtype)
-        for name, forward, parameters in tqdm(named, desc=f"{sids} SIDs", leave=False):
+        for name, forward, parameters in tqdm(named, desc=f"{sids} SIDs", leave=False, disable=None):
             if not torch.allclose(forward(codes[:256]).float(), expected.float(), atol=1e-2, rtol=1e-2):
                 print(f"{name}: WRONG result, not timed")
                 continue
