@@ -67,6 +67,23 @@ def test_forward_registers_leave_room_for_many_warps(compiled):
     assert of(compiled, "prefix_memory_fwd")["registers"] <= 48
 
 
+ATOMICS = """
+import torch
+from prefixmem_fast import offline
+for name, call in offline.launches(offline.paper_spec(), torch.float32, 64).items():
+    for kernel in offline.compiled_by(call, "sm_90"):
+        ptx = kernel.asm["ptx"]
+        assert "acq_rel" not in ptx and "membar" not in ptx and "fence" not in ptx, name
+        print(name, ptx.count(".relaxed."))
+"""
+
+
+def test_atomics_are_relaxed():
+    """No fence around an atomic, which the default order would add; and only the fast gradient has atomics."""
+    found = dict(line.split() for line in python("-c", ATOMICS).splitlines())
+    assert {name for name, count in found.items() if int(count)} == {"prefix_memory_bwd", "token_memory_bwd"}
+
+
 ODD_SHAPES = """
 import torch
 from prefixmem_fast import AddressSpec, offline
