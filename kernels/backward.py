@@ -9,7 +9,6 @@ The order of the additions varies between runs; `segment.py` is the mode in whic
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from prefixmem_fast.spec import AddressSpec
 
 from .address import address_of, load_sid_codes, order_rows
-from .tiles import LAUNCH, blocks, column_tile, tile_of, zero_table
+from .tiles import LAUNCH, accumulator, blocks, column_tile, tile_of, zero_table
 from .tokens import load_token, load_token_codes, rank_tokens, ranked_tokens, token_blocks, token_tile
 
 
@@ -147,9 +146,7 @@ BUDGET, TOKEN_BUDGET = 4096, 2048
 
 
 def _total(grad: Tensor, spec: AddressSpec) -> Tensor:
-    """The accumulator: float32, or float64 for a float64 gradient; bfloat16 sums would lose small gradients."""
-    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    return zero_table(spec, grad.shape[-1] // spec.heads, dtype, grad.device)
+    return zero_table(spec, grad.shape[-1] // spec.heads, accumulator(grad.dtype), grad.device)
 
 
 def prefix_memory_bwd(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Tensor:

@@ -22,7 +22,7 @@ from prefixmem_fast.spec import AddressSpec
 
 from .address import address_of
 from .rows import pair_rows, token_pair_rows
-from .tiles import LAUNCH, blocks, zero_table
+from .tiles import LAUNCH, accumulator, blocks, zero_table
 
 BLOCK = 32  # terms a block
 
@@ -157,7 +157,6 @@ def _sum_sorted(grad: Tensor, rows: Tensor, chain: Tensor | None, spec: AddressS
     total = zero_table(spec, W, grad.dtype, grad.device)
     if not rows.numel() or not grad.numel():
         return total
-    accumulator = torch.float64 if grad.dtype == torch.float64 else torch.float32
     keys, order = torch.sort(rows.flatten(), stable=True)
     values, terms, address = None, terms_of(spec), address_of(spec)
     BW = min(triton.next_power_of_2(W), 256)
@@ -166,7 +165,7 @@ def _sum_sorted(grad: Tensor, rows: Tensor, chain: Tensor | None, spec: AddressS
         entries = keys.numel()
         n_blocks = blocks(entries, BLOCK)
         edge_keys = torch.empty((2 * n_blocks,), dtype=keys.dtype, device=grad.device)
-        edge_values = torch.empty((2 * n_blocks, W), dtype=accumulator, device=grad.device)
+        edge_values = torch.empty((2 * n_blocks, W), dtype=accumulator(grad.dtype), device=grad.device)
         grid = (blocks(n_blocks, BB), blocks(W, BW))
         segment_sum_kernel[grid](
             keys, order, grad, chain, values, total, edge_keys, edge_values, entries,

@@ -30,10 +30,15 @@ def blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums of a table of `dtype` are kept in; bfloat16 sums would lose small values."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @lru_cache(maxsize=256)
 def tile_of(heads: int, width: int, dtype: torch.dtype, budget: int) -> Tile:
-    """A tile whose accumulator takes `budget` bytes a program: float64 for a float64 table, else float32."""
-    elements = budget // (8 if dtype == torch.float64 else 4)
+    """A tile whose accumulator takes `budget` bytes a program."""
+    elements = budget // accumulator(dtype).itemsize
     BW = min(triton.next_power_of_2(width), elements)
     BH = min(triton.next_power_of_2(heads), elements // BW)
     BM = min(elements // (BH * BW), 32)

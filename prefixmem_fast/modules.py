@@ -164,9 +164,9 @@ class PrefixMemory(nn.Module):
         """The spec is fixed when the module is made; `_load_from_state_dict` has compared the two."""
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        stored = state_dict.get(prefix + "_extra_state")
-        if prefix + "_extra_state" in state_dict:
-            difference = self._spec_difference(stored)
+        key = prefix + "_extra_state"
+        if key in state_dict:
+            difference = self._spec_difference(state_dict[key])
             if difference is not None:  # raised at once, not collected: later modules keep their weights too
                 raise RuntimeError(f"{prefix.rstrip('.') or type(self).__name__}: {difference}")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)

@@ -11,9 +11,9 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,9 +47,6 @@ class Compiled:
     loads: dict[int, int]
     stores: dict[int, int]
     reductions: dict[int, int]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     @property
     def clean(self) -> bool:
@@ -181,21 +178,12 @@ def _read_sass(kernel: Any) -> dict[str, Any]:
         usage = _run("cuobjdump", "-res-usage", cubin)
         sass = _run("nvdisasm", "-c", cubin)
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL"))
-    widths: dict[str, Counter] = {op: Counter() for op in ("LDG", "STG", "RED")}
-    spills = 0
-    for op, suffix in _SASS_ACCESS.findall(sass):
-        if op in ("LDL", "STL"):
-            spills += 1
-            continue
-        op = "RED" if op in ("RED", "REDG", "ATOMG") else op
-        widths[op][_sass_bytes(suffix)] += 1
+    accesses = _SASS_ACCESS.findall(sass)
     return {
         "registers": registers,
-        "spills": spills,
+        "spills": sum(op in ("LDL", "STL") for op, _ in accesses),
         "local_bytes": stack + local,
-        "loads": _sorted(widths["LDG"]),
-        "stores": _sorted(widths["STG"]),
-        "reductions": _sorted(widths["RED"]),
+        **_widths((op, _sass_bytes(suffix)) for op, suffix in accesses),
     }
 
 
@@ -220,16 +208,11 @@ def _read_gcn(kernel: Any) -> dict[str, Any]:
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))
 
-    widths: dict[str, Counter] = {op: Counter() for op in ("load", "store", "atomic")}
-    for op, suffix in _GCN_ACCESS.findall(text):
-        widths[op.split("_")[0]][_gcn_bytes(suffix)] += 1
     return {
         "registers": field("vgpr_count"),
         "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
         "local_bytes": field("private_segment_fixed_size"),
-        "loads": _sorted(widths["load"]),
-        "stores": _sorted(widths["store"]),
-        "reductions": _sorted(widths["atomic"]),
+        **_widths((op.split("_")[0], _gcn_bytes(suffix)) for op, suffix in _GCN_ACCESS.findall(text)),
     }
 
 
@@ -243,8 +226,13 @@ def _gcn_bytes(suffix: str) -> int:
     return 4
 
 
-def _sorted(widths: Counter) -> dict[int, int]:
-    return dict(sorted(widths.items()))
+def _widths(accesses: Iterable[tuple[str, int]]) -> dict[str, dict[int, int]]:
+    """How many instructions of each kind move how many bytes a thread; other instructions are left out."""
+    kinds = {"loads": ("LDG", "load"), "stores": ("STG", "store"), "reductions": ("RED", "REDG", "ATOMG", "atomic")}
+    found = list(accesses)
+    return {
+        kind: dict(sorted(Counter(size for op, size in found if op in names).items())) for kind, names in kinds.items()
+    }
 
 
 def _run(tool: str, *arguments: Any) -> str:

@@ -21,10 +21,13 @@ class SIDVocabulary:
         table: int32 ``[V, 2]`` on the CPU, (level, code) of the ids 0 .. V - 1; level 0 is text.
     """
 
-    def __init__(self, table: Tensor, codebook_sizes: Sequence[int]) -> None:
-        self.table = table
+    def __init__(self, ids: Mapping[tuple[int, int], int], codebook_sizes: Sequence[int]) -> None:
+        """`ids` maps (level, code) to token ids and is taken as it is; `from_table` checks what users give."""
         self.codebook_sizes = tuple(codebook_sizes)
-        self._ids = {(level, code): i for i, (level, code) in enumerate(table.tolist()) if level > 0}
+        self.table = torch.zeros((max(ids.values(), default=-1) + 1, 2), dtype=torch.int32)
+        if ids:
+            self.table[list(ids.values())] = torch.tensor(list(ids), dtype=torch.int32)
+        self._ids = dict(ids)
         self._on_device: dict[torch.device, Tensor] = {}
 
     @classmethod
@@ -58,10 +61,7 @@ class SIDVocabulary:
             if entry in owner:
                 raise ValueError(f"token ids {owner[entry]} and {token} both mean level {level}, code {code}")
             owner[entry] = token
-        table = torch.zeros((max(owner.values(), default=-1) + 1, 2), dtype=torch.int32)
-        if owner:
-            table[list(owner.values())] = torch.tensor(list(owner), dtype=torch.int32)
-        return cls(table, sizes)
+        return cls(owner, sizes)
 
     def __len__(self) -> int:
         """Number of SID tokens."""

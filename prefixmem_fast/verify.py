@@ -8,9 +8,8 @@ tolerance here is a guess.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,9 +56,6 @@ class Report:
     mismatches: list[str] = field(default_factory=list)
     worst: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "backends": list(self.backends)}
-
     def equal(self, what: str, case: Case, found: Tensor, expected: Tensor) -> None:
         self.comparisons += 1
         if found.shape != expected.shape or found.dtype != expected.dtype or not torch.equal(found, expected):
@@ -67,12 +63,12 @@ class Report:
 
     def within(self, what: str, case: Case, found: Tensor, exact: Tensor, bound: Tensor) -> None:
         self.comparisons += 1
-        error = (found.double() - exact).abs()
         if found.shape != exact.shape or not torch.isfinite(found).all():
             self.mismatches.append(f"{what}: shape {tuple(found.shape)} or an element that is not finite; {case}")
             return
-        if not error.numel():
+        if not found.numel():
             return
+        error = (found.double() - exact).abs()
         share = (error / bound).max().item()
         worst = self.worst.setdefault(str(found.dtype).removeprefix("torch."), {"absolute": 0.0, "of_bound": 0.0})
         worst["absolute"] = max(worst["absolute"], error.max().item())
@@ -96,6 +92,13 @@ def sum_bound(terms: Tensor, magnitude: Tensor, exact: Tensor, dtype: torch.dtyp
         + terms * accumulator.smallest_normal
         + subnormal
     )
+
+
+def exact_sums(operation: Callable[[Tensor], Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
+    """A sum that is linear in `values`, in float64, and how far a sum in the dtype of `values` may be from it."""
+    exact = operation(values.double())
+    terms, magnitude = operation(torch.ones_like(values).double()), operation(values.double().abs())
+    return exact, sum_bound(terms, magnitude, exact, values.dtype)
 
 
 def random_spec(rng: random.Random) -> AddressSpec:
@@ -271,13 +274,10 @@ def _check_tokens(report: Report, case: Case, backends: tuple[str, ...], generat
 
 def _check_sums(report, case, kind, backends, generator, operation, forward, backward) -> None:
     """One operation, forward and gradient, on every backend, against float64 and its derived bounds."""
-    weight, dtype = case.weight, case.weight.dtype
-    exact = forward(weight.double())
-    bound = sum_bound(forward(torch.ones_like(weight).double()), forward(weight.double().abs()), exact, dtype)
+    weight = case.weight
+    exact, bound = exact_sums(forward, weight)
     grad = torch.randn(exact.shape, generator=generator, dtype=torch.float64).to(weight)
-    exact_grad = backward(grad.double())
-    terms = backward(torch.ones_like(grad).double())
-    grad_bound = sum_bound(terms, backward(grad.double().abs()), exact_grad, dtype)
+    exact_grad, grad_bound = exact_sums(backward, grad)
 
     for backend in ("reference", *backends):
         leaf = weight.detach().clone().requires_grad_()

@@ -41,11 +41,12 @@ def run(options: argparse.Namespace) -> int:
             "seconds": round(time.perf_counter() - started, 1),
         }
     if options.json:
-        print(json.dumps({"data": "synthetic", "items": ITEMS, "steps": options.steps, "models": rows}, indent=2))
+        print(
+            json.dumps({"data": "synthetic", "items": len(catalogue), "steps": options.steps, "models": rows}, indent=2)
+        )
         return 0
-    print(
-        f"synthetic catalogue: {ITEMS} items, {LEVELS} levels of {CODES} codes; teacher-forced accuracy of each level"
-    )
+    print(f"synthetic catalogue: {len(catalogue)} items, {LEVELS} levels of {CODES} codes")
+    print("teacher-forced accuracy of each level")
     print(f"{'':<20}" + "".join(f"{f'level {level}':>10}" for level in range(2, LEVELS + 1)) + f"{'seconds':>10}")
     for name, row in rows.items():
         print(f"{name:<20}" + "".join(f"{value:>10.3f}" for value in row["accuracy"]) + f"{row['seconds']:>10.1f}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
@@ -50,7 +51,7 @@ def _verify(options: argparse.Namespace) -> int:
             bar.update()
             bar.set_postfix(mismatches=len(report.mismatches))
     if options.json:
-        print(json.dumps({**report.as_dict(), "triton_skipped": skipped}, indent=2))
+        print(json.dumps({**asdict(report), "triton_skipped": skipped}, indent=2))
     else:
         where = "the Triton interpreter on the CPU" if interpreting() else device
         print(f"{' and '.join(report.backends)} on {where}, seed {report.seed}")
@@ -70,7 +71,7 @@ def _compile(options: argparse.Namespace) -> int:
     spilled = [kernel for kernel in kernels if not kernel.clean]
     if options.json:
         head = {"versions": collect()["versions"], "width": offline.WIDTH, "spec": offline.paper_spec().to_dict()}
-        lines = ",\n".join(json.dumps(kernel.as_dict()) for kernel in kernels)  # a kernel a line, to be compared
+        lines = ",\n".join(json.dumps(asdict(kernel)) for kernel in kernels)  # a kernel a line, to be compared
         print(f'{json.dumps(head)[:-1]}, "kernels": [\n{lines}\n]}}')
         return 1 if spilled else 0
     print(f"{offline.paper_spec()}, rows of {offline.WIDTH}")
@@ -89,7 +90,6 @@ def _compile(options: argparse.Namespace) -> int:
 def _listed(name: str, options: argparse.Namespace, known: Iterable[str]) -> tuple[str, ...]:
     given = getattr(options, name)
     chosen = tuple(known) if given is None else tuple(filter(None, map(str.strip, given.split(","))))
-    unknown = [value for value in chosen if value not in known]
-    if unknown or not chosen:
+    if not chosen or any(value not in known for value in chosen):
         raise ValueError(f"--{name} = {given!r} is unknown; allowed are {', '.join(known)}, separated by commas")
     return chosen

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixmem_fast import AddressSpec, prefix_memory, prefix_rows, reference, token_memory
-from prefixmem_fast.verify import random_tokens, sum_bound
+from prefixmem_fast.verify import exact_sums, random_tokens
 from tests.strategies import codes_for, specs
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -19,17 +19,12 @@ def name(value):
     return str(value).removeprefix("torch.")
 
 
-def assert_within(found, exact, bound):
+def assert_exact_sums(found, operation, values):
+    """`found` against the float64 sums, within the bound that the number and size of the summands give."""
+    exact, bound = exact_sums(operation, values)
     assert found.isfinite().all()
     error = (found.double() - exact).abs()
     assert (error <= bound).all(), f"{(error / bound).max().item():.3g} times the bound"
-
-
-def assert_gradient(found, grad, backward, dtype):
-    """`found` against the float64 sums, within the bound that the number and size of the summands give."""
-    exact = backward(grad.double())
-    terms, magnitude = backward(torch.ones_like(grad).double()), backward(grad.double().abs())
-    assert_within(found, exact, sum_bound(terms, magnitude, exact, dtype))
 
 
 def token_case(spec, shape, seed=0):
@@ -56,7 +51,7 @@ def test_any_spec(spec, width, data):
     for deterministic in (False, True):
         out = prefix_memory(codes, weight, spec, backend="triton", deterministic=deterministic)
         (found,) = torch.autograd.grad(out, weight, grad)
-        assert_gradient(found, grad, lambda g: reference.prefix_memory_backward(g, codes, spec), torch.float32)
+        assert_exact_sums(found, lambda g: reference.prefix_memory_backward(g, codes, spec), grad)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
@@ -68,13 +63,11 @@ def test_dtypes(mode, dtype, deterministic):
     codes = torch.randint(-1, 10, (63, 5), dtype=torch.int32)
     weight = torch.randn(spec.total_rows, 20).to(dtype).requires_grad_()
     out = prefix_memory(codes, weight, spec, backend="triton", deterministic=deterministic)
-    exact = reference.prefix_memory(codes, weight.detach().double(), spec)
-    magnitude = reference.prefix_memory(codes, weight.detach().double().abs(), spec)
-    assert_within(out.detach(), exact, sum_bound(torch.full_like(exact, 4), magnitude, exact, dtype))
+    assert_exact_sums(out.detach(), lambda w: reference.prefix_memory(codes, w, spec), weight.detach())
     grad = torch.randn(out.shape).to(dtype)
     out.backward(grad)
     assert weight.grad.dtype == dtype
-    assert_gradient(weight.grad, grad, lambda g: reference.prefix_memory_backward(g, codes, spec), dtype)
+    assert_exact_sums(weight.grad, lambda g: reference.prefix_memory_backward(g, codes, spec), grad)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name)
@@ -104,9 +97,7 @@ def test_token_stream(mode, packed):
             ids, table, weight, spec, segment_ids=segments, backend="triton", deterministic=deterministic
         )
         (found,) = torch.autograd.grad(out, weight, grad)
-        assert_gradient(
-            found, grad, lambda g: reference.token_memory_backward(g, ids, table, spec, segments), torch.float32
-        )
+        assert_exact_sums(found, lambda g: reference.token_memory_backward(g, ids, table, spec, segments), grad)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name)
@@ -115,14 +106,12 @@ def test_token_stream_dtypes(dtype):
     ids, table = token_case(spec, (2, 31), seed=1)
     weight = torch.randn(spec.total_rows, 8).to(dtype).requires_grad_()
     out = token_memory(ids.int(), table, weight, spec, backend="triton")
-    exact = reference.token_memory(ids, table, weight.detach().double(), spec)
-    magnitude = reference.token_memory(ids, table, weight.detach().double().abs(), spec)
-    assert_within(out.detach(), exact, sum_bound(torch.full_like(exact, 3), magnitude, exact, dtype))
+    assert_exact_sums(out.detach(), lambda w: reference.token_memory(ids, table, w, spec), weight.detach())
     grad = torch.randn(out.shape).to(dtype)
     for deterministic in (False, True):
         out = token_memory(ids, table, weight, spec, backend="triton", deterministic=deterministic)
         (found,) = torch.autograd.grad(out, weight, grad)
-        assert_gradient(found, grad, lambda g: reference.token_memory_backward(g, ids, table, spec), dtype)
+        assert_exact_sums(found, lambda g: reference.token_memory_backward(g, ids, table, spec), grad)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (5, 1), (1, 200)], ids=str)
@@ -198,7 +187,7 @@ def test_deterministic_bits(mode):
         out = prefix_memory(codes.clone(), weight, spec, backend="triton", deterministic=True)
         found.append(torch.autograd.grad(out, weight, grad.clone())[0])
     assert torch.equal(*found)
-    assert_gradient(found[0], grad, lambda g: reference.prefix_memory_backward(g, codes, spec), torch.float32)
+    assert_exact_sums(found[0], lambda g: reference.prefix_memory_backward(g, codes, spec), grad)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
