@@ -1,4 +1,4 @@
-"""Which implementation runs: `triton` on a GPU, `reference` in plain PyTorch anywhere."""
+"""Which implementation runs: `triton` on a GPU, `cpu` on a CPU, `reference` in plain PyTorch anywhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "triton", "cpu", "reference")
 # Tuples of compile-time constants with named fields, which the kernels are written with, work from here on.
 _OLDEST_TRITON = (3, 4)
 
@@ -50,6 +50,9 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     """Why `backend` cannot run on tensors of `device`, or None."""
     if backend == "reference" or device.type == "meta":
         return None
+    if backend == "cpu":
+        where = f"it needs tensors on the CPU and these would be on {device}; take triton or reference"
+        return where if device.type != "cpu" else None
     problem = TRITON_PROBLEM
     if problem is None and device.type != "cuda" and not interpreting():
         problem = (
@@ -81,7 +84,7 @@ def resolve(backend: str, **tensors: Tensor) -> str:
         if device.type == "cuda" and TRITON_PROBLEM is not None:
             warnings.warn(f"the reference runs, slowly: {TRITON_PROBLEM}", stacklevel=3)
             return "reference"
-        return "triton" if device.type == "cuda" else "reference"
+        return {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
     problem = unavailable(backend, device)
     if problem is not None:
         raise BackendError(f"backend = {backend!r} cannot run: {problem}")

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference
+from . import cpu, reference
 from .backends import check_backend, resolve
+from .row_gradient import read_rows
 from .spec import AddressSpec
 
-GRADS = ("dense",)
+GRADS = ("dense", "sparse", "fused")
 _CODE_DTYPES = (torch.int16, torch.int32, torch.int64)
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -29,7 +30,7 @@ def prefix_rows(codes: Tensor, spec: AddressSpec, *, backend: str = "auto") -> T
     Args:
         codes: int16, int32 or int64 ``[..., L]``. A code below 0 or at least K_l ends the prefix.
         spec: the address spec.
-        backend: "auto", "triton" or "reference"; "auto" takes Triton for tensors on a GPU.
+        backend: "auto", "triton", "cpu" or "reference"; "auto" takes Triton for tensors on a GPU.
 
     Returns:
         int64 ``[..., L, N, H]``; -1 where the order does not exist at the level or the prefix has ended.
@@ -60,10 +61,14 @@ def prefix_memory(
             on add zero and receive no gradient.
         weight: float32, bfloat16, float16 or float64 ``[R, w]``, with R = ``spec.total_rows``.
         spec: the address spec; A = ``len(spec.active_levels)``.
-        backend: "auto", "triton" or "reference"; "auto" takes Triton for tensors on a GPU.
-        grad: "dense" gives ``weight.grad`` of the shape and dtype of `weight`.
-        deterministic: the gradient has the same bits run after run; otherwise it may be summed by float32 atomics.
-            `torch.use_deterministic_algorithms(True)` asks for it too.
+        backend: "auto", "triton", "cpu" or "reference"; "auto" takes Triton on a GPU and the fast path on a CPU.
+        grad: where the gradient of `weight` goes. "dense": ``weight.grad`` of its shape and dtype. "sparse":
+            ``weight.grad`` is a sparse tensor of the touched rows. "fused": the optimizer of `prefixmem_fast.optim`
+            that holds `weight` updates the touched rows in the backward pass, and no gradient is kept; accumulating,
+            clipping or scaling it raises RuntimeError. "sparse" and "fused" differentiate once, and torch.compile
+            runs them outside its graph.
+        deterministic: the dense gradient has the same bits run after run; otherwise it may be summed by float32
+            atomics. `torch.use_deterministic_algorithms(True)` asks for it too. The other two always have them.
 
     Returns:
         ``[..., A, H * w]`` in the dtype of `weight`, summed in float32 (float64 for float64).
@@ -76,13 +81,12 @@ def prefix_memory(
     _check_codes(codes, spec)
     _check_weight(weight, spec)
     check_how(backend, grad, deterministic)
-    out = _prefix_memory(
-        codes.reshape(-1, spec.levels),
-        weight,
-        spec.key,
-        resolve(backend, codes=codes, weight=weight),
-        deterministic,
-    )
+    codes_2d, backend = codes.reshape(-1, spec.levels), resolve(backend, codes=codes, weight=weight)
+
+    def read(weight: Tensor) -> Tensor:
+        return _prefix_memory(codes_2d, weight, spec.key, backend, deterministic)
+
+    out = read(weight) if grad == "dense" else read_rows(read, weight, (codes_2d,), spec, backend, grad)
     return out.view(*codes.shape[:-1], *out.shape[1:])
 
 
@@ -130,15 +134,14 @@ def token_memory(
         tensors["segment_ids"] = segment_ids
     _check_weight(weight, spec)
     check_how(backend, grad, deterministic)
-    return _token_memory(
-        input_ids,
-        token_table,
-        segment_ids,
-        weight,
-        spec.key,
-        resolve(backend, **tensors),
-        deterministic,
-    )
+    backend = resolve(backend, **tensors)
+
+    def read(weight: Tensor) -> Tensor:
+        return _token_memory(input_ids, token_table, segment_ids, weight, spec.key, backend, deterministic)
+
+    if grad == "dense":
+        return read(weight)
+    return read_rows(read, weight, (input_ids, token_table, segment_ids), spec, backend, grad)
 
 
 def check_how(backend: str, grad: str, deterministic: bool) -> None:
@@ -200,6 +203,10 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
+def _library(backend: str):
+    return cpu if backend == "cpu" else reference
+
+
 @lru_cache(maxsize=64)
 def _spec(key: str) -> AddressSpec:
     return AddressSpec.from_dict(json.loads(key))
@@ -228,7 +235,7 @@ def _prefix_memory(codes: Tensor, weight: Tensor, spec: str, backend: str, deter
 
         with torch.cuda.device_of(weight):
             return forward.prefix_memory_fwd(codes.contiguous(), weight.contiguous(), _spec(spec))
-    return reference.prefix_memory(codes, weight, _spec(spec))
+    return _library(backend).prefix_memory(codes, weight, _spec(spec))
 
 
 @_prefix_memory.register_fake
@@ -245,7 +252,7 @@ def _prefix_memory_backward(grad: Tensor, codes: Tensor, spec: str, backend: str
         kernels = segment if deterministic or _torch_wants_determinism() else backward
         with torch.cuda.device_of(grad):
             return kernels.prefix_memory_bwd(grad.contiguous(), codes.contiguous(), _spec(spec))
-    return reference.prefix_memory_backward(grad, codes, _spec(spec))
+    return _library(backend).prefix_memory_backward(grad, codes, _spec(spec))
 
 
 @_prefix_memory_backward.register_fake
@@ -292,7 +299,7 @@ def _token_memory(
 
         with torch.cuda.device_of(weight):
             return forward.token_memory_fwd(*_contiguous(input_ids, token_table, segment_ids, weight), _spec(spec))
-    return reference.token_memory(input_ids, token_table, weight, _spec(spec), segment_ids)
+    return _library(backend).token_memory(input_ids, token_table, weight, _spec(spec), segment_ids)
 
 
 @_token_memory.register_fake
@@ -316,7 +323,7 @@ def _token_memory_backward(
         kernels = segment if deterministic or _torch_wants_determinism() else backward
         with torch.cuda.device_of(grad):
             return kernels.token_memory_bwd(*_contiguous(grad, input_ids, token_table, segment_ids), _spec(spec))
-    return reference.token_memory_backward(grad, input_ids, token_table, _spec(spec), segment_ids)
+    return _library(backend).token_memory_backward(grad, input_ids, token_table, _spec(spec), segment_ids)
 
 
 @_token_memory_backward.register_fake

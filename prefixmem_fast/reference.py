@@ -86,25 +86,31 @@ def prefix_memory(codes: Tensor, weight: Tensor, spec: AddressSpec) -> Tensor:
     return total.to(weight.dtype).flatten(-2)
 
 
-def prefix_memory_backward(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Tensor:
-    """Gradient of `prefix_memory` with respect to `weight`.
+def row_gradient(grad: Tensor, codes: Tensor, spec: AddressSpec) -> tuple[Tensor, Tensor]:
+    """Gradient of `prefix_memory` with respect to the rows that it read.
 
     Args:
         grad: ``[..., A, H * w]``, gradient of S.
         codes: integer ``[..., L]``.
 
     Returns:
-        ``[R, w]`` in the dtype of `grad`, summed in float32 (float64 for a float64 gradient).
+        rows: int64 ``[U]``, ascending, each once.
+        values: ``[U, w]``, their sums in float32 (float64 for a float64 gradient).
     """
-    rows = _active_rows(codes, spec)
-    width = grad.shape[-1] // spec.heads
-    grad_heads = grad.unflatten(-1, (spec.heads, width)).to(_accumulator(grad.dtype))  # [..., A, H, w]
-    total = torch.zeros((spec.total_rows, width), dtype=grad_heads.dtype, device=grad.device)
-    for n in range(spec.max_order):
-        row = rows[..., n, :, None]  # [..., A, H, 1]
-        added = torch.where(row >= 0, grad_heads, 0)
-        _add_rows(total, row.clamp(min=0).flatten(), added.reshape(-1, width))
-    return total.to(grad.dtype)
+    return _sum_by_row(grad, _active_rows(codes, spec))
+
+
+def _sum_by_row(grad: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of grad ``[..., A, H * w]`` by rows ``[..., A, N, H]``, where -1 is no row."""
+    grad_heads = grad.unflatten(-1, (rows.shape[-1], -1)).to(_accumulator(grad.dtype))  # [..., A, H, w]
+    width = grad_heads.shape[-1]
+    touched = rows[rows >= 0].unique()
+    values = torch.zeros((len(touched), width), dtype=grad_heads.dtype, device=grad.device)
+    for n in range(rows.shape[-2]):
+        m_row = rows[..., n, :] >= 0  # [..., A, H]
+        place = torch.searchsorted(touched, rows[..., n, :][m_row])
+        _add_rows(values, place, grad_heads[m_row])
+    return touched, values
 
 
 def _add_rows(total: Tensor, rows: Tensor, added: Tensor) -> None:
@@ -112,6 +118,17 @@ def _add_rows(total: Tensor, rows: Tensor, added: Tensor) -> None:
         total.index_put_((rows,), added, accumulate=True)  # sorts first, hence the same bits run after run
     else:
         total.index_add_(0, rows, added)
+
+
+def dense_gradient(rows: Tensor, values: Tensor, spec: AddressSpec, dtype: torch.dtype) -> Tensor:
+    """The rows' gradient as ``[R, w]`` of `dtype`, zero everywhere else."""
+    total = torch.zeros((spec.total_rows, values.shape[1]), dtype=dtype, device=values.device)
+    return total.index_copy_(0, rows, values.to(dtype))
+
+
+def prefix_memory_backward(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Tensor:
+    """Gradient of `prefix_memory` with respect to `weight`: ``[..., A, H * w]`` to ``[R, w]`` of the same dtype."""
+    return dense_gradient(*row_gradient(grad, codes, spec), spec, grad.dtype)
 
 
 def token_codes(
@@ -172,11 +189,18 @@ def token_memory(
     return out
 
 
+def token_row_gradient(
+    grad: Tensor, input_ids: Tensor, token_table: Tensor, spec: AddressSpec, segment_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`row_gradient` of `token_memory`: from ``[B, T, H * w]``; rows are those read at tokens of active levels."""
+    codes, level = token_codes(input_ids, token_table, spec, segment_ids)
+    here = level[..., None] == level.new_tensor(spec.active_levels)  # [B, T, A]
+    rows = torch.where(here[..., None, None], _active_rows(codes, spec), -1)
+    return _sum_by_row(grad[..., None, :].expand(*here.shape, -1), rows)
+
+
 def token_memory_backward(
     grad: Tensor, input_ids: Tensor, token_table: Tensor, spec: AddressSpec, segment_ids: Tensor | None = None
 ) -> Tensor:
     """Gradient of `token_memory` with respect to `weight`: ``[B, T, H * w]`` to ``[R, w]``."""
-    codes, level = token_codes(input_ids, token_table, spec, segment_ids)
-    active = level.new_tensor(spec.active_levels)
-    grad_levels = torch.where((level[..., None] == active)[..., None], grad[..., None, :], 0)  # [B, T, A, d]
-    return prefix_memory_backward(grad_levels, codes, spec)
+    return dense_gradient(*token_row_gradient(grad, input_ids, token_table, spec, segment_ids), spec, grad.dtype)

@@ -255,6 +255,7 @@ def _check_codes(report: Report, case: Case, backends: tuple[str, ...], generato
         lambda weight, **how: prefix_memory(codes, weight, spec, **how),
         lambda weight: reference.prefix_memory(codes, weight, spec),
         lambda grad: reference.prefix_memory_backward(grad, codes, spec),
+        lambda grad: reference.row_gradient(grad, codes, spec)[0],
     )
 
 
@@ -269,15 +270,17 @@ def _check_tokens(report: Report, case: Case, backends: tuple[str, ...], generat
         lambda weight, **how: token_memory(*arguments, weight, case.spec, segment_ids=case.segment_ids, **how),
         lambda weight: reference.token_memory(*arguments, weight, case.spec, case.segment_ids),
         lambda grad: reference.token_memory_backward(grad, *arguments, case.spec, case.segment_ids),
+        lambda grad: reference.token_row_gradient(grad, *arguments, case.spec, case.segment_ids)[0],
     )
 
 
-def _check_sums(report, case, kind, backends, generator, operation, forward, backward) -> None:
-    """One operation, forward and gradient, on every backend, against float64 and its derived bounds."""
+def _check_sums(report, case, kind, backends, generator, operation, forward, backward, touched) -> None:
+    """One operation, forward and gradients, on every backend, against float64 and its derived bounds."""
     weight = case.weight
     exact, bound = exact_sums(forward, weight)
     grad = torch.randn(exact.shape, generator=generator, dtype=torch.float64).to(weight)
     exact_grad, grad_bound = exact_sums(backward, grad)
+    touched_rows = touched(grad)
 
     for backend in ("reference", *backends):
         leaf = weight.detach().clone().requires_grad_()
@@ -288,3 +291,8 @@ def _check_sums(report, case, kind, backends, generator, operation, forward, bac
             report.within(f"{backend} {kind}gradient", case, found, exact_grad, grad_bound)
         (again,) = torch.autograd.grad(out, leaf, grad)
         report.equal(f"{backend} {kind}gradient, deterministic, twice", case, again, found)
+
+        operation(leaf, backend=backend, grad="sparse").backward(grad)
+        sparse = leaf.grad.coalesce()
+        report.equal(f"{backend} {kind}touched rows", case, sparse.indices()[0], touched_rows)
+        report.within(f"{backend} {kind}sparse gradient", case, sparse.to_dense(), exact_grad, grad_bound)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..backends import interpreting, unavailable
+from ..backends import BACKENDS, interpreting, unavailable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def collect() -> dict[str, Any]:
         },
         "gpus": gpus,
         "interpreter": interpreting(),
-        "backends": {backend: unavailable(backend, device) for backend in ("triton", "reference")},
+        "backends": {backend: unavailable(backend, device) for backend in BACKENDS[1:]},
     }
 
 

@@ -41,7 +41,7 @@ def _verify(options: argparse.Namespace) -> int:
     skipped = None
     if options.backend == "auto":
         skipped = unavailable("triton", torch.device(device))
-        backends = () if skipped else ("triton",)
+        backends = tuple(name for name in ("triton", "cpu") if unavailable(name, torch.device(device)) is None)
     else:
         resolve(options.backend, tensors=torch.empty(0, device=device))
         backends = () if options.backend == "reference" else (options.backend,)

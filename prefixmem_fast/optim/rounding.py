@@ -1,0 +1,58 @@
+"""Stochastic rounding of float32 to bfloat16, from a counter-based generator.
+
+    bits(x) + r, r uniform in 0 .. 2^16 - 1, cut to the upper 16 bits
+
+rounds x up with a probability equal to the part that is cut off, so the expected result is x. r depends on nothing but
+(seed, step, row, column): the same bits on every backend, whatever the launch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio, odd
+MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
+
+
+def _signed(value: int) -> int:
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >> 31 else value
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit integers in which every input bit reaches every output bit.
+
+    x ^= x >> 16; x *= a; x ^= x >> 15; x *= b; x ^= x >> 15, unsigned and modulo 2^32; a and b from C. Wellons' search
+    for such functions ("hash prospector").
+    """
+    x = x ^ (x >> 16 & 0xFFFF)
+    x = x * _signed(MULTIPLIERS[0])
+    x = x ^ (x >> 15 & 0x1FFFF)
+    x = x * _signed(MULTIPLIERS[1])
+    return x ^ (x >> 15 & 0x1FFFF)
+
+
+def random_bits(seed: int, step: Tensor, rows: Tensor, width: int) -> Tensor:
+    """int32 ``[U, width]`` in 0 .. 2^16 - 1, for rows ``[U]`` of the table and its step (a 0-dimensional tensor).
+
+    One 32-bit word serves two columns: the lower half the even one, the upper half the odd one.
+    """
+    key = mix(torch.tensor(_signed(seed), dtype=torch.int32, device=rows.device))
+    for word in (seed >> 32, step & 0xFFFFFFFF, rows & 0xFFFFFFFF, rows >> 32):
+        key = mix(key ^ (_signed(word) if isinstance(word, int) else _low_word(word)))
+    pair = torch.arange(1, (width + 1) // 2 + 1, dtype=torch.int32, device=rows.device)
+    words = mix(key[:, None] + pair * _signed(GOLDEN))
+    return torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF], dim=2).flatten(1)[:, :width]
+
+
+def _low_word(x: Tensor) -> Tensor:
+    """int64 in 0 .. 2^32 - 1 as the int32 of the same bits."""
+    return ((x ^ 0x80000000) - 0x80000000).to(torch.int32)
+
+
+def stochastic_round(x: Tensor, random: Tensor) -> Tensor:
+    """float32 to bfloat16 with random integers of 16 bits; infinities and NaN stay what they are."""
+    bits = x.contiguous().view(torch.int32)
+    rounded = ((bits + random) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(x.isfinite(), rounded, x.to(torch.bfloat16))

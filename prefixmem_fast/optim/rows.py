@@ -1,0 +1,283 @@
+"""Optimizers of memory tables: a step costs what the touched rows cost, whatever the size of the table.
+
+With ``grad="sparse"`` they take the sparse ``weight.grad`` in `step()`. With ``grad="fused"`` the backward pass finds
+the optimizer that holds the weight and has it update the rows there and then; `step()` then only ends the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import resolve
+from ..cpu import chunks, gather
+from ..row_gradient import FusedGradient, bind_optimizer, sparse_rows
+from ..spec import integer
+from .rounding import random_bits, stochastic_round
+from .rules import RULES, Hyper, decay
+
+
+class RowUpdate:
+    """One step of one table: the rule, its numbers and its state, ready to be applied to rows.
+
+    Attributes:
+        weight: the table ``[R, w]``.
+        rule: a name of `rules.RULES`.
+        state: the rule's state tensors ``[R]`` or ``[R, w]`` in its order; None for a first moment that is not kept.
+        step: int64, 0-dimensional, on the table's device; counts this step already.
+        hyper: the numbers of the step.
+        seed: of stochastic rounding; None to round to nearest.
+    """
+
+    def __init__(
+        self, weight: Tensor, rule: str, state: list[Tensor | None], step: Tensor, hyper: Hyper, seed: int | None
+    ) -> None:
+        self.weight, self.rule, self.state = weight, rule, state
+        self.step, self.hyper, self.seed = step, hyper, seed
+
+    def apply(self, rows: Tensor, values: Tensor) -> None:
+        """Update `rows` ``[U]``, each once, with their gradients ``[U, w]``; in PyTorch, a chunk at a time."""
+        for part in chunks(len(rows), values.shape[1] * values.element_size()):
+            self._apply_chunk(rows[part], values[part])
+
+    def _apply_chunk(self, rows: Tensor, values: Tensor) -> None:
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        w = decay(gather(self.weight, rows).to(dtype), self.hyper)
+        kept = [None if s is None else gather(s, rows) if s.dim() == 2 else s[rows] for s in self.state]
+        w, *new = RULES[self.rule].update(w, values.to(dtype), *kept, self.hyper)
+        for state, values in zip(self.state, new, strict=True):
+            if state is not None:
+                state.index_copy_(0, rows, values)
+        if self.seed is not None:
+            w = stochastic_round(w, random_bits(self.seed, self.step, rows, w.shape[1]))
+        self.weight.index_copy_(0, rows, w.to(self.weight.dtype))
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    """What the optimizers below share. Parameters are tables ``[R, w]``, trained with grad="sparse" or "fused"."""
+
+    rule: str
+
+    def __init__(self, params: Iterable, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check_group(group)
+        for weight in group["params"]:
+            if weight.dim() != 2 or not weight.is_floating_point():
+                raise ValueError(
+                    f"params holds a {weight.dtype} of shape {tuple(weight.shape)}; row-wise optimizers take the "
+                    "tables of PrefixMemory, [R, w]; give the rest of a model to another optimizer, or the whole "
+                    "model to prefixmem_fast.optim.for_model"
+                )
+            bind_optimizer(weight, self)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the rows that ``weight.grad`` holds; tables that the backward pass has updated are only closed.
+
+        Raises:
+            TypeError: a gradient is dense.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if isinstance(weight.grad, FusedGradient):
+                    weight.grad = None
+                elif weight.grad is not None:
+                    self._step_sparse(weight, weight.grad)
+        return loss
+
+    def _step_sparse(self, weight: Tensor, grad: Tensor) -> None:
+        if not grad.is_sparse:
+            raise TypeError(
+                f"a table of shape {tuple(weight.shape)} has a dense gradient; {type(self).__name__} takes "
+                'grad="sparse" or grad="fused": set it on the module, or train the table with torch.optim'
+            )
+        update = self.begin(weight)
+        if resolve("auto", weight=weight) == "triton":
+            from ..kernels import update as kernels
+
+            with torch.cuda.device_of(weight):
+                kernels.update_sparse(grad, update)
+        else:
+            update.apply(*sparse_rows(grad))
+        torch.autograd.graph.increment_version(weight)
+
+    def begin(self, weight: Tensor) -> RowUpdate:
+        """Count a step of `weight` and give what is needed to apply it. No host synchronisation."""
+        group = next(group for group in self.param_groups if any(p is weight for p in group["params"]))
+        state = self.state[weight]
+        if not state:
+            self._start(weight, group, state)
+        state["step"] += 1
+        names = RULES[self.rule].state
+        beta1, beta2 = group.get("betas", (0.0, 0.0))
+        hyper = Hyper(group["lr"], group["weight_decay"], group.get("eps", 0.0), beta1, beta2)
+        if "betas" in group:
+            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            correction1, correction2 = (
+                (1 - torch.pow(beta, state["step"].double())).to(dtype) for beta in group["betas"]
+            )
+            hyper = hyper._replace(correction1=correction1, correction2=correction2)
+        stochastic = weight.dtype == torch.bfloat16 and group["stochastic_rounding"]
+        return RowUpdate(
+            weight.detach(), self.rule, [state.get(name) for name in names], state["step"], hyper,
+            group["seed"] if stochastic else None,
+        )  # fmt: skip
+
+    def _start(self, weight: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        state["step"] = torch.zeros((), dtype=torch.int64, device=weight.device)
+        for name, kind in RULES[self.rule].state.items():
+            if name == "exp_avg" and group["betas"][0] == 0:
+                continue
+            shape = weight.shape if kind == "element" else weight.shape[:1]
+            start = group.get("initial_accumulator_value", 0.0) if name == "sum" else 0.0
+            state[name] = torch.zeros(shape, dtype=dtype, device=weight.device)
+            if start:
+                state[name].fill_(start)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every torch optimizer, but float32 state of a bfloat16 table stays float32."""
+        super().load_state_dict(state_dict)
+        restore_state(self, state_dict)
+
+
+def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Give back the dtypes of row-wise state, which torch's load_state_dict casts to the parameter's."""
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, weight in zip(ids, weights, strict=True):
+        for name, value in state_dict["state"].get(i, {}).items():
+            if isinstance(value, Tensor) and value.dtype != optimizer.state[weight][name].dtype:
+                optimizer.state[weight][name] = value.to(weight.device, copy=True)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for name in ("lr", "weight_decay", "eps", "initial_accumulator_value"):
+        value = group.get(name, 0.0)
+        if isinstance(value, Tensor) and name == "lr":
+            if value.numel() != 1:
+                raise ValueError(f"lr is a tensor of shape {tuple(value.shape)}; give one number")
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} = {value!r} is not a finite number of 0 or more")
+    betas = group.get("betas", (0.0, 0.0))
+    if len(betas) != 2 or not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas = {betas!r}; give two numbers in [0, 1)")
+    if not isinstance(group["stochastic_rounding"], bool):
+        raise TypeError(f"stochastic_rounding = {group['stochastic_rounding']!r} is not a bool; give True or False")
+    if not 0 <= integer("seed", group["seed"]) < 1 << 63:
+        raise ValueError(f"seed = {group['seed']} is outside 0..2^63 - 1")
+
+
+class SGD(RowOptimizer):
+    """Stochastic gradient descent on the touched rows: ``w <- w - lr * g``.
+
+    Args:
+        params: tables of `PrefixMemory`, or groups of them.
+        lr: learning rate; a tensor of one number lets a CUDA graph follow a schedule.
+        weight_decay: decoupled, ``w <- w - lr * weight_decay * w`` first, on touched rows.
+        stochastic_rounding: of bfloat16 tables; False rounds to nearest.
+        seed: of stochastic rounding: the same seed gives the same bits.
+
+    Raises:
+        ValueError, TypeError: an argument is not as stated.
+    """
+
+    rule = "sgd"
+
+    def __init__(self, params, lr=1e-2, *, weight_decay=0.0, stochastic_rounding=True, seed=0) -> None:
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "stochastic_rounding": stochastic_rounding, "seed": seed}
+        )
+
+
+class RowWiseAdagrad(RowOptimizer):
+    """Adagrad with one scalar a row: ``s <- s + mean(g^2)``, ``w <- w - lr * g / (sqrt(s) + eps)``.
+
+    State: 4 bytes a row. Arguments as for `SGD`, and:
+
+    Args:
+        eps: added to the root.
+        initial_accumulator_value: what s starts from.
+    """
+
+    rule = "row_adagrad"
+
+    def __init__(
+        self,
+        params,
+        lr=1e-2,
+        *,
+        eps=1e-10,
+        initial_accumulator_value=0.0,
+        weight_decay=0.0,
+        stochastic_rounding=True,
+        seed=0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "initial_accumulator_value": initial_accumulator_value,
+            "weight_decay": weight_decay,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
+
+
+class _Adam(RowOptimizer):
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        *,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        stochastic_rounding=True,
+        seed=0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
+
+
+class RowWiseAdam(_Adam):
+    """Adam whose second moment is one scalar a row: ``v <- beta2 * v + (1 - beta2) * mean(g^2)``.
+
+    State: a float32 first moment of the table's shape and 4 bytes a row; with ``betas=(0, ...)`` the 4 bytes alone.
+    Moments of untouched rows stand still; bias is corrected by the steps of the table. Arguments as for `SGD`, and:
+
+    Args:
+        betas: decay of the two moments.
+        eps: added to the root.
+    """
+
+    rule = "row_adam"
+
+
+class LazyAdam(_Adam):
+    """Adam on the touched rows alone, both moments in full, as torch.optim.SparseAdam, with Adam's place of eps.
+
+    State: two float32 tables (one with ``betas=(0, ...)``). Arguments as for `RowWiseAdam`.
+    """
+
+    rule = "lazy_adam"

@@ -1,0 +1,197 @@
+"""The gradient as rows: a torch sparse tensor (grad="sparse"), or an update in the backward pass (grad="fused").
+
+Neither holds a dense gradient at any time. Both differentiate once, and both are the same bits run after run.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import cpu, reference
+from .spec import AddressSpec
+
+if TYPE_CHECKING:
+    from .optim.rows import RowOptimizer, RowUpdate
+
+
+@torch.compiler.disable
+def read_rows(
+    read: Callable[[Tensor], Tensor], weight: Tensor, inputs: tuple, spec: AddressSpec, backend: str, grad: str
+) -> Tensor:
+    """`read(weight)`, differentiated into rows.
+
+    Args:
+        read: the forward operation.
+        inputs: (codes ``[M, L]``,), or (input_ids, token_table, segment_ids or None): what it reads for.
+        grad: "sparse" or "fused".
+    """
+    if grad == "fused" and weight.requires_grad and torch.is_grad_enabled():
+        _check_fusible(weight)
+    return _RowGradient.apply(weight, read, spec, backend, grad, *inputs)
+
+
+class _RowGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, read, spec, backend, grad, *inputs):
+        ctx.weight, ctx.how = weight, (spec, backend)
+        ctx.fused = grad == "fused"
+        ctx.save_for_backward(*inputs)
+        return read(weight.detach())
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            mode = "fused" if ctx.fused else "sparse"
+            raise RuntimeError(f'grad="{mode}" differentiates once; use grad="dense" for create_graph=True')
+        weight = ctx.weight
+        if ctx.fused:
+            update = _begin_update(weight)
+            _update(update, grad, ctx.saved_tensors, *ctx.how)
+            torch.autograd.graph.increment_version(weight)
+            weight.grad = FusedGradient(weight)
+            found = None
+        else:
+            found = _sparse(weight, grad, ctx.saved_tensors, *ctx.how)
+        return found, *[None] * (4 + len(ctx.saved_tensors))
+
+
+def _chunks(grad: Tensor, inputs: tuple, spec: AddressSpec, backend: str) -> Iterable[tuple[Tensor, Tensor]]:
+    """Rows, ascending and each once, and their sums, in PyTorch."""
+    library = cpu if backend == "cpu" else reference
+    if len(inputs) == 1:
+        found = library.row_gradient(grad, inputs[0], spec)
+    else:
+        input_ids, token_table, segment_ids = inputs
+        found = library.token_row_gradient(grad, input_ids, token_table, spec, segment_ids)
+    return found if backend == "cpu" else [found]
+
+
+def _update(update: RowUpdate, grad: Tensor, inputs: tuple, spec: AddressSpec, backend: str) -> None:
+    if backend == "triton":
+        from .kernels import row_gradient as kernels
+
+        with torch.cuda.device_of(grad):
+            kernels.update(grad, inputs, spec, update)
+    else:
+        for rows, values in _chunks(grad, inputs, spec, backend):
+            update.apply(rows, values)
+
+
+def _sparse(weight: Tensor, grad: Tensor, inputs: tuple, spec: AddressSpec, backend: str) -> Tensor:
+    """The sparse gradient. From a GPU it has a fixed number of entries: those past the last touched row repeat it
+    with zeros, so that nothing waits for a count, and torch's coalesce() gives the touched rows and no other."""
+    if backend == "triton":
+        from .kernels import row_gradient as kernels
+
+        with torch.cuda.device_of(grad):
+            rows, values = kernels.padded_rows(grad, inputs, spec)
+    else:
+        chunks = list(_chunks(grad, inputs, spec, backend))
+        rows = torch.cat([rows for rows, _ in chunks]) if chunks else grad.new_empty(0, dtype=torch.int64)
+        values = torch.cat([values for _, values in chunks]) if chunks else grad.new_empty(0, weight.shape[1])
+    return torch.sparse_coo_tensor(
+        rows[None], values.to(weight.dtype), weight.shape, is_coalesced=backend != "triton", check_invariants=False
+    )
+
+
+def sparse_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[U]``, ascending and each once, and values ``[U, w]`` of a sparse gradient; float32 sums of duplicates."""
+    rows, values = grad._indices()[0], grad._values()
+    if grad.is_coalesced() or bool((rows[1:] > rows[:-1]).all()):
+        return rows, values
+    chunks = list(cpu.merge(rows, values))
+    return torch.cat([rows for rows, _ in chunks]), torch.cat([values for _, values in chunks])
+
+
+class FusedGradient(Tensor):
+    """Stands in ``weight.grad`` after a fused update, until the step ends. It has a shape and no storage; reading it
+    raises, so that clipping or scaling a gradient that is spent fails instead of being skipped."""
+
+    cleared: bool
+
+    @staticmethod
+    def __new__(cls, weight: Tensor) -> FusedGradient:
+        made = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
+        made.cleared = False
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"FusedGradient(spent in the backward pass, shape={tuple(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.zero_.default:
+            args[0].cleared = True
+            return args[0]
+        if func is torch.ops.aten._foreach_zero_.default:
+            for gradient in args[0]:
+                if isinstance(gradient, FusedGradient):
+                    gradient.cleared = True
+                else:
+                    gradient.zero_()
+            return None
+        raise RuntimeError(
+            'grad="fused" spends the gradient of the table in the backward pass, so it cannot be clipped, scaled or '
+            f'read ({func}); use grad="sparse", with prefixmem_fast.optim.clip_grad_norm_ to clip, or switch clipping '
+            "and GradScaler off (max_grad_norm=0 and bf16 in Hugging Face's TrainingArguments)"
+        )
+
+
+class _Binding:
+    """Which optimizer a table's backward pass calls. A copy or a pickle of the table is bound to none."""
+
+    def __init__(self, optimizer: RowOptimizer | None = None) -> None:
+        self.optimizer = weakref.ref(optimizer) if optimizer is not None else lambda: None
+
+    def __reduce__(self) -> Any:
+        return _Binding, ()
+
+
+def bind_optimizer(weight: Tensor, optimizer: RowOptimizer) -> None:
+    """Have the fused backward pass of `weight` call `optimizer`; the last one bound is called."""
+    weight.row_optimizer = _Binding(optimizer)
+
+
+def _optimizer_of(weight: Tensor) -> RowOptimizer:
+    optimizer = getattr(weight, "row_optimizer", _Binding()).optimizer()
+    if optimizer is None:
+        raise RuntimeError(
+            'grad="fused" found no optimizer for the table; build one of prefixmem_fast.optim over it and keep it, or '
+            'use grad="sparse" or grad="dense"'
+        )
+    return optimizer
+
+
+def _check_fusible(weight: Tensor) -> None:
+    if not weight.is_leaf:
+        raise RuntimeError('grad="fused" updates a parameter, and weight was computed from one; use grad="sparse"')
+    _optimizer_of(weight)
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+        raise RuntimeError(
+            'grad="fused" would apply gradients as GradScaler scaled them, and autocast is in float16; use bfloat16, '
+            'or grad="sparse"'
+        )
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise RuntimeError(
+            'grad="fused" would update every process\'s table by its own batch alone; use grad="sparse" or "dense"'
+        )
+
+
+def _begin_update(weight: Tensor) -> RowUpdate:
+    if weight.grad is not None and not getattr(weight.grad, "cleared", False):
+        raise RuntimeError(
+            'grad="fused" has a gradient of this step already: gradients cannot be accumulated over backward passes, '
+            'nor over two readings of one table; use grad="sparse", or call optimizer.step() or zero_grad() after '
+            "each backward pass"
+        )
+    return _optimizer_of(weight).begin(weight)
