@@ -53,29 +53,29 @@ def prefix_rows_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "V"])
-def token_rows_kernel(
-    p_ids,
-    p_table,
-    p_segments,
-    p_rows,
-    p_chain,
-    T,
-    V,
-    PAIRS: tl.constexpr,
-    address: tl.constexpr,
-    BM: tl.constexpr,
-    BH: tl.constexpr,
+def token_codes_kernel(
+    p_ids, p_table, p_segments, p_codes, p_chain, T, V, address: tl.constexpr, BM: tl.constexpr
 ):
-    """ids [B, T] -> rows [B * T, pairs, H] of the SID that begins at each token, -1 where none does, and how many of
-    its tokens follow one another [B * T]. Grid: B * tiles of BM tokens of a row."""
+    """ids [B, T] -> codes [B * T, L] of the SID that begins at each token, -1 where none does and past the last active
+    level that has a token, and how many of its tokens follow one another [B * T]. Grid: B * tiles of BM tokens of a row.
+    """
+    L: tl.constexpr = address.levels
+    LAST: tl.constexpr = address.last_active
     i_row, o_t = token_tile(T, BM)
     p_ids += i_row * T
     if p_segments is not None:
         p_segments += i_row * T
     b_level, _ = load_token(p_ids, p_table, o_t, o_t < T, V)
     b_codes, b_length, b_chain = load_token_codes(p_ids, p_table, p_segments, o_t, b_level == 1, T, V, address)
-    store_rows(p_rows, b_codes, b_length, i_row * T + o_t, o_t < T, PAIRS, BH, address)
-    tl.store(p_chain + i_row * T + o_t, b_chain, mask=o_t < T)
+    b_read = tl.zeros_like(b_chain)
+    for l in tl.static_range(1, LAST + 1):
+        if address.slot_of_level[l - 1] >= 0:
+            b_read = tl.where(b_chain >= l, l, b_read)
+    b_read = tl.minimum(b_read, b_length)
+    o_m = i_row * T + o_t
+    for l in tl.static_range(1, LAST + 1):
+        tl.store(p_codes + o_m * L + (l - 1), tl.where(b_read >= l, b_codes[l - 1], -1), mask=o_t < T)
+    tl.store(p_chain + o_m, b_chain, mask=o_t < T)
 
 
 @lru_cache(maxsize=64)
@@ -111,22 +111,20 @@ def pair_rows(codes: Tensor, pairs: tuple[tuple[int, int], ...], dtype: torch.dt
     return rows
 
 
-def token_pair_rows(
-    input_ids: Tensor,
-    token_table: Tensor,
-    segment_ids: Tensor | None,
-    pairs: tuple[tuple[int, int], ...],
-    dtype: torch.dtype,
-    spec: AddressSpec,
+def token_codes(
+    input_ids: Tensor, token_table: Tensor, segment_ids: Tensor | None, spec: AddressSpec
 ) -> tuple[Tensor, Tensor]:
-    """Rows ``[B * T, pairs, H]`` of the SID that begins at each token, and its length in tokens int32 ``[B * T]``."""
+    """Codes ``[B * T, L]`` of the SID that begins at each token, down to the last active level that it has, and its
+    length in tokens int32 ``[B * T]``. Levels past the last active one are not written."""
     B, T = input_ids.shape
-    rows = torch.empty((B * T, len(pairs), spec.heads), dtype=dtype, device=input_ids.device)
+    address = address_of(spec)
+    codes = torch.empty(
+        (B * T, spec.levels), dtype=torch.int64 if address.wide else torch.int32, device=input_ids.device
+    )
     chain = torch.empty((B * T,), dtype=torch.int32, device=input_ids.device)
-    if rows.numel():
-        BM, BH = _tile(spec.heads)
-        token_rows_kernel[(B * blocks(T, BM),)](
-            input_ids, token_table, segment_ids, rows, chain, T, token_table.shape[0],
-            pairs, address_of(spec), BM, BH, **LAUNCH,
-        )  # fmt: skip
-    return rows, chain
+    if chain.numel():
+        BM = 64
+        token_codes_kernel[(B * blocks(T, BM),)](
+            input_ids, token_table, segment_ids, codes, chain, T, token_table.shape[0], address, BM, **LAUNCH
+        )
+    return codes, chain

@@ -1,11 +1,11 @@
-"""Backward kernels, deterministic mode: one stable sort by row, then sums in an order that only the sizes decide.
+"""Sums of equal rows over a list sorted by row, in an order that only the sizes decide.
 
-A term is one (SID, order, head) that adds to a row. Terms are sorted by row; equal counts of consecutive terms make a
-block, whatever the rows, so a hot row costs no more than a cold one. A run of one row that lies inside a block is
-stored at once. A block's first and last runs may reach into its neighbours: their partial sums, two a block, form a
-list 16 times shorter that is sorted already, and the same kernel sums that list in turn until one block is left.
+Equal counts of consecutive entries make a block, whatever the rows, so a hot row costs no more than a cold one. A run of
+one row that lies inside a block is finished at once. A block's first and last runs may reach into its neighbours: their
+partial sums, two a block, form a list 16 times shorter that is sorted already, and the same kernel sums that list in
+turn until one block is left. No atomics; each touched row is finished once.
 
-No atomics, no float32 copy of the table: each touched row of the gradient is written once, in its own dtype.
+An entry is a value of a list, or, in suffix mode, a term: one (SID, pair, head) whose value is read from dS.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from prefixmem_fast.spec import AddressSpec
 
-from .address import address_of
-from .rows import pair_rows, token_pair_rows
-from .tiles import LAUNCH, accumulator, blocks, zero_table
+from .address import Address, address_of
+from .finish import STORE, Destination, Rule, finish_rows
+from .tiles import LAUNCH, blocks
 
-BLOCK = 32  # terms a block
+BLOCK = 32  # entries a block
 
 
 class Terms(NamedTuple):
@@ -38,14 +38,10 @@ class Terms(NamedTuple):
 @lru_cache(maxsize=64)
 def terms_of(spec: AddressSpec) -> Terms:
     pairs, low, high = [], [0] * spec.levels, [0] * spec.levels
-    if spec.mode == "prefix":  # one pair an order; level l feeds the orders 1 .. l
-        pairs = [(n, n) for n in spec.orders_at(spec.active_levels[-1])]
-        high = [min(level, len(pairs)) for level in range(1, spec.levels + 1)]
-    else:
-        for level in spec.active_levels:
-            low[level - 1] = len(pairs)
-            pairs += [(level, order) for order in spec.orders_at(level)]
-            high[level - 1] = len(pairs)
+    for level in spec.active_levels:
+        low[level - 1] = len(pairs)
+        pairs += [(level, order) for order in spec.orders_at(level)]
+        high[level - 1] = len(pairs)
     return Terms(tuple(pairs), tuple(low), tuple(high))
 
 
@@ -62,7 +58,7 @@ def term_gradient(
     terms: tl.constexpr,
     address: tl.constexpr,
 ):
-    """Gradient [BB, BW] of terms [BB]: the sum over the active levels that read the term's row."""
+    """Gradient [BB, BW] of terms [BB]: that of the one active level of the term's pair."""
     A: tl.constexpr = address.active
     H: tl.constexpr = address.heads
     J: tl.constexpr = len(terms.pairs)
@@ -85,26 +81,27 @@ def term_gradient(
 @triton.jit(do_not_specialize=["E"])
 def segment_sum_kernel(
     p_keys,
-    p_terms,
+    p_entries,
     p_grad,
     p_chain,
     p_values,
-    p_total,
+    destination,
     p_edge_keys,
     p_edge_values,
     E,
     W: tl.constexpr,
     terms: tl.constexpr,
     address: tl.constexpr,
-    LEAF: tl.constexpr,
+    rule: tl.constexpr,
     BLOCK: tl.constexpr,
     BB: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """Sum runs of equal keys [E]; key -1 is no row. Grid: (tiles of BB blocks, column tiles).
+    """Sum runs of equal keys [E] and finish the row of each key; key -1 is no row. Grid: (tiles of BB blocks, column
+    tiles).
 
-    LEAF: entry e is term p_terms[e], its value read from p_grad. Otherwise it is a partial sum p_values[e].
-    Each lane of [BB, BW] walks the entries of its block, stores a run where it ends, and keeps the block's edges.
+    The value of entry e is that of term entries[e] if terms are given, values[entries[e]] if entries are, else values[e].
+    Each lane of [BB, BW] walks the entries of its block, finishes a run where it ends, and keeps the block's edges.
     """
     ACC: tl.constexpr = p_edge_values.dtype.element_ty
     i_block = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
@@ -123,18 +120,18 @@ def segment_sum_kernel(
     for i in range(BLOCK):
         o_e = o_first + i
         m_e = (o_e < E) & (b_key >= 0)
-        if LEAF:
-            b_term = tl.load(p_terms + o_e, mask=m_e, other=0)
-            b_sum += term_gradient(p_grad, p_chain, b_term, m_e, o_w, m_w, W, ACC, terms, address)
+        b_entry = o_e
+        if p_entries is not None:
+            b_entry = tl.load(p_entries + o_e, mask=m_e, other=0).to(tl.int64)
+        if terms is not None:
+            b_sum += term_gradient(p_grad, p_chain, b_entry, m_e, o_w, m_w, W, ACC, terms, address)
         else:
-            p_value = p_values + (o_e * W)[:, None] + o_w[None, :]
-            b_sum += tl.load(p_value, mask=m_e[:, None] & m_w[None, :], other=0.0)
+            p_value = p_values + (b_entry * W)[:, None] + o_w[None, :]
+            b_sum += tl.load(p_value, mask=m_e[:, None] & m_w[None, :], other=0.0).to(ACC)
         b_next = tl.load(p_keys + o_e + 1, mask=o_e + 1 < E, other=-1).to(tl.int64)
         m_same = m_e & (b_next == b_key)
         m_end = m_e & (b_next != b_key)
-        p_row = p_total + (b_key * W)[:, None] + o_w[None, :]
-        m_store = (m_end & ~m_open)[:, None] & m_w[None, :]
-        tl.store(p_row, b_sum.to(p_total.dtype.element_ty), mask=m_store)
+        finish_rows(destination, b_key[:, None], b_sum[:, None, :], (m_end & ~m_open)[:, None], o_w, W, rule)
         b_head = tl.where((m_end & m_open)[:, None], b_sum, b_head)
         b_sum = tl.where(m_end[:, None], 0.0, b_sum)
         m_open = m_open & m_same
@@ -151,45 +148,54 @@ def segment_sum_kernel(
     tl.store(p_edge + W, b_tail, mask=m_same[:, None] & m_w[None, :])
 
 
-def _sum_sorted(grad: Tensor, rows: Tensor, chain: Tensor | None, spec: AddressSpec) -> Tensor:
-    """Dense gradient from the rows of all terms ``[M, pairs, H]``."""
-    W = grad.shape[-1] // spec.heads
-    total = zero_table(spec, W, grad.dtype, grad.device)
-    if not rows.numel() or not grad.numel():
-        return total
-    keys, order = torch.sort(rows.flatten(), stable=True)
-    values, terms, address = None, terms_of(spec), address_of(spec)
-    BW = min(triton.next_power_of_2(W), 256)
+def sum_terms(
+    keys: Tensor,
+    order: Tensor,
+    grad: Tensor,
+    chain: Tensor | None,
+    dtype: torch.dtype,
+    destination: Destination,
+    rule: Rule,
+    spec: AddressSpec,
+) -> None:
+    """Sum and finish the terms `order` ``[E]`` of keys ``[E]``, sorted; their values are read from dS."""
+    given = (keys, order, grad, chain, None, terms_of(spec), address_of(spec))
+    _sum_sorted(*given, grad.shape[-1] // spec.heads, dtype, destination, rule)
+
+
+def sum_values(
+    keys: Tensor, order: Tensor, values: Tensor, dtype: torch.dtype, destination: Destination, rule: Rule
+) -> None:
+    """Sum and finish the entries `order` ``[E]`` of keys ``[E]``, sorted; the values are those of the list ``[V, w]``."""
+    _sum_sorted(keys, order, None, None, values, None, None, values.shape[1], dtype, destination, rule)
+
+
+def _sum_sorted(
+    keys: Tensor,
+    order: Tensor | None,
+    grad: Tensor | None,
+    chain: Tensor | None,
+    values: Tensor | None,
+    terms: Terms | None,
+    address: Address | None,
+    W: int,
+    dtype: torch.dtype,
+    destination: Destination,
+    rule: Rule,
+) -> None:
+    BW = triton.next_power_of_2(W)
+    BW = min(BW, 256) if rule == STORE else BW
     BB = min(max(1024 // BW, 1), 64)
     while True:
         entries = keys.numel()
         n_blocks = blocks(entries, BLOCK)
-        edge_keys = torch.empty((2 * n_blocks,), dtype=keys.dtype, device=grad.device)
-        edge_values = torch.empty((2 * n_blocks, W), dtype=accumulator(grad.dtype), device=grad.device)
+        edge_keys = torch.empty((2 * n_blocks,), dtype=keys.dtype, device=keys.device)
+        edge_values = torch.empty((2 * n_blocks, W), dtype=dtype, device=keys.device)
         grid = (blocks(n_blocks, BB), blocks(W, BW))
         segment_sum_kernel[grid](
-            keys, order, grad, chain, values, total, edge_keys, edge_values, entries,
-            W, terms, address, values is None, BLOCK, BB, BW, **LAUNCH,
+            keys, order, grad, chain, values, destination, edge_keys, edge_values, entries,
+            W, terms, address, rule, BLOCK, BB, BW, **LAUNCH,
         )  # fmt: skip
         if n_blocks == 1:
-            return total
-        keys, values = edge_keys, edge_values
-
-
-def _row_dtype(spec: AddressSpec) -> torch.dtype:
-    return torch.int32 if spec.total_rows < 1 << 31 else torch.int64
-
-
-def prefix_memory_bwd(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Tensor:
-    """Dense gradient ``[R, w]`` in the dtype of the contiguous grad ``[M, A, H * w]``; the same bits every run."""
-    rows = pair_rows(codes, terms_of(spec).pairs, _row_dtype(spec), spec)
-    return _sum_sorted(grad, rows, None, spec)
-
-
-def token_memory_bwd(
-    grad: Tensor, input_ids: Tensor, token_table: Tensor, segment_ids: Tensor | None, spec: AddressSpec
-) -> Tensor:
-    """Dense gradient ``[R, w]`` in the dtype of the contiguous grad ``[B, T, H * w]``; the same bits every run."""
-    pairs = terms_of(spec).pairs
-    rows, chain = token_pair_rows(input_ids, token_table, segment_ids, pairs, _row_dtype(spec), spec)
-    return _sum_sorted(grad, rows, chain, spec)
+            return
+        keys, order, values, terms = edge_keys, None, edge_values, None

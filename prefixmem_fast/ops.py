@@ -247,11 +247,12 @@ def _(codes, weight, spec, backend, deterministic):
 @torch.library.custom_op("prefixmem_fast::prefix_memory_backward", mutates_args=())
 def _prefix_memory_backward(grad: Tensor, codes: Tensor, spec: str, backend: str, deterministic: bool) -> Tensor:
     if backend == "triton":
-        from .kernels import backward, segment
+        from .kernels import backward, row_gradient
 
-        kernels = segment if deterministic or _torch_wants_determinism() else backward
         with torch.cuda.device_of(grad):
-            return kernels.prefix_memory_bwd(grad.contiguous(), codes.contiguous(), _spec(spec))
+            if deterministic or _torch_wants_determinism():
+                return row_gradient.dense(grad, (codes,), _spec(spec))
+            return backward.prefix_memory_bwd(grad.contiguous(), codes.contiguous(), _spec(spec))
     return _library(backend).prefix_memory_backward(grad, codes, _spec(spec))
 
 
@@ -318,11 +319,12 @@ def _token_memory_backward(
     deterministic: bool,
 ) -> Tensor:
     if backend == "triton":
-        from .kernels import backward, segment
+        from .kernels import backward, row_gradient
 
-        kernels = segment if deterministic or _torch_wants_determinism() else backward
         with torch.cuda.device_of(grad):
-            return kernels.token_memory_bwd(*_contiguous(grad, input_ids, token_table, segment_ids), _spec(spec))
+            if deterministic or _torch_wants_determinism():
+                return row_gradient.dense(grad, (input_ids, token_table, segment_ids), _spec(spec))
+            return backward.token_memory_bwd(*_contiguous(grad, input_ids, token_table, segment_ids), _spec(spec))
     return _library(backend).token_memory_backward(grad, input_ids, token_table, _spec(spec), segment_ids)
 
 

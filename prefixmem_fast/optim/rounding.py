@@ -8,6 +8,8 @@ rounds x up with a probability equal to the part that is cut off, so the expecte
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -33,22 +35,29 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 15 & 0x1FFFF)
 
 
+@lru_cache(maxsize=64)
+def mix_seed(seed: int) -> int:
+    """What the words of a step and a row are mixed into: 0 .. 2^32 - 1."""
+    key = mix(torch.tensor(_signed(seed), dtype=torch.int32))
+    return mix(key ^ _signed(seed >> 32)).item() & 0xFFFFFFFF
+
+
 def random_bits(seed: int, step: Tensor, rows: Tensor, width: int) -> Tensor:
     """int32 ``[U, width]`` in 0 .. 2^16 - 1, for rows ``[U]`` of the table and its step (a 0-dimensional tensor).
 
     One 32-bit word serves two columns: the lower half the even one, the upper half the odd one.
     """
-    key = mix(torch.tensor(_signed(seed), dtype=torch.int32, device=rows.device))
-    for word in (seed >> 32, step & 0xFFFFFFFF, rows & 0xFFFFFFFF, rows >> 32):
-        key = mix(key ^ (_signed(word) if isinstance(word, int) else _low_word(word)))
+    key = torch.full_like(rows, _signed(mix_seed(seed)), dtype=torch.int32)
+    for word in (step, rows, rows >> 32):
+        key = mix(key ^ _low_word(word))
     pair = torch.arange(1, (width + 1) // 2 + 1, dtype=torch.int32, device=rows.device)
     words = mix(key[:, None] + pair * _signed(GOLDEN))
     return torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF], dim=2).flatten(1)[:, :width]
 
 
 def _low_word(x: Tensor) -> Tensor:
-    """int64 in 0 .. 2^32 - 1 as the int32 of the same bits."""
-    return ((x ^ 0x80000000) - 0x80000000).to(torch.int32)
+    """The lower 32 bits of int64, as int32."""
+    return (((x & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000).to(torch.int32)
 
 
 def stochastic_round(x: Tensor, random: Tensor) -> Tensor:
