@@ -16,7 +16,7 @@ setup(
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["prefixmem_fast", "prefixmem_fast.cli", "prefixmem_fast.kernels"],
+    packages=["prefixmem_fast", "prefixmem_fast.cli", "prefixmem_fast.kernels", "prefixmem_fast.optim"],
     # A top-level package named "kernels" would shadow the Hugging Face package of that name.
     package_dir={"prefixmem_fast.kernels": "kernels"},
     python_requires=">=3.10",
@@ -30,7 +30,7 @@ setup(
         "hf": ["transformers>=4.57"],
         "train": ["transformers>=4.57", "accelerate"],
         "bench": ["nvidia-ml-py"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "transformers>=4.57", "accelerate"],
     },
     entry_points={"console_scripts": ["prefixmem = prefixmem_fast.cli:main"]},
     classifiers=[

@@ -2,7 +2,10 @@
 
     forward.py    S over codes and over a token stream
     backward.py   dense gradient by float32 atomics
-    segment.py    dense gradient by a stable sort and fixed-order sums: the deterministic mode
+    row_gradient.py  the sorting backward: a dense gradient with fixed bits, a list of touched rows, or their update
+      nested.py      sums over prefixes: one sort of the codes for all orders
+      segment.py     sums over a list sorted by row: colliding prefixes, suffix mode
+      finish.py      what becomes of a row's sum: stored, or the optimizers' updates
     rows.py       the rows themselves
     address.py    the hash, the rows and the codes in registers   }
     tokens.py     Semantic IDs in a token stream                  } what they share

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,6 +32,7 @@ class Destination(NamedTuple):
     beta1: float = 0.0
     beta2: float = 0.0
     seed: int = 0  # mixed already
+    squares: Tensor | None = None  # sum of the squared gradient, one a program
 
 
 class Rule(NamedTuple):
@@ -43,6 +45,15 @@ class Rule(NamedTuple):
 
 
 STORE = Rule()
+
+
+def counting(destination: Destination, update: RowUpdate | None, programs: int, dtype: torch.dtype) -> Destination:
+    """The destination of one launch, with room for its sums of squares where the update asks for them."""
+    if update is None or update.squares is None:
+        return destination
+    squares = torch.empty((programs,), dtype=dtype, device=destination.table.device)
+    update.squares.append(squares)
+    return destination._replace(squares=squares)
 
 
 def destination_of(update: RowUpdate) -> tuple[Destination, Rule]:
@@ -134,3 +145,11 @@ def finish_rows(destination, b_row, b_sum, m_row, o_w, W: tl.constexpr, rule: tl
             tl.store(p_table + o_e, round_stochastically(b_w, b_row, o_w, destination.step, destination.seed), mask=m_e)
         else:
             tl.store(p_table + o_e, b_w.to(p_table.dtype.element_ty), mask=m_e)
+
+
+@triton.jit
+def store_squares(destination, b_squares):
+    """A program's sum of the squares [..] of the rows that it finished."""
+    if destination.squares is not None:
+        i_program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(destination.squares + i_program, tl.sum(b_squares))

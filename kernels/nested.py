@@ -16,7 +16,7 @@ a row are marked: their sums are put aside in `shared` and merged by `segment.py
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -26,12 +26,19 @@ from torch import Tensor
 from prefixmem_fast.spec import AddressSpec
 
 from .address import address_of, load_sid_codes, order_rows
-from .finish import STORE, Destination, Rule, finish_rows
-from .tiles import accumulator, blocks, column_tile, tile_of
+from .finish import STORE, Destination, Rule, counting, finish_rows, store_squares
+from .tiles import LAUNCH, accumulator, blocks, column_tile, roomy_launch, tile_of
 
-BLOCK = 32  # SIDs a block
+if TYPE_CHECKING:
+    from prefixmem_fast.optim.rows import RowUpdate
+
 BUDGET = 2048  # bytes of one running sum a program
-LAUNCH = {"num_warps": 2, "enable_fp_fusion": False}
+WARPS = 2  # 8 values a thread: 16-byte reads of bfloat16
+
+
+def block_of(sids: int) -> int:
+    """SIDs a block: long walks leave few partial sums, short ones give a small batch enough programs."""
+    return 32 if sids >= 16_384 else 8
 
 
 class Nesting(NamedTuple):
@@ -92,7 +99,7 @@ def prefixes_kernel(
     BM: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """Sorted order [M] -> differs int8 [M + 1], and rows [M, checked, H] of the runs that end at each place, else -1."""
+    """Sorted order [M] -> differs int8 [M + 1], and rows [M, checked, H] of the runs that end at a place, else -1."""
     H: tl.constexpr = address.heads
     C: tl.constexpr = nesting.n_checked
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -193,13 +200,16 @@ def nested_sum_kernel(
     b_first = tl.load(p_differs + o_first, mask=m_block, other=1).to(tl.int32)
     b_here = b_first
     b_least = tl.full([BB], nesting.depth + 1, tl.int32)  # least of `differs` within the block, its first left out
+    b_squares = tl.zeros([BB, BH, BW], ACC)
     b_sums, m_open, m_any, b_places = (), (), (), ()
     for j in tl.static_range(J):
         b_sums = b_sums + (tl.zeros([BB, BH, BW], ACC),)
         m_open = m_open + (m_block & (i_block > 0) & (b_first > nesting.orders[j]),)  # began in an earlier block
         m_any = m_any + (b_first > nesting.depth + 1,)  # false
         b_places = b_places + (o_first,)
-    for i in range(BLOCK):
+    i = 0
+    n_walk = tl.minimum(BLOCK, E - tl.program_id(0) * (BB * BLOCK))
+    while i < n_walk:
         o_e = o_first + i
         m_e = o_e < E
         b_next = tl.load(p_differs + o_e + 1, mask=m_e & (o_e + 1 < E), other=1).to(tl.int32)
@@ -238,6 +248,8 @@ def nested_sum_kernel(
                 if nesting.ranked:
                     b_row = b_slot.to(tl.int64)
             finish_rows(destination, b_row, b_sum, m_row, o_w, W, rule)
+            if destination.squares is not None:
+                b_squares += tl.where(m_row[:, :, None], b_sum * b_sum, 0.0)
 
             m_cut = m_end & m_open[j]
             p_edge = p_edge_values + ((i_block * 2 * J + j) * D)[:, None, None] + o_d
@@ -248,9 +260,9 @@ def nested_sum_kernel(
             m_kept_any = m_kept_any + (m_some & ~m_end,)
             b_kept_places = b_kept_places + (b_place,)
         b_sums, m_open, m_any, b_places = b_kept, m_kept_open, m_kept_any, b_kept_places
-        if i > 0:
-            b_least = tl.minimum(b_least, tl.where(m_e, b_here, nesting.depth + 1))
+        b_least = tl.minimum(b_least, tl.where(m_e & (i > 0), b_here, nesting.depth + 1))
         b_here = b_next
+        i += 1
 
     for j in tl.static_range(J):
         # A run that fills the whole block goes to the head; a zero at the tail keeps the two neighbours apart.
@@ -259,6 +271,7 @@ def nested_sum_kernel(
         tl.store(p_edge, b_sums[j], mask=(m_runs_on & m_open[j])[:, None, None] & m_d)
         b_tail = tl.where(m_open[j][:, None, None], 0.0, b_sums[j])
         tl.store(p_edge + J * D, b_tail, mask=m_runs_on[:, None, None] & m_d)
+    store_squares(destination, b_squares)
     tl.store(p_edge_differs + i_block * 2, b_first.to(tl.int8), mask=m_block)
     tl.store(p_edge_differs + i_block * 2 + 1, b_least.to(tl.int8), mask=m_block)
 
@@ -301,6 +314,7 @@ def sum_prefixes(
     rule: Rule,
     spec: AddressSpec,
     nesting: Nesting,
+    update: RowUpdate | None,
 ) -> None:
     """Sum the gradient over every prefix and finish the rows that one prefix alone has; the others go to `shared`."""
     W, J, device = grad.shape[-1] // spec.heads, len(nesting.orders), grad.device
@@ -308,16 +322,18 @@ def sum_prefixes(
     whole_row = triton.next_power_of_2(W) * dtype.itemsize
     tile = tile_of(spec.heads, W, grad.dtype, BUDGET if rule == STORE else max(BUDGET, whole_row))
     entries, differs, values, places = codes.shape[0], prefixes.differs, None, None
+    block, launch = block_of(entries), roomy_launch(WARPS)
     while True:
-        n_blocks = blocks(entries, BLOCK)
+        n_blocks = blocks(entries, block)
         edge_differs = torch.empty((2 * n_blocks,), dtype=torch.int8, device=device)
         edge_values = torch.empty((2 * n_blocks, J, spec.heads * W), dtype=dtype, device=device)
         edge_places = torch.empty((2 * n_blocks, J), dtype=torch.int32, device=device)
         grid = (blocks(n_blocks, tile.BM), tile.columns)
         nested_sum_kernel[grid](
-            prefixes.order, codes, chain, slots, differs, grad, values, places, shared, destination,
+            prefixes.order, codes, chain, slots, differs, grad, values, places, shared,
+            counting(destination, update, grid[0] * grid[1], dtype),
             edge_differs, edge_values, edge_places, entries,
-            W, nesting, address_of(spec), values is None, rule, BLOCK, tile.BM, tile.BH, tile.BW, **LAUNCH,
+            W, nesting, address_of(spec), values is None, rule, block, tile.BM, tile.BH, tile.BW, **launch,
         )  # fmt: skip
         if n_blocks == 1:
             return

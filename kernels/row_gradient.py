@@ -58,7 +58,7 @@ def dense(grad: Tensor, inputs: tuple, spec: AddressSpec) -> Tensor:
 
 def update(grad: Tensor, inputs: tuple, spec: AddressSpec, update: RowUpdate) -> None:
     """Update the touched rows of the update's table, each once."""
-    _run(grad, inputs, spec, *destination_of(update))
+    _run(grad, inputs, spec, *destination_of(update), update)
 
 
 def padded_rows(grad: Tensor, inputs: tuple, spec: AddressSpec) -> tuple[Tensor, Tensor]:
@@ -75,11 +75,16 @@ def update_sparse(grad: Tensor, update: RowUpdate) -> None:
     rows, order = torch.sort(grad._indices()[0], stable=True)
     if rows.numel():
         values = grad._values()
-        sum_values(rows, order, values, accumulator(values.dtype), *destination_of(update))
+        sum_values(rows, order, values, accumulator(values.dtype), *destination_of(update), update)
 
 
 def _run(
-    grad: Tensor, inputs: tuple, spec: AddressSpec, destination: Destination | None, rule: Rule
+    grad: Tensor,
+    inputs: tuple,
+    spec: AddressSpec,
+    destination: Destination | None,
+    rule: Rule,
+    update: RowUpdate | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Sum and finish into `destination`; without one, into a list of the touched rows, which is returned."""
     grad = grad.contiguous()
@@ -89,10 +94,10 @@ def _run(
         input_ids, token_table, segment_ids = (None if x is None else x.contiguous() for x in inputs)
         codes, chain = token_codes(input_ids, token_table, segment_ids, spec)
     run = _run_windows if spec.mode == "suffix" else _run_nested
-    return run(grad, codes, chain, spec, destination, rule)
+    return run(grad, codes, chain, spec, destination, rule, update)
 
 
-def _run_nested(grad, codes, chain, spec, destination, rule):
+def _run_nested(grad, codes, chain, spec, destination, rule, update):
     ranked = destination is None
     nesting = nesting_of(spec, ranked)
     M, W, dtype = codes.shape[0], grad.shape[-1] // spec.heads, accumulator(grad.dtype)
@@ -111,13 +116,13 @@ def _run_nested(grad, codes, chain, spec, destination, rule):
         keys = torch.empty_like(rows)
         mark_shared_kernel[(blocks(entries, 512),)](rows, runs, ranks, slots, keys, entries, 512, **LAUNCH)
         shared = torch.empty((entries, W), dtype=dtype, device=grad.device)
-    sum_prefixes(grad, codes, chain, prefixes, slots, shared, destination, rule, spec, nesting)
+    sum_prefixes(grad, codes, chain, prefixes, slots, shared, destination, rule, spec, nesting, update)
     if nesting.n_checked:
-        sum_values(keys, runs, shared, dtype, destination, rule)
+        sum_values(keys, runs, shared, dtype, destination, rule, update)
     return found
 
 
-def _run_windows(grad, codes, chain, spec, destination, rule):
+def _run_windows(grad, codes, chain, spec, destination, rule, update):
     W, dtype = grad.shape[-1] // spec.heads, accumulator(grad.dtype)
     rows = pair_rows(codes, terms_of(spec).pairs, _row_dtype(spec), spec)
     if not rows.numel():
@@ -127,12 +132,12 @@ def _run_windows(grad, codes, chain, spec, destination, rule):
     if destination is None:
         ranks, *found = _rank(keys, W, dtype)
         keys, destination = torch.where(keys >= 0, ranks, -1), Destination(found[1])
-    sum_terms(keys, order, grad, chain, dtype, destination, rule, spec)
+    sum_terms(keys, order, grad, chain, dtype, destination, rule, spec, update)
     return found
 
 
 def _rank(rows: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Of sorted rows ``[E]``, -1 for none: the rank of each among the distinct ones, and the padded list to be filled."""
+    """Of sorted rows ``[E]``, -1 for none: each one's rank among the distinct ones, and the padded list to fill."""
     new = torch.ones_like(rows, dtype=torch.bool)
     torch.ne(rows[1:], rows[:-1], out=new[1:])
     new &= rows >= 0

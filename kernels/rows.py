@@ -53,12 +53,9 @@ def prefix_rows_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "V"])
-def token_codes_kernel(
-    p_ids, p_table, p_segments, p_codes, p_chain, T, V, address: tl.constexpr, BM: tl.constexpr
-):
+def token_codes_kernel(p_ids, p_table, p_segments, p_codes, p_chain, T, V, address: tl.constexpr, BM: tl.constexpr):
     """ids [B, T] -> codes [B * T, L] of the SID that begins at each token, -1 where none does and past the last active
-    level that has a token, and how many of its tokens follow one another [B * T]. Grid: B * tiles of BM tokens of a row.
-    """
+    level that has a token, and how many of its tokens follow one another [B * T]. Grid: B * tiles of BM tokens."""
     L: tl.constexpr = address.levels
     LAST: tl.constexpr = address.last_active
     i_row, o_t = token_tile(T, BM)

@@ -1,9 +1,9 @@
 """Sums of equal rows over a list sorted by row, in an order that only the sizes decide.
 
-Equal counts of consecutive entries make a block, whatever the rows, so a hot row costs no more than a cold one. A run of
-one row that lies inside a block is finished at once. A block's first and last runs may reach into its neighbours: their
-partial sums, two a block, form a list 16 times shorter that is sorted already, and the same kernel sums that list in
-turn until one block is left. No atomics; each touched row is finished once.
+Equal counts of consecutive entries make a block, whatever the rows, so a hot row costs no more than a cold one. A run
+of one row that lies inside a block is finished at once. A block's first and last runs may reach into its neighbours:
+their partial sums, two a block, form a list 16 times shorter that is sorted already, and the same kernel sums that list
+in turn until one block is left. No atomics; each touched row is finished once.
 
 An entry is a value of a list, or, in suffix mode, a term: one (SID, pair, head) whose value is read from dS.
 """
@@ -11,7 +11,7 @@ An entry is a value of a list, or, in suffix mode, a term: one (SID, pair, head)
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -21,8 +21,11 @@ from torch import Tensor
 from prefixmem_fast.spec import AddressSpec
 
 from .address import Address, address_of
-from .finish import STORE, Destination, Rule, finish_rows
-from .tiles import LAUNCH, blocks
+from .finish import STORE, Destination, Rule, counting, finish_rows, store_squares
+from .tiles import blocks, roomy_launch
+
+if TYPE_CHECKING:
+    from prefixmem_fast.optim.rows import RowUpdate
 
 BLOCK = 32  # entries a block
 
@@ -100,7 +103,7 @@ def segment_sum_kernel(
     """Sum runs of equal keys [E] and finish the row of each key; key -1 is no row. Grid: (tiles of BB blocks, column
     tiles).
 
-    The value of entry e is that of term entries[e] if terms are given, values[entries[e]] if entries are, else values[e].
+    Entry e has the value of term entries[e] where terms are given, else values[entries[e]], else values[e].
     Each lane of [BB, BW] walks the entries of its block, finishes a run where it ends, and keeps the block's edges.
     """
     ACC: tl.constexpr = p_edge_values.dtype.element_ty
@@ -117,7 +120,10 @@ def segment_sum_kernel(
     b_key, b_last = b_first, b_first
     b_sum = tl.zeros([BB, BW], ACC)
     b_head = tl.zeros([BB, BW], ACC)
-    for i in range(BLOCK):
+    b_squares = tl.zeros([BB, BW], ACC)
+    i = 0
+    n_walk = tl.minimum(BLOCK, E - tl.program_id(0) * (BB * BLOCK))
+    while i < n_walk:
         o_e = o_first + i
         m_e = (o_e < E) & (b_key >= 0)
         b_entry = o_e
@@ -132,14 +138,18 @@ def segment_sum_kernel(
         m_same = m_e & (b_next == b_key)
         m_end = m_e & (b_next != b_key)
         finish_rows(destination, b_key[:, None], b_sum[:, None, :], (m_end & ~m_open)[:, None], o_w, W, rule)
+        if destination.squares is not None:
+            b_squares += tl.where((m_end & ~m_open)[:, None], b_sum * b_sum, 0.0)
         b_head = tl.where((m_end & m_open)[:, None], b_sum, b_head)
         b_sum = tl.where(m_end[:, None], 0.0, b_sum)
         m_open = m_open & m_same
         b_last, b_key = b_key, b_next
+        i += 1
 
     # A run that fills the whole block is head and tail at once: its sum is the head's, a zero keeps the two adjacent.
     b_head = tl.where((m_open & m_same)[:, None], b_sum, b_head)
     b_tail = tl.where(m_open[:, None], 0.0, b_sum)
+    store_squares(destination, b_squares)
     m_block = o_first < E
     tl.store(p_edge_keys + i_block * 2, tl.where(m_head, b_first, -1), mask=m_block)
     tl.store(p_edge_keys + i_block * 2 + 1, tl.where(m_same, b_last, -1), mask=m_block)
@@ -157,17 +167,24 @@ def sum_terms(
     destination: Destination,
     rule: Rule,
     spec: AddressSpec,
+    update: RowUpdate | None,
 ) -> None:
     """Sum and finish the terms `order` ``[E]`` of keys ``[E]``, sorted; their values are read from dS."""
     given = (keys, order, grad, chain, None, terms_of(spec), address_of(spec))
-    _sum_sorted(*given, grad.shape[-1] // spec.heads, dtype, destination, rule)
+    _sum_sorted(*given, grad.shape[-1] // spec.heads, dtype, destination, rule, update)
 
 
 def sum_values(
-    keys: Tensor, order: Tensor, values: Tensor, dtype: torch.dtype, destination: Destination, rule: Rule
+    keys: Tensor,
+    order: Tensor,
+    values: Tensor,
+    dtype: torch.dtype,
+    destination: Destination,
+    rule: Rule,
+    update: RowUpdate | None,
 ) -> None:
-    """Sum and finish the entries `order` ``[E]`` of keys ``[E]``, sorted; the values are those of the list ``[V, w]``."""
-    _sum_sorted(keys, order, None, None, values, None, None, values.shape[1], dtype, destination, rule)
+    """Sum and finish the entries `order` ``[E]`` of keys ``[E]``, sorted; their values are in the list ``[V, w]``."""
+    _sum_sorted(keys, order, None, None, values, None, None, values.shape[1], dtype, destination, rule, update)
 
 
 def _sum_sorted(
@@ -182,10 +199,12 @@ def _sum_sorted(
     dtype: torch.dtype,
     destination: Destination,
     rule: Rule,
+    update: RowUpdate | None,
 ) -> None:
     BW = triton.next_power_of_2(W)
     BW = min(BW, 256) if rule == STORE else BW
     BB = min(max(1024 // BW, 1), 64)
+    launch = roomy_launch(4)
     while True:
         entries = keys.numel()
         n_blocks = blocks(entries, BLOCK)
@@ -193,8 +212,9 @@ def _sum_sorted(
         edge_values = torch.empty((2 * n_blocks, W), dtype=dtype, device=keys.device)
         grid = (blocks(n_blocks, BB), blocks(W, BW))
         segment_sum_kernel[grid](
-            keys, order, grad, chain, values, destination, edge_keys, edge_values, entries,
-            W, terms, address, rule, BLOCK, BB, BW, **LAUNCH,
+            keys, order, grad, chain, values, counting(destination, update, grid[0] * grid[1], dtype),
+            edge_keys, edge_values, entries,
+            W, terms, address, rule, BLOCK, BB, BW, **launch,
         )  # fmt: skip
         if n_blocks == 1:
             return

@@ -10,10 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prefixmem_fast.backends import interpreting
 from prefixmem_fast.spec import AddressSpec
 
-# Sums hold no product to contract; naming the option keeps the bits equal across Triton's changing defaults.
+# Naming the option keeps the bits equal across Triton's changing defaults, and equal to PyTorch's.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def roomy_launch(num_warps: int) -> dict[str, int | bool]:
+    """Options for kernels that keep many sums: ptxas would rather spill a few registers than lose a warp's place."""
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    cuda = interpreting() or triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return {**options, "maxnreg": 255} if cuda else options
 
 
 class Tile(NamedTuple):

@@ -32,7 +32,8 @@ WIDTH = 64  # the paper: d_mem = 256 over 4 heads
 class Compiled:
     """One kernel, compiled for one target. Widths are bytes a thread moves in one instruction, with their counts.
 
-    Of two `segment_sum` of one launcher the first reads gradients, the second the partial sums of the first.
+    Of two `nested_sum` or `segment_sum` of one launcher the first reads gradients, the second the partial sums of the
+    first.
     """
 
     launcher: str
@@ -41,7 +42,7 @@ class Compiled:
     dtype: str
     target: str
     registers: int
-    spills: int  # instructions on sm, registers on gfx
+    spills: int  # instructions on sm, vector registers on gfx
     local_bytes: int  # stack or scratch a thread
     shared_bytes: int
     loads: dict[int, int]
@@ -65,9 +66,20 @@ def problem() -> str | None:
     return TRITON_PROBLEM
 
 
-def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 4096) -> dict[str, Callable[[], Any]]:
-    """Every kernel as a call of its launcher on meta tensors; the deterministic gradients launch several kernels."""
-    from .kernels import backward, forward, rows, segment
+# Which updates are compiled for which dtype in prefix mode: every one in bfloat16, the largest where sums are as wide.
+_UPDATES = {
+    "bfloat16": ("sgd", "row_adagrad", "row_adam", "lazy_adam"),
+    "float32": ("row_adagrad", "lazy_adam"),
+    "float16": ("row_adagrad",),
+    "float64": ("lazy_adam",),
+}
+
+
+def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 65_536) -> dict[str, Callable[[], Any]]:
+    """Every kernel as a call of its launcher on meta tensors; the gradients that sort launch several kernels."""
+    from .kernels import backward, forward, row_gradient, rows
+    from .optim.rows import RowUpdate
+    from .optim.rules import RULES, Hyper
 
     def meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -78,19 +90,44 @@ def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 4096
     weight = meta(spec.total_rows, width, dtype=dtype)
     grad = meta(sids, len(spec.active_levels), spec.heads * width, dtype=dtype)
     token_grad = meta(8, sids, spec.heads * width, dtype=dtype)
+
+    def update(rule: str) -> None:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        state = [
+            meta(*(weight.shape if kind == "element" else weight.shape[:1]), dtype=wide)
+            for kind in RULES[rule].state.values()
+        ]
+        hyper = Hyper(0.1, 0.1, 1e-8, 0.9, 0.999, meta(dtype=wide), meta(dtype=wide))
+        seed = 0 if dtype == torch.bfloat16 else None
+        row_gradient.update(grad, (codes,), spec, RowUpdate(weight, rule, state, meta(), hyper, seed))
+
+    tokens = (ids, table, segments)
     return {
         "prefix_memory_fwd": lambda: forward.prefix_memory_fwd(codes, weight, spec),
-        "token_memory_fwd": lambda: forward.token_memory_fwd(ids, table, segments, weight, spec),
+        "token_memory_fwd": lambda: forward.token_memory_fwd(*tokens, weight, spec),
         "prefix_memory_bwd": lambda: backward.prefix_memory_bwd(grad, codes, spec),
-        "token_memory_bwd": lambda: backward.token_memory_bwd(token_grad, ids, table, segments, spec),
-        "deterministic_bwd": lambda: segment.prefix_memory_bwd(grad, codes, spec),
-        "deterministic_token_bwd": lambda: segment.token_memory_bwd(token_grad, ids, table, segments, spec),
+        "token_memory_bwd": lambda: backward.token_memory_bwd(token_grad, *tokens, spec),
         "prefix_rows": lambda: rows.prefix_rows(codes, spec),
+        "deterministic_bwd": lambda: row_gradient.dense(grad, (codes,), spec),
+        "deterministic_token_bwd": lambda: row_gradient.dense(token_grad, tokens, spec),
+        "sparse_bwd": lambda: row_gradient.padded_rows(grad, (codes,), spec),
+        **{f"{rule}_bwd": lambda rule=rule: update(rule) for rule in RULES},
     }
+
+
+def _chosen(mode: str, dtype: str, launcher: str) -> bool:
+    """Whether `compile_all` takes a launcher; the others meet no kernel that these do not."""
+    if mode != "prefix":
+        return launcher not in ("sparse_bwd", "deterministic_token_bwd", "sgd_bwd", "row_adam_bwd", "lazy_adam_bwd")
+    updates = tuple(f"{rule}_bwd" for rule in _UPDATES[dtype])
+    extra = ("deterministic_token_bwd", "sparse_bwd", "sgd_bwd", "row_adagrad_bwd", "row_adam_bwd", "lazy_adam_bwd")
+    return launcher not in extra or launcher in updates or dtype == "bfloat16"
 
 
 def compile_all(targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Compiled]:
     """Compile every kernel for every target and dtype at the paper's default shape, and the other modes in bfloat16.
+
+    A kernel that several launchers share is reported once.
 
     Raises:
         BackendError: nothing can be compiled here, or a disassembler is missing.
@@ -104,12 +141,18 @@ def compile_all(targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = tu
         if unknown:
             raise ValueError(f"{name} = {unknown[0]!r} is unknown; allowed are {', '.join(map(repr, known))}")
     for target in targets:
+        met: set[str] = set()
         for dtype in dtypes:
             for mode in MODES if dtype == "bfloat16" else MODES[:1]:
                 spec = paper_spec(mode)
                 calls = launches(spec, DTYPES[dtype], WIDTH)
                 for launcher, call in calls.items():
+                    if not _chosen(mode, dtype, launcher):
+                        continue
                     for kernel in compiled_by(call, target):
+                        if kernel.hash in met:
+                            continue
+                        met.add(kernel.hash)
                         yield _inspect(kernel, launcher, mode, dtype, target)
 
 
@@ -210,7 +253,7 @@ def _read_gcn(kernel: Any) -> dict[str, Any]:
 
     return {
         "registers": field("vgpr_count"),
-        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        "spills": field("vgpr_spill_count"),  # scalar registers spill into lanes of vector ones, not into memory
         "local_bytes": field("private_segment_fixed_size"),
         **_widths((op.split("_")[0], _gcn_bytes(suffix)) for op, suffix in _GCN_ACCESS.findall(text)),
     }

@@ -48,16 +48,16 @@ class _RowGradient(torch.autograd.Function):
         if torch.is_grad_enabled():
             mode = "fused" if ctx.fused else "sparse"
             raise RuntimeError(f'grad="{mode}" differentiates once; use grad="dense" for create_graph=True')
-        weight = ctx.weight
+        weight, inputs = ctx.weight, ctx.saved_tensors  # checkpointing unpacks them once
         if ctx.fused:
             update = _begin_update(weight)
-            _update(update, grad, ctx.saved_tensors, *ctx.how)
+            _update(update, grad, inputs, *ctx.how)
             torch.autograd.graph.increment_version(weight)
-            weight.grad = FusedGradient(weight)
+            weight.grad = FusedGradient(weight, torch.cat(update.squares).sum())
             found = None
         else:
-            found = _sparse(weight, grad, ctx.saved_tensors, *ctx.how)
-        return found, *[None] * (4 + len(ctx.saved_tensors))
+            found = _sparse(weight, grad, inputs, *ctx.how)
+        return found, *[None] * (4 + len(inputs))
 
 
 def _chunks(grad: Tensor, inputs: tuple, spec: AddressSpec, backend: str) -> Iterable[tuple[Tensor, Tensor]]:
@@ -108,16 +108,43 @@ def sparse_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([rows for rows, _ in chunks]), torch.cat([values for _, values in chunks])
 
 
+def _sparse_norm(self: Tensor, ord=2, dim=None, keepdim=False, *, dtype=None) -> Tensor:
+    """Norm of a sparse gradient as of the dense one; entries of one row count as their sum."""
+    if dim is not None or keepdim:
+        raise NotImplementedError("the norm of a sparse tensor is taken over all of it; leave dim and keepdim out")
+    return torch.linalg.vector_norm(self.coalesce()._values(), ord, dtype=dtype)
+
+
+def _register_sparse_norm() -> torch.library.Library:
+    """Give torch the norm of sparse tensors that clip_grad_norm_, and every trainer, asks for and torch lacks."""
+    library = torch.library.Library("aten", "IMPL")
+    for key in ("SparseCPU", "SparseCUDA"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::linalg_vector_norm", key):
+            library.impl("linalg_vector_norm", _sparse_norm, key)
+    return library
+
+
+_SPARSE_NORM = _register_sparse_norm()  # registered as long as it lives
+
+
 class FusedGradient(Tensor):
-    """Stands in ``weight.grad`` after a fused update, until the step ends. It has a shape and no storage; reading it
-    raises, so that clipping or scaling a gradient that is spent fails instead of being skipped."""
+    """Stands in ``weight.grad`` after a fused update, until the step ends. It has a shape, a norm and no storage.
+
+    The norm can be read, so that a trainer logs it. Scaling by anything but 1 raises, as do all other reads: clipping
+    or unscaling a gradient that is spent fails instead of being skipped.
+
+    Args:
+        weight: the table.
+        squares: sum of the squared gradient, 0-dimensional.
+    """
 
     cleared: bool
+    squares: Tensor
 
     @staticmethod
-    def __new__(cls, weight: Tensor) -> FusedGradient:
+    def __new__(cls, weight: Tensor, squares: Tensor) -> FusedGradient:
         made = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
-        made.cleared = False
+        made.cleared, made.squares = False, squares
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -125,20 +152,27 @@ class FusedGradient(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.zero_.default:
-            args[0].cleared = True
-            return args[0]
-        if func is torch.ops.aten._foreach_zero_.default:
-            for gradient in args[0]:
-                if isinstance(gradient, FusedGradient):
-                    gradient.cleared = True
-                else:
-                    gradient.zero_()
-            return None
+        name, one = str(func.overloadpacket).removeprefix("aten."), args[0]
+        order = args[1] if len(args) > 1 else 2
+        if name == "linalg_vector_norm" and order == 2 and not any(args[2:]):
+            return one.squares.sqrt().to(one.dtype)
+        if name == "zero_":
+            one.cleared = True
+            return one
+        if name == "mul_" and bool(args[1] == 1):
+            return one
+        if name in ("_foreach_norm", "_foreach_mul_", "_foreach_zero_") and not isinstance(order, (list, tuple)):
+            call = {
+                "_foreach_norm": lambda each: torch.linalg.vector_norm(each, order),
+                "_foreach_mul_": lambda each: each.mul_(order),
+                "_foreach_zero_": lambda each: each.zero_(),
+            }[name]
+            found = [call(each) for each in one]
+            return found if name == "_foreach_norm" else None
         raise RuntimeError(
             'grad="fused" spends the gradient of the table in the backward pass, so it cannot be clipped, scaled or '
-            f'read ({func}); use grad="sparse", with prefixmem_fast.optim.clip_grad_norm_ to clip, or switch clipping '
-            "and GradScaler off (max_grad_norm=0 and bf16 in Hugging Face's TrainingArguments)"
+            f'read ({func}); use grad="sparse", or switch clipping and GradScaler off (max_grad_norm=0 and bf16 in '
+            "Hugging Face's TrainingArguments)"
         )
 
 
@@ -194,4 +228,6 @@ def _begin_update(weight: Tensor) -> RowUpdate:
             'nor over two readings of one table; use grad="sparse", or call optimizer.step() or zero_grad() after '
             "each backward pass"
         )
-    return _optimizer_of(weight).begin(weight)
+    update = _optimizer_of(weight).begin(weight)
+    update.squares = [torch.zeros(1, dtype=update.sum_dtype, device=weight.device)]
+    return update

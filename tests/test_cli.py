@@ -15,7 +15,7 @@ def test_info(capsys):
     code, facts = run_json(capsys, "info")
     assert code == 0
     assert set(facts["versions"]) == {"prefixmem_fast", "python", "torch", "triton", "numpy"}
-    assert facts["backends"] == {"triton": None, "reference": None}
+    assert facts["backends"] == {"triton": None, "cpu": None, "reference": None}
     main(["info"])
     assert "torch" in capsys.readouterr().out
 

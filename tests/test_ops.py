@@ -110,11 +110,11 @@ def test_operators_take_strided_tensors():
 
 
 def test_torch_can_ask_for_determinism(monkeypatch):
-    from prefixmem_fast.kernels import segment
+    from prefixmem_fast.kernels import row_gradient
 
     called = []
-    kept = segment.prefix_memory_bwd
-    monkeypatch.setattr(segment, "prefix_memory_bwd", lambda *given: called.append(1) or kept(*given))
+    kept = row_gradient.dense
+    monkeypatch.setattr(row_gradient, "dense", lambda *given: called.append(1) or kept(*given))
     torch.use_deterministic_algorithms(True)
     prefix_memory(codes(), weight(), SPEC, backend="triton").sum().backward()
     assert called

@@ -3,8 +3,21 @@
 rules.py      the optimizers in plain PyTorch: the definitions
 rows.py       SGD, RowWiseAdagrad, RowWiseAdam, LazyAdam
 rounding.py   stochastic rounding of bfloat16 tables
+model.py      for_model: rows one way, everything else by AdamW
+clip.py       clip_grad_norm_ over dense and sparse gradients
 """
 
+from .clip import clip_grad_norm_
+from .model import ModelOptimizer, for_model
 from .rows import SGD, LazyAdam, RowOptimizer, RowWiseAdagrad, RowWiseAdam
 
-__all__ = ["SGD", "LazyAdam", "RowOptimizer", "RowWiseAdagrad", "RowWiseAdam"]
+__all__ = [
+    "SGD",
+    "LazyAdam",
+    "ModelOptimizer",
+    "RowOptimizer",
+    "RowWiseAdagrad",
+    "RowWiseAdam",
+    "clip_grad_norm_",
+    "for_model",
+]

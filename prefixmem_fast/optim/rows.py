@@ -31,6 +31,7 @@ class RowUpdate:
         step: int64, 0-dimensional, on the table's device; counts this step already.
         hyper: the numbers of the step.
         seed: of stochastic rounding; None to round to nearest.
+        squares: None, or a list to which sums of the squared gradient are added, 1-dimensional.
     """
 
     def __init__(
@@ -38,6 +39,8 @@ class RowUpdate:
     ) -> None:
         self.weight, self.rule, self.state = weight, rule, state
         self.step, self.hyper, self.seed = step, hyper, seed
+        self.sum_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.squares: list[Tensor] | None = None
 
     def apply(self, rows: Tensor, values: Tensor) -> None:
         """Update `rows` ``[U]``, each once, with their gradients ``[U, w]``; in PyTorch, a chunk at a time."""
@@ -45,10 +48,11 @@ class RowUpdate:
             self._apply_chunk(rows[part], values[part])
 
     def _apply_chunk(self, rows: Tensor, values: Tensor) -> None:
-        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        w = decay(gather(self.weight, rows).to(dtype), self.hyper)
+        if self.squares is not None:
+            self.squares.append(torch.linalg.vector_norm(values).square()[None])
+        w = decay(gather(self.weight, rows).to(self.sum_dtype), self.hyper)
         kept = [None if s is None else gather(s, rows) if s.dim() == 2 else s[rows] for s in self.state]
-        w, *new = RULES[self.rule].update(w, values.to(dtype), *kept, self.hyper)
+        w, *new = RULES[self.rule].update(w, values.to(self.sum_dtype), *kept, self.hyper)
         for state, values in zip(self.state, new, strict=True):
             if state is not None:
                 state.index_copy_(0, rows, values)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from prefixmem_fast import AddressSpec, prefix_rows
-from prefixmem_fast.kernels import backward, forward, segment
+from prefixmem_fast.kernels import backward, forward, row_gradient
 
 # 4 x 10^7 rows of 64: 2.56 x 10^9 elements, past 2^31 = 2.147 x 10^9.
 SPEC = AddressSpec((2048,) * 4, heads=2, table_rows=5_000_000, addressing="hash")
@@ -40,12 +40,20 @@ def test_forward_past_2_31_elements(unpoisoned):
     torch.testing.assert_close(out[:, 3], expected.flatten(1), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernels", [backward, segment], ids=["fast", "deterministic"])
-def test_gradient_past_2_31_elements(kernels, monkeypatch, unpoisoned):
+def _deterministic(grad, codes, spec):
+    return row_gradient.dense(grad, (codes,), spec)
+
+
+@pytest.mark.parametrize(
+    ("module", "gradient"),
+    [(backward, backward.prefix_memory_bwd), (row_gradient, _deterministic)],
+    ids=["fast", "deterministic"],
+)
+def test_gradient_past_2_31_elements(module, gradient, monkeypatch, unpoisoned):
     codes, rows = far_codes()
-    monkeypatch.setattr(kernels, "zero_table", lambda *_: lazy_zeros())
+    monkeypatch.setattr(module, "zero_table", lambda *_: lazy_zeros())
     grad = torch.randint(-4, 5, (40, 4, 2 * WIDTH)).float()
-    found = kernels.prefix_memory_bwd(grad, codes, SPEC)
+    found = gradient(grad, codes, SPEC)
     by_order = grad.flip(1).cumsum(1).flip(1).unflatten(-1, (2, WIDTH))  # [M, N, H, W]: levels n .. 4
     unique, place = rows.flatten().unique(return_inverse=True)
     expected = torch.zeros(len(unique), WIDTH).index_add_(0, place, by_order.reshape(-1, WIDTH))

@@ -1,0 +1,111 @@
+"""One optimizer for a model with an encoder: rows of the tables one way, W_out and everything else by AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modules import PrefixMem, PrefixMemory
+from .rows import RowOptimizer, RowWiseAdagrad, restore_state
+
+
+def for_model(
+    model: nn.Module,
+    lr: float = 1e-4,
+    *,
+    encoder_lr_multiple: float = 5.0,
+    rows: type[RowOptimizer] = RowWiseAdagrad,
+    row_options: dict[str, Any] | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> ModelOptimizer:
+    """The optimizer of a whole model: one torch optimizer, for Hugging Face's Trainer and any other loop.
+
+    Args:
+        model: a module that holds a `PrefixMem` or `PrefixMemory` somewhere, or is one.
+        lr: learning rate of the model.
+        encoder_lr_multiple: the encoder's learning rate, tables and W_out, over the model's; the paper takes 5.
+        rows: optimizer of the tables trained with grad="sparse" or "fused"; with "dense" they go to AdamW too.
+        row_options: its arguments beside the learning rate.
+        betas, eps: of AdamW.
+        weight_decay: of AdamW, for parameters of two dimensions and more; tables take `row_options`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated, or the model holds no encoder.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; give a torch module")
+    if not (isinstance(rows, type) and issubclass(rows, RowOptimizer)):
+        raise TypeError(f"rows = {rows!r}; give a class of prefixmem_fast.optim, such as RowWiseAdagrad")
+    for name, value in (("lr", lr), ("encoder_lr_multiple", encoder_lr_multiple)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} = {value!r} is not a finite number of 0 or more")
+    memories = [module for module in model.modules() if isinstance(module, PrefixMemory)]
+    if not memories:
+        raise ValueError(f"model, a {type(model).__name__}, holds no PrefixMem; attach one, or use torch.optim.AdamW")
+    tables = _trainable(memory.weight for memory in memories if memory.grad != "dense")
+    encoders = [module for module in model.modules() if isinstance(module, (PrefixMem, PrefixMemory))]
+    taken = {id(table) for table in tables}
+    encoder = [p for p in _trainable(p for e in encoders for p in e.parameters()) if id(p) not in taken]
+    taken |= {id(p) for p in encoder}
+    rest = [p for p in _trainable(model.parameters()) if id(p) not in taken]
+
+    encoder_lr = lr * encoder_lr_multiple
+    groups = [
+        {"params": group, "lr": rate, "weight_decay": weight_decay if decayed else 0.0}
+        for parameters, rate in ((encoder, encoder_lr), (rest, lr))
+        for decayed in (True, False)
+        if (group := [p for p in parameters if (p.dim() >= 2) == decayed])
+    ]
+    adamw = torch.optim.AdamW(groups, lr, betas, eps) if groups else None
+    return ModelOptimizer(rows(tables, encoder_lr, **(row_options or {})) if tables else None, adamw)
+
+
+def _trainable(parameters) -> list[nn.Parameter]:
+    return list(dict.fromkeys(p for p in parameters if p.requires_grad))
+
+
+class ModelOptimizer(torch.optim.Optimizer):
+    """Several optimizers as one: their groups and their state, in one state_dict, under one schedule.
+
+    Args:
+        rows, rest: the optimizers; None leaves one out.
+    """
+
+    def __init__(self, rows: RowOptimizer | None, rest: torch.optim.Optimizer | None) -> None:
+        self._parts = [part for part in (rows, rest) if part is not None]
+        if not self._parts:
+            raise ValueError("the model has no parameter that requires a gradient")
+        self._sizes = [len(part.param_groups) for part in self._parts]
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """The parts work on this optimizer's groups and state: a schedule or a loaded state reaches both."""
+        start = 0
+        for part, size in zip(self._parts, self._sizes, strict=True):
+            part.param_groups = self.param_groups[start : start + size]
+            part.state = self.state
+            start += size
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        restore_state(self, state_dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
