@@ -1,192 +1,265 @@
-"""Forward and backward of the operation beside eager PyTorch, in one run.
+"""One step of encoder pre-training: forward, backward and update of the tables, beside the alternatives, in one run.
 
-    python -m bench [--sids N] [--out FILE]
+    python -m bench [--quick] [--out FILE]
 
-A provider whose result differs from the reference is reported as wrong and gets no time. Rows are appended to FILE as
-JSON Lines with the machine and the versions.
+Providers take turns, a step each, so that what else the machine does falls on all of them. One whose forward differs
+from the reference is reported as wrong and gets no time; one that does not fit into memory is left out by name. The
+gradient of S is given: heads and losses, which are the same for all, are not part of the step. Rows are appended to
+FILE as JSON Lines with the machine and the versions.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import gc
 import json
 import os
-import platform
-import statistics
 import subprocess
-import time
-from collections.abc import Callable
-from functools import partial
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from prefixmem_fast import AddressSpec, prefix_memory, prefix_rows
-from prefixmem_fast.cli.info import collect
+from bench import providers
+from bench.measure import copy_bandwidth, now, peak_bytes, provenance, quantiles, reset_peak
+from bench.providers import OURS, PEERS, Provider, bytes_held, missing
+from prefixmem_fast import AddressSpec, reference
+
+LEVELS, CODES, ORDERS, HEADS, WIDTH = 5, 2048, 4, 4, 64
+ACTIVE = (3, 4)
+BATCHES = 4  # different batches in turn
 
 
-def eager_tables(spec: AddressSpec, weight: Tensor) -> tuple[Callable[[Tensor], Tensor], list[nn.Parameter]]:
-    """What a user writes first: one nn.Embedding a table, hashes in PyTorch, a sum over orders a level."""
-    tables = {}
-    for order in range(1, spec.max_order + 1):
-        for head in range(spec.heads):
-            start = spec.offsets[order - 1][head]
-            rows = weight[start : start + spec.rows_per_order[order - 1]].detach().clone()
-            tables[order, head] = nn.Embedding.from_pretrained(rows, freeze=False)
+@dataclass(frozen=True)
+class Workload:
+    table_rows: int = 200_000
+    sids: int = 16_384
+    codes: str = "uniform"
+    dtype: str = "float32"
 
-    def forward(codes: Tensor) -> Tensor:
-        out = []
-        for level in spec.active_levels:
-            total = 0
-            for order in spec.orders_at(level):
-                heads = []
-                for head in range(spec.heads):
-                    index = codes[:, 0] * spec.multipliers[0][head]
-                    for i in range(1, order):
-                        index = index ^ (codes[:, i] * spec.multipliers[i][head])
-                    heads.append(tables[order, head](index % spec.rows_per_order[order - 1]))
-                total = total + torch.cat(heads, dim=-1)
-            out.append(total)
-        return torch.stack(out, dim=1)
+    def spec(self) -> AddressSpec:
+        """Every order hashed, as in the paper, so that all providers hold the same tables."""
+        return AddressSpec((CODES,) * LEVELS, ORDERS, HEADS, self.table_rows, active_levels=ACTIVE, addressing="hash")
 
-    return forward, [table.weight for table in tables.values()]
+    def batch(self, seed: int, device: str) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        if self.codes == "uniform":
+            return torch.randint(0, CODES, (self.sids, LEVELS), generator=generator).to(device)
+        chance = torch.arange(1, CODES + 1, dtype=torch.float64) ** -float(self.codes.removeprefix("Zipf "))
+        drawn = torch.multinomial(chance, self.sids * LEVELS, replacement=True, generator=generator)
+        return drawn.view(self.sids, LEVELS).to(device)
+
+    def weight(self, device: str) -> Tensor:
+        """Random values, repeated every 64 MiB: filling the largest tables with new ones would take minutes."""
+        spec = self.spec()
+        dtype = getattr(torch, self.dtype)
+        block = torch.randn(min(1 << 18, spec.total_rows), WIDTH, device=device).mul_(0.02).to(dtype)
+        weight = torch.empty(spec.total_rows, WIDTH, device=device, dtype=dtype)
+        for part in weight.split(len(block)):
+            part.copy_(block[: len(part)])
+        return weight
+
+    def __str__(self) -> str:
+        return f"T = {self.table_rows:,}, {self.sids:,} SIDs, {self.codes}"
 
 
-def providers(spec: AddressSpec, width: int, dtype: torch.dtype, device: str) -> list[tuple]:
-    weight = nn.Parameter(torch.randn(spec.total_rows, width, device=device, dtype=dtype) * 0.02)
-    eager, eager_parameters = eager_tables(spec, weight)
-    ours = "triton" if device == "cuda" else "reference"
+def workloads(quick: bool, on_gpu: bool) -> list[Workload]:
+    if quick:
+        return [Workload(500, 64)]
+    middle = Workload(2_000_000, 65_536, dtype="bfloat16") if on_gpu else Workload()
+    change = lambda **values: Workload(**{**asdict(middle), **values})  # noqa: E731
     return [
-        (f"prefixmem_fast ({ours})", lambda codes: prefix_memory(codes, weight, spec), [weight]),
-        (
-            f"prefixmem_fast ({ours}, deterministic)",
-            lambda codes: prefix_memory(codes, weight, spec, deterministic=True),
-            [weight],
-        ),
-        ("eager PyTorch, one nn.Embedding a table", eager, eager_parameters),
+        middle,
+        change(codes="Zipf 1.05"),
+        change(table_rows=20_000),
+        change(table_rows=2_000_000) if not on_gpu else change(table_rows=200_000),
+        change(sids=middle.sids // 16),
+        change(sids=middle.sids * 4),
     ]
 
 
-def git_commit() -> str:
-    try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        return "unknown"
+def bytes_needed(provider: type[Provider], workload: Workload) -> int:
+    """Tables, dense gradient, optimizer state, and the copies that setting up or updating them takes for a time."""
+    copies = {"EagerTables": 5, "FusedTable": 3, "CompiledReference": 5, "FusedLazyAdam": 3, "FbgemmTables": 2}
+    table = workload.spec().total_rows * WIDTH * getattr(torch, workload.dtype).itemsize
+    return table * copies.get(provider.__name__, 1)
 
 
-def training_step(forward: Callable[[Tensor], Tensor], codes: Tensor, parameters: list, grad: Tensor) -> None:
-    for parameter in parameters:
-        parameter.grad = None
-    forward(codes).backward(grad)
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def timed(call: Callable[[], object], device: str, repeats: int) -> tuple[float, float, float]:
-    """Median, 20 % and 80 % quantile in milliseconds; device events on a GPU, a host clock on a CPU."""
-    call()
-    found = []
-    for _ in range(repeats):
-        if device == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            found.append(begin.elapsed_time(end))
-        else:
-            started = time.perf_counter()
-            call()
-            found.append((time.perf_counter() - started) * 1e3)
-    low, *_, high = statistics.quantiles(found, n=5)
-    return statistics.median(found), low, high
+def run_workload(workload: Workload, repeats: int, device: str) -> list[dict[str, Any]]:
+    """Rows of times by provider and phase, or of the reason why there are none."""
+    spec = workload.spec()
+    batches = [workload.batch(seed, device) for seed in range(BATCHES)]
+    grad = torch.randn(workload.sids, len(ACTIVE), HEADS * WIDTH, device=device, dtype=getattr(torch, workload.dtype))
+    left = 0.75 * (torch.cuda.get_device_properties(0).total_memory if device == "cuda" else _memory())
+    rows, made = [], []
+    for provider in (*OURS, *PEERS):
+        reason = missing(provider)
+        needed = bytes_needed(provider, workload)
+        if reason is None and needed > left:
+            reason = (
+                f"left out: it takes {needed / 2**30:.0f} GiB, and {left / 2**30:.0f} GiB are left beside the others"
+            )
+        if reason is None:
+            left -= needed
+            weight = workload.weight(device)
+            codes = batches[0][:256]
+            expected = reference.prefix_memory(codes, weight, spec)
+            one = provider(spec, weight)
+            del weight
+            found = one.forward(codes).detach()
+            if torch.allclose(found.float(), expected.float(), atol=1e-6, rtol=1e-2 if found.itemsize == 2 else 1e-5):
+                made.append((one, {"forward": [], "backward": [], "update": [], "step": []}))
+                continue
+            reason = "WRONG: its forward differs from the reference; not timed"
+            del one
+        rows.append({"provider": provider.name, **asdict(workload), "skipped": reason})
+
+    for turn in tqdm(range(-2, repeats), desc=str(workload), leave=False, disable=None):
+        for one, times in made:
+            codes = batches[turn % BATCHES]
+            start = now(device)
+            out = one.forward(codes)
+            read = now(device)
+            one.backward(out, grad)
+            differentiated = now(device)
+            one.update()
+            end = now(device)
+            del out
+            if turn >= 0:
+                for phase, seconds in (
+                    ("forward", read - start),
+                    ("backward", differentiated - read),
+                    ("update", end - differentiated),
+                    ("step", end - start),
+                ):
+                    times[phase].append(seconds)
+    for one, times in made:
+        for phase, seconds in times.items():
+            rows.append({"provider": one.name, **asdict(workload), "phase": phase, **quantiles(seconds)})
+    return rows
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes read and written a second by a plain copy, the denominator of the forward's floor."""
-    source = torch.randn((1 << 30 if device == "cuda" else 1 << 26) // 4, device=device)
-    target = torch.empty_like(source)
-    median, _, _ = timed(lambda: target.copy_(source), device, 10)
-    return 2 * source.numel() * 4 / (median * 1e-3)
+def run_memory(workload: Workload) -> list[dict[str, Any]]:
+    """Peak resident memory of each provider in a process of its own, over what its libraries took."""
+    rows = []
+    for provider in (*OURS, *PEERS):
+        if missing(provider) is not None or bytes_needed(provider, workload) > 0.75 * _memory():
+            continue
+        given = json.dumps({"provider": provider.__name__, **asdict(workload)})
+        done = subprocess.run(
+            [sys.executable, "-m", "bench", "--memory-of", given], capture_output=True, text=True, check=True
+        )
+        rows.append({**asdict(workload), **json.loads(done.stdout.splitlines()[-1])})
+    return rows
+
+
+def _train(provider: Provider, codes: Tensor, grad: Tensor) -> None:
+    for _ in range(3):
+        provider.backward(provider.forward(codes), grad)
+        provider.update()
+
+
+def measure_memory(given: str) -> dict[str, Any]:
+    values = json.loads(given)
+    provider = getattr(providers, values.pop("provider"))
+    workload = Workload(**values)
+    spec, batch = workload.spec(), workload.batch(0, "cpu")
+    grad = torch.randn(workload.sids, len(ACTIVE), HEADS * WIDTH)
+    small = Workload(500, 64)  # loads every library before memory is counted
+    _train(provider(small.spec(), small.weight("cpu")), small.batch(0, "cpu"), grad[:64])
+    gc.collect()
+    before = reset_peak()
+    one = provider(spec, workload.weight("cpu"))
+    _train(one, batch, grad)
+    peak = peak_bytes()
+    touched = len(reference.row_gradient(grad[:, :, :HEADS], batch, spec)[0]) * WIDTH * 4
+    return {
+        "provider": provider.name,
+        "phase": "memory",
+        "peak_mib": (peak - before) / 2**20,
+        "held_mib": bytes_held(one) / 2**20,
+        "touched_rows_mib": touched / 2**20,
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A workload a table: milliseconds a phase, spread of the step, and how many times the first provider's step."""
+    timed = [row for row in rows if "ms" in row]
+    key = ("table_rows", "sids", "codes", "dtype")
+    for workload in dict.fromkeys(tuple(row[k] for k in key) for row in rows if "held_mib" not in row):
+        print(f"\n{Workload(*workload)}, {workload[3]}")
+        print(f"{'':<54}{'forward':>9}{'backward':>10}{'update':>9}{'step ms':>10}{'p20..p80':>18}{'x ours':>8}")
+        here = [row for row in timed if tuple(row[k] for k in key) == workload]
+        names = list(dict.fromkeys(row["provider"] for row in here))
+        phases = {(row["provider"], row["phase"]): row for row in here}
+        for name in names:
+            of = {phase: phases[name, phase] for phase in ("forward", "backward", "update", "step")}
+            step = of["step"]
+            spread = f"{step['p20']:.1f}..{step['p80']:.1f}"
+            ratio = step["ms"] / phases[names[0], "step"]["ms"]
+            print(
+                f"{name:<54}{of['forward']['ms']:>9.1f}{of['backward']['ms']:>10.1f}{of['update']['ms']:>9.1f}"
+                f"{step['ms']:>10.1f}{spread:>18}{ratio:>8.2f}"
+            )
+        for row in rows:
+            if "skipped" in row and tuple(row[k] for k in key) == workload:
+                print(f"{row['provider']:<54}{row['skipped']}")
+    memory = [row for row in rows if "held_mib" in row]
+    if memory:
+        print(f"\npeak memory in MiB, T = {memory[0]['table_rows']:,}, {memory[0]['sids']:,} SIDs")
+        print(f"{'':<54}{'peak':>9}{'tables, state':>15}{'beside':>9}{'x touched rows':>16}")
+    for row in memory:
+        beside = row["peak_mib"] - row["held_mib"]
+        print(
+            f"{row['provider']:<54}{row['peak_mib']:>9.0f}{row['held_mib']:>15.0f}{beside:>9.0f}"
+            f"{beside / row['touched_rows_mib']:>16.1f}"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--sids", type=int, nargs="+", help="batch sizes (default: 1024 16384, on a GPU 65536 1048576)")
-    parser.add_argument("--table-rows", type=int, help="T (default: 200000, on a GPU 2000000)")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="one tiny workload: whether everything runs")
+    parser.add_argument("--repeats", type=int, default=15, help="timed steps a provider (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="append JSON Lines to this file")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.memory_of:
+        print(json.dumps(measure_memory(options.memory_of)))
+        return
+    if options.repeats < 2:
+        parser.error(f"--repeats = {options.repeats}; give 2 or more")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes = options.sids or ([65_536, 1_048_576] if device == "cuda" else [1024, 16_384])
-    spec = AddressSpec(
-        (2048,) * 5,
-        table_rows=options.table_rows or (2_000_000 if device == "cuda" else 200_000),
-        active_levels=(3, 4),
-        addressing="hash",
-    )
-    width, dtype = 64, torch.bfloat16 if device == "cuda" else torch.float32
-    machine = {**collect(), "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    commit = git_commit()
-    bandwidth = copy_bandwidth(device)
-    print(f"{device}, T = {spec.table_rows[0]}, {dtype}, copy bandwidth {bandwidth / 1e9:.1f} GB/s")
-
-    rows = []
-    named = providers(spec, width, dtype, device)
-    for sids in sizes:
-        codes = torch.randint(0, 2048, (sids, 5), device=device)
-        expected = prefix_memory(codes[:256], named[0][2][0], spec, backend="reference")
-        floor = _forward_bytes(codes, spec, width, dtype)
-        for name, forward, parameters in tqdm(named, desc=f"{sids} SIDs", leave=False, disable=None):
-            if not torch.allclose(forward(codes[:256]).float(), expected.float(), atol=1e-2, rtol=1e-2):
-                print(f"{name}: WRONG result, not timed")
-                continue
-            grad = torch.randn_like(forward(codes))
-            if "deterministic" not in name:  # a mode of the backward alone
-                with torch.no_grad():
-                    times = timed(partial(forward, codes), device, options.repeats)
-                rows.append(_row("forward", name, sids, times, floor, bandwidth, machine, commit))
-            step = partial(training_step, forward, codes, parameters, grad)
-            times = timed(step, device, max(options.repeats // 3, 3))
-            rows.append(_row("forward + dense backward", name, sids, times, None, bandwidth, machine, commit))
-    print(f"{'':<26}{'provider':<42}{'SIDs':>9}{'ms':>10}{'p20':>9}{'p80':>9}{'of copy':>9}")
-    for row in rows:
-        share = f"{row['of_copy']:>8.1%}" if row["of_copy"] else ""
-        print(
-            f"{row['workload']:<26}{row['provider']:<42}{row['sids']:>9}{row['ms']:>10.3f}{row['p20']:>9.3f}"
-            f"{row['p80']:>9.3f} {share}"
-        )
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    about = {"device": device, **provenance(), "copy_bandwidth": copy_bandwidth(device)}
+    print(f"{about['machine']['cpu'] if device == 'cpu' else about['machine']['gpus'][0]['name']}, "
+          f"copy bandwidth {about['copy_bandwidth'] / 1e9:.1f} GB/s")  # fmt: skip
+    every = []
+    for workload in workloads(options.quick, device == "cuda"):
+        rows = run_workload(workload, options.repeats, device)
+        gc.collect()
+        every += rows
+        show(rows)
+        if options.out:
+            _append(options.out, rows, about)
+    if device == "cpu":
+        rows = run_memory(Workload(500, 64) if options.quick else Workload())
+        show(rows)
+        if options.out:
+            _append(options.out, rows, about)
 
 
-def _forward_bytes(codes: Tensor, spec: AddressSpec, width: int, dtype: torch.dtype) -> int:
-    """The forward's floor: codes in, each distinct row once, S out."""
-    rows = prefix_rows(codes, spec)[:, spec.active_levels[-1] - 1]
-    size = dtype.itemsize
-    out = codes.shape[0] * len(spec.active_levels) * spec.heads * width * size
-    return codes.numel() * codes.element_size() + rows.unique().numel() * width * size + out
-
-
-def _row(workload, provider, sids, times, floor, bandwidth, machine, commit) -> dict:
-    return {
-        "workload": workload,
-        "provider": provider,
-        "sids": sids,
-        "ms": times[0],
-        "p20": times[1],
-        "p80": times[2],
-        "floor_bytes": floor,
-        "of_copy": floor / (times[0] * 1e-3) / bandwidth if floor else None,
-        "copy_bandwidth": bandwidth,
-        "machine": machine,
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
+def _append(out: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a") as file:
+        file.writelines(json.dumps({**row, **about}) + "\n" for row in rows)
 
 
 if __name__ == "__main__":
