@@ -133,8 +133,8 @@ def row_gradient(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Iterator[tup
         codes: integer ``[M, L]``.
 
     Yields:
-        rows int64 ``[U]`` and values ``[U, w]`` in float32 (float64 for a float64 gradient). Rows ascend from chunk to
-        chunk and each comes once.
+        rows int64 ``[U]``, ascending, and values ``[U, w]`` in float32 (float64 for a float64 gradient). Each row comes
+        once; chunks come in any order and do not interleave.
     """
     return _row_sums(_cut(codes, spec)._replace(grad=grad), spec)
 
@@ -190,7 +190,7 @@ def _row_sums(sids: Sids, spec: AddressSpec) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def merge(rows: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Sums of values ``[E, w]`` by rows ``[E]``, as `row_gradient` yields them."""
+    """Sums of values ``[E, w]`` by rows ``[E]``, as `row_gradient` yields them, with ascending chunks."""
     return _merged(Source(rows, torch.arange(len(rows)), values.to(reference._accumulator(values.dtype))))
 
 
@@ -214,7 +214,7 @@ def _segment_sums(vectors: Tensor, index: Tensor, starts: Tensor) -> Tensor:
 
 
 def _window_sources(sids: Sids, spec: AddressSpec) -> Iterator[Source]:
-    """Suffix mode, by ascending order: every active level feeds rows of its own."""
+    """Suffix mode: every active level feeds rows of its own."""
     M, A = sids.grad.shape[:2]
     vectors = sids.grad.view(M * A * spec.heads, -1)
     heads = torch.arange(spec.heads)
@@ -230,8 +230,8 @@ def _window_sources(sids: Sids, spec: AddressSpec) -> Iterator[Source]:
             yield Source(torch.cat(rows), torch.cat(index), vectors)
 
 
-def _prefix_sources(sids: Sids, spec: AddressSpec) -> list[Source]:
-    """Prefix and full mode, by ascending order: the sums of all SIDs of one prefix, for each distinct prefix.
+def _prefix_sources(sids: Sids, spec: AddressSpec) -> Iterator[Source]:
+    """Prefix and full mode, by descending order: the sums of all SIDs of one prefix, for each distinct prefix.
 
     Sorted by their codes, the SIDs of every prefix of every order stand side by side. Order n reads the gradient of
     level n and, in prefix mode, of all levels above: its sums are those of order n + 1 and level n's.
@@ -248,7 +248,6 @@ def _prefix_sources(sids: Sids, spec: AddressSpec) -> list[Source]:
         slots = torch.tensor([spec.active_levels.index(level) for level in levels])
         return _segment_sums(vectors, (by_code[:, None] * A + slots).flatten(), starts * len(levels))
 
-    sources: list[Source] = []
     sums = inner = None
     for order in range(last, 0, -1):
         levels = [a for a in spec.active_levels if a == order or (a > order == last and spec.mode == "prefix")]
@@ -263,8 +262,7 @@ def _prefix_sources(sids: Sids, spec: AddressSpec) -> list[Source]:
         found = Sids(codes[starts], length[starts])
         rows, alive = _order_rows(found, order, order, spec)
         kept = (alive.nonzero() * spec.heads + torch.arange(spec.heads)).flatten()
-        sources.append(Source(rows[alive].flatten(), kept, sums.view(len(sums) * spec.heads, -1)))
-    return sources[::-1]
+        yield Source(rows[alive].flatten(), kept, sums.view(len(sums) * spec.heads, -1))
 
 
 def _argsort_prefixes(codes: Tensor, spec: AddressSpec) -> Tensor:

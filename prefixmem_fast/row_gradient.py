@@ -61,7 +61,7 @@ class _RowGradient(torch.autograd.Function):
 
 
 def _chunks(grad: Tensor, inputs: tuple, spec: AddressSpec, backend: str) -> Iterable[tuple[Tensor, Tensor]]:
-    """Rows, ascending and each once, and their sums, in PyTorch."""
+    """Chunks of touched rows, each row once, and their sums, in PyTorch."""
     library = cpu if backend == "cpu" else reference
     if len(inputs) == 1:
         found = library.row_gradient(grad, inputs[0], spec)
@@ -91,7 +91,8 @@ def _sparse(weight: Tensor, grad: Tensor, inputs: tuple, spec: AddressSpec, back
         with torch.cuda.device_of(grad):
             rows, values = kernels.padded_rows(grad, inputs, spec)
     else:
-        chunks = list(_chunks(grad, inputs, spec, backend))
+        chunks = [(rows, values.to(weight.dtype)) for rows, values in _chunks(grad, inputs, spec, backend)]
+        chunks = sorted((chunk for chunk in chunks if len(chunk[0])), key=lambda chunk: chunk[0][0].item())
         rows = torch.cat([rows for rows, _ in chunks]) if chunks else grad.new_empty(0, dtype=torch.int64)
         values = torch.cat([values for _, values in chunks]) if chunks else grad.new_empty(0, weight.shape[1])
     return torch.sparse_coo_tensor(

@@ -10,6 +10,17 @@ from tests.kernels.test_parity import assert_exact_sums, token_case
 from tests.strategies import codes_for, specs
 
 
+def rows_of(chunks):
+    """All rows, ascending; no row may come twice."""
+    rows = [torch.empty(0, dtype=torch.int64)]
+    for chunk, _ in chunks:
+        assert (chunk[1:] > chunk[:-1]).all()
+        rows.append(chunk)
+    found = torch.cat(rows)
+    assert len(found.unique()) == len(found)
+    return found.sort()[0]
+
+
 @given(specs(largest_code=3_000_000_000), st.sampled_from((1, 3, 64)), st.data())
 @settings(max_examples=100)
 def test_any_spec(spec, width, data):
@@ -19,8 +30,7 @@ def test_any_spec(spec, width, data):
     out = cpu.prefix_memory(codes, weight, spec)
     assert torch.equal(out, reference.prefix_memory(codes, weight, spec))
     grad = torch.randn_like(out)
-    rows = torch.cat([torch.empty(0, dtype=torch.int64), *(rows for rows, _ in cpu.row_gradient(grad, codes, spec))])
-    assert torch.equal(rows, reference.row_gradient(grad, codes, spec)[0])
+    assert torch.equal(rows_of(cpu.row_gradient(grad, codes, spec)), reference.row_gradient(grad, codes, spec)[0])
     found = cpu.prefix_memory_backward(grad, codes, spec)
     assert_exact_sums(found, lambda g: reference.prefix_memory_backward(g, codes, spec), grad)
 
@@ -35,7 +45,7 @@ def test_any_token_stream(spec, seed, packed):
     assert torch.equal(out, reference.token_memory(ids, table, weight, spec, segments))
     grad = torch.randn_like(out)
     given_ = (ids, table, spec, segments)
-    rows = torch.cat([torch.empty(0, dtype=torch.int64), *(rows for rows, _ in cpu.token_row_gradient(grad, *given_))])
+    rows = rows_of(cpu.token_row_gradient(grad, *given_))
     assert torch.equal(rows, reference.token_row_gradient(grad, *given_)[0])
     found = cpu.token_memory_backward(grad, *given_)
     assert_exact_sums(found, lambda g: reference.token_memory_backward(g, *given_), grad)
@@ -54,8 +64,7 @@ def test_many_chunks(mode, monkeypatch):
     grad = torch.randn_like(out)
     chunks = list(cpu.row_gradient(grad, codes, spec))
     assert len(chunks) > 10
-    rows = torch.cat([rows for rows, _ in chunks])
-    assert (rows[1:] > rows[:-1]).all()
+    assert torch.equal(rows_of(chunks), reference.row_gradient(grad, codes, spec)[0])
     found = cpu.prefix_memory_backward(grad, codes, spec)
     assert_exact_sums(found, lambda g: reference.prefix_memory_backward(g, codes, spec), grad)
 
