@@ -126,7 +126,10 @@ class RowOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         names = RULES[self.rule].state
         beta1, beta2 = group.get("betas", (0.0, 0.0))
-        hyper = Hyper(group["lr"], group["weight_decay"], group.get("eps", 0.0), beta1, beta2)
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.device != weight.device:
+            lr = lr.item()  # on the CPU, as schedules leave it: nothing to wait for
+        hyper = Hyper(lr, group["weight_decay"], group.get("eps", 0.0), beta1, beta2)
         if "betas" in group:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
             correction1, correction2 = (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prefixmem_fast import AddressSpec, prefix_memory, prefix_rows, reference, token_memory
+from prefixmem_fast import AddressSpec, optim, prefix_memory, prefix_rows, reference, token_memory
 from prefixmem_fast.verify import exact_sums
 
 PAPER = AddressSpec((2048,) * 5, table_rows=200_000, active_levels=(3, 4))
@@ -81,6 +81,117 @@ def test_forward_and_backward_in_a_cuda_graph():
         assert torch.equal(found, reference.prefix_memory_backward(grad, codes, PAPER)), "sums of ones are exact"
 
 
+OPTIMIZERS = [optim.SGD, optim.RowWiseAdagrad, optim.RowWiseAdam, optim.LazyAdam]
+
+
+def steps(weight, batches, optimizer, grad, backend):
+    for codes in batches:
+        prefix_memory(codes, weight, PAPER, grad=grad, backend=backend).float().sin().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("grad", ["sparse", "fused"])
+@pytest.mark.parametrize("hot", [False, True], ids=["uniform", "hot"])
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_optimizers(make, hot, grad):
+    """Three steps against the definition in PyTorch on the same device."""
+    codes, weight = case(dtype=torch.float32, sids=20_000)
+    batches = [codes, codes.roll(1, 1), codes.flip(1)]
+    if hot:
+        for batch in batches:
+            batch[::2] = batch[0]
+    found = []
+    for backend in ("triton", "reference"):
+        table = torch.nn.Parameter(weight.detach().clone())
+        steps(table, batches, make([table], lr=0.01, weight_decay=0.1), grad, backend)
+        found.append(table.detach())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_bfloat16_updates_repeat_their_bits(make):
+    codes, weight = case(sids=50_000)
+    codes[::3] = codes[0]
+    found = []
+    for seed in (1, 1, 2):
+        table = torch.nn.Parameter(weight.detach().clone())
+        steps(table, [codes, codes.flip(0)], make([table], lr=0.01, seed=seed), "fused", "triton")
+        found.append(table.detach())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_random_bits_are_those_of_the_definition():
+    """bfloat16 on the device and in PyTorch: gradients of small integers, so that sums are exact in any order."""
+    codes, weight = case(sids=3_000)
+    found = []
+    for backend in ("triton", "reference"):
+        table = torch.nn.Parameter(weight.detach().clone())
+        optimizer = optim.SGD([table], lr=0.125, seed=5)
+        out = prefix_memory(codes, table, PAPER, grad="fused", backend=backend)
+        out.backward(torch.arange(out.numel(), device="cuda").remainder(5).view_as(out).to(out))
+        optimizer.step()
+        found.append(table.detach())
+    assert torch.equal(*found)
+
+
+def test_fused_step_in_a_cuda_graph():
+    """Captured once, replayed on other codes with another learning rate: the steps of the eager loop."""
+    codes, weight = case(sids=512, dtype=torch.float32)
+    batches = [torch.randint(0, 2048, codes.shape, device="cuda") for _ in range(3)]
+    rates = (0.1, 0.05, 0.2)
+    grad = torch.randn(512, 2, 256, device="cuda")
+    table = torch.nn.Parameter(weight.detach().clone())
+    rate = torch.tensor(0.0, device="cuda")
+    optimizer = optim.LazyAdam([table], lr=rate)
+
+    def step():
+        prefix_memory(codes, table, PAPER, grad="fused").backward(grad)
+        optimizer.step()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    table.data.copy_(weight.detach())
+    for state in optimizer.state[table].values():
+        state.zero_()
+    for batch, value in zip(batches, rates, strict=True):
+        codes.copy_(batch)
+        rate.fill_(value)
+        graph.replay()
+
+    expected = torch.nn.Parameter(weight.detach().clone())
+    optimizer = optim.LazyAdam([expected], lr=0.0)
+    for batch, value in zip(batches, rates, strict=True):
+        optimizer.param_groups[0]["lr"] = value
+        prefix_memory(batch, expected, PAPER, grad="fused").backward(grad)
+        optimizer.step()
+    torch.testing.assert_close(table, expected)
+
+
+def test_fused_training_of_a_table_past_2_31_elements():
+    spec = AddressSpec((2048,) * 5, table_rows=2_500_000, addressing="hash", active_levels=(3, 4))
+    codes, weight = case(spec)
+    weight = torch.nn.Parameter(weight.detach())
+    rows = prefix_rows(codes, spec)[:, 3].flatten().unique()
+    before = weight[rows].detach()
+    assert rows.max() * 64 > 1 << 31
+    optimizer = optim.RowWiseAdagrad([weight], lr=0.5)
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    prefix_memory(codes, weight, spec, grad="fused").float().sum().backward()
+    optimizer.step()
+    assert (weight[rows] != before).any(1).all()
+    state = spec.total_rows * 4
+    assert torch.cuda.max_memory_allocated() - held - state <= 3 * len(rows) * 64 * 4 + (64 << 20)
+
+
 def test_no_host_synchronisation():
     codes, weight = case(sids=500)
     table = torch.zeros(2048 * 5 + 1, 2, dtype=torch.int32, device="cuda")
@@ -88,9 +199,19 @@ def test_no_host_synchronisation():
     table[1:, 1] = torch.arange(2048, device="cuda").repeat(5)
     ids = (1 + codes + 2048 * torch.arange(5, device="cuda")).reshape(4, -1)
 
+    optimizer = optim.RowWiseAdam([weight], lr=0.1)
+
     def run(deterministic):
         prefix_memory(codes, weight, PAPER, deterministic=deterministic).sum().backward()
         token_memory(ids, table, weight, PAPER, deterministic=deterministic).sum().backward()
+        weight.grad = None
+        for grad in ("sparse", "fused"):
+            prefix_memory(codes, weight, PAPER, grad=grad).sum().backward()
+            optimizer.step()
+            weight.grad = None
+            token_memory(ids, table, weight, PAPER, grad=grad).sum().backward()
+            optimizer.step()
+            weight.grad = None
 
     for deterministic in (False, True):
         run(deterministic)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from prefixmem_fast import AddressSpec, prefix_memory, token_memory
-from prefixmem_fast.kernels import forward
+from prefixmem_fast import AddressSpec, optim, prefix_memory, reference, token_memory
+from prefixmem_fast.kernels import forward, nested, row_gradient
 from tests.kernels.traffic import counted
 
 SPEC = AddressSpec((2048,) * 5, table_rows=3000, active_levels=(3, 4))
@@ -77,3 +77,28 @@ def test_a_kernel_that_reads_rows_once_a_level_is_caught(monkeypatch):
     with counted(weight=weight) as traffic:
         prefix_memory(codes, weight, SPEC, backend="triton")
     assert traffic.loaded["weight"] == M * (3 + 4) * H * W * 2
+
+
+@pytest.mark.parametrize("how", ["update", "dense"])
+def test_sorting_backward_and_update(how, monkeypatch):
+    """All kernels together, without torch's sorts: gradients once, each touched row read and written once."""
+    monkeypatch.setattr(nested, "block_of", lambda sids: 32)
+    spec = AddressSpec((2048,) * 5, table_rows=200_000, active_levels=(3, 4), addressing="hash")
+    sids = 256
+    codes = torch.randint(0, 2048, (sids, L))
+    grad = torch.randn(sids, A, H * W).bfloat16()
+    touched = len(reference.row_gradient(grad[..., :H], codes, spec)[0])
+    weight = torch.nn.Parameter(torch.empty(spec.total_rows, W, dtype=torch.bfloat16))
+    update = optim.SGD([weight]).begin(weight)
+    with counted(grad=grad, weight=weight) as traffic:
+        if how == "update":
+            row_gradient.update(grad, (codes,), spec, update)
+        else:
+            row_gradient.dense(grad, (codes,), spec)
+    assert traffic.loaded["grad"] == grad.numel() * 2
+    floor = codes.numel() * 8 + grad.numel() * 2 + touched * W * 2
+    if how == "update":
+        assert traffic.loaded["weight"] == traffic.stored["weight"] == touched * W * 2
+        floor += touched * W * 2
+    assert traffic.total <= 1.3 * floor
+    assert not traffic.added, "no atomics"
