@@ -199,7 +199,7 @@ def nested_sum_kernel(
 
     b_first = tl.load(p_differs + o_first, mask=m_block, other=1).to(tl.int32)
     b_here = b_first
-    b_least = tl.full([BB], nesting.depth + 1, tl.int32)  # least of `differs` within the block, its first left out
+    b_least = tl.full([BB], nesting.depth + 1, tl.int32)  # least of `differs` in the block
     b_squares = tl.zeros([BB, BH, BW], ACC)
     b_sums, m_open, m_any, b_places = (), (), (), ()
     for j in tl.static_range(J):
@@ -260,7 +260,7 @@ def nested_sum_kernel(
             m_kept_any = m_kept_any + (m_some & ~m_end,)
             b_kept_places = b_kept_places + (b_place,)
         b_sums, m_open, m_any, b_places = b_kept, m_kept_open, m_kept_any, b_kept_places
-        b_least = tl.minimum(b_least, tl.where(m_e & (i > 0), b_here, nesting.depth + 1))
+        b_least = tl.minimum(b_least, tl.where(m_e, b_here, nesting.depth + 1))
         b_here = b_next
         i += 1
 

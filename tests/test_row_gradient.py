@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -60,23 +61,64 @@ def test_sparse_of_a_token_stream(backend):
     assert_exact_sums(found.to_dense(), lambda g: reference.token_memory_backward(g, ids, table, spec), grad)
 
 
+@pytest.mark.parametrize("addressing", ["auto", "hash"])
 @pytest.mark.parametrize("block", [8, 32])
 @pytest.mark.parametrize("mode", ["prefix", "full"])
-def test_a_hot_prefix_over_many_blocks(mode, block, monkeypatch):
+def test_a_hot_prefix_over_many_blocks(mode, block, addressing, monkeypatch):
     """Runs that fill blocks, end at their edges, and reach over several levels of partial sums; sums of ones, exact."""
     from prefixmem_fast.kernels import nested
 
     monkeypatch.setattr(nested, "block_of", lambda sids: block)
-    spec = AddressSpec((3,) * 3, heads=1, max_order=3, table_rows=5, mode=mode, addressing="hash")
+    rows = 5 if addressing == "hash" else 27
+    spec = AddressSpec((3,) * 3, heads=1, max_order=3, table_rows=rows, mode=mode, addressing=addressing)
     codes = torch.zeros(9 * block + 5, 3, dtype=torch.int64)
     codes[: 2 * block, 0] = 1
     codes[2 * block : 3 * block, 2] = 2
+    codes[4 * block : 4 * block + 6] = torch.randint(0, 3, (6, 3))
     codes[-3:] = -1
     weight = torch.zeros(spec.total_rows, 2, requires_grad=True)
+    out = prefix_memory(codes, weight, spec, backend="triton", deterministic=True)
+    expected = reference.prefix_memory_backward(torch.ones_like(out), codes, spec)
+    (dense,) = torch.autograd.grad(out, weight, torch.ones_like(out))
+    assert torch.equal(dense, expected)
     out = prefix_memory(codes, weight, spec, backend="triton", grad="sparse")
     out.backward(torch.ones_like(out))
-    expected = reference.prefix_memory_backward(torch.ones_like(out), codes, spec)
     assert torch.equal(weight.grad.to_dense(), expected)
+
+
+@pytest.mark.parametrize("largest", [5, 2**20, 2**40])
+def test_sorts_are_lexicographic_and_stable(largest):
+    """In one key of 63 bits or in several; colliding rows would be merged, and hide a wrong order."""
+    from prefixmem_fast import cpu
+    from prefixmem_fast.kernels import nested
+
+    spec = AddressSpec((largest,) * 4, table_rows=7, addressing="hash")
+    codes = torch.randint(0, 3, (200, 4)) * (largest // 3)
+    codes[::7, 2] = -1
+    cut = cpu._cut(codes, spec).codes
+    expected = torch.from_numpy(np.lexsort(cut.numpy().T[::-1]))
+    assert torch.equal(cpu._argsort_prefixes(cut, spec), expected)
+    found = nested.sort_prefixes(codes, spec, nested.nesting_of(spec, False), torch.int64)
+    assert torch.equal(found.order, expected)
+    sorted_codes = cut[expected]
+    for i in range(1, 200):
+        differing = (sorted_codes[i] != sorted_codes[i - 1]).nonzero().flatten()
+        assert found.differs[i] == (differing[0] + 1 if len(differing) else 5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_no_token_reads_are_not_touched(backend):
+    """A SID cut after level 2 where levels 1 and 4 are active: its order 2 has a row, and no token reads it."""
+    spec = AddressSpec((4,) * 4, heads=1, table_rows=50, active_levels=(1, 4), addressing="hash")
+    table = torch.tensor([[0, 0], *([level, 1] for level in range(1, 5))], dtype=torch.int32)
+    weight = torch.randn(spec.total_rows, 2, requires_grad=True)
+    for ids, touched in (([1, 2, 0, 0, 0], 1), ([1, 2, 3, 4, 0], 4), ([2, 3, 4, 0, 0], 0)):
+        weight.grad = None
+        out = token_memory(torch.tensor([ids]), table, weight, spec, backend=backend, grad="sparse")
+        out.backward(torch.ones_like(out))
+        found = weight.grad.coalesce()
+        assert found.values().any(1).sum() == touched
+        assert len(found.indices()[0]) == (1 if backend == "triton" else 0) if not touched else touched
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -213,12 +255,13 @@ def test_copies_and_pickles_are_bound_to_no_optimizer():
     optimizer.step()
 
 
-def test_fused_update_is_seen_by_saved_tensors():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fused_update_is_seen_by_saved_tensors(backend):
     """The update counts as an in-place change: what saved the table for its own backward pass says so."""
     spec, codes, weight = case()
     optimizer = optim.SGD([weight], lr=0.1)
     penalty = weight.square().sum()
-    fused(weight, spec, codes).backward()
+    fused(weight, spec, codes, backend).backward()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         penalty.backward()
     del optimizer
