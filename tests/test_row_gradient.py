@@ -118,7 +118,8 @@ def test_rows_that_no_token_reads_are_not_touched(backend):
         out.backward(torch.ones_like(out))
         found = weight.grad.coalesce()
         assert found.values().any(1).sum() == touched
-        assert len(found.indices()[0]) == (1 if backend == "triton" else 0) if not touched else touched
+        expected = max(touched, 1) if backend == "triton" else touched  # its fixed entries have to lie somewhere
+        assert len(found.indices()[0]) == expected
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
