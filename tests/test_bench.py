@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench.__main__ as bench
+from bench.providers import OURS, PEERS, EagerTables, FbgemmTables, FusedAdagrad, FusedTable
+from prefixmem_fast import reference
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -15,13 +19,50 @@ def run(*arguments):
     return done.stdout
 
 
-def test_microbenchmark_appends_rows(tmp_path):
+def test_training_benchmark_writes_rows(tmp_path):
     out = tmp_path / "results" / "rows.jsonl"
-    for _ in range(2):
-        run("-m", "bench", "--sids", "64", "--table-rows", "500", "--repeats", "3", "--out", str(out))
+    table = run("-m", "bench", "--quick", "--repeats", "3", "--out", str(out))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(rows) % 2 == 0
-    assert all(row["p20"] <= row["ms"] <= row["p80"] and row["machine"]["versions"] for row in rows)
+    assert all(row["machine"]["versions"] and row["commit"] for row in rows)
+    names = {provider.name for provider in (*OURS, *PEERS)}
+    assert {row["provider"] for row in rows} == names
+    timed = [row for row in rows if "ms" in row]
+    assert all(row["p20"] <= row["ms"] <= row["p80"] for row in timed)
+    skipped = {row["provider"] for row in rows if "skipped" in row}
+    assert skipped <= {FbgemmTables.name}
+    assert {row["provider"] for row in rows if "peak_mib" in row} == names - skipped
+    assert all(name in table for name in names)
+
+
+def test_a_wrong_provider_gets_no_time(monkeypatch):
+    class Wrong(FusedAdagrad):
+        name = "wrong"
+
+        def forward(self, codes):
+            return super().forward(codes) + 1e-3
+
+    monkeypatch.setattr(bench, "OURS", (FusedAdagrad, Wrong))
+    monkeypatch.setattr(bench, "PEERS", ())
+    rows = bench.run_workload(bench.Workload(500, 300), 2, "cpu")
+    assert [row["skipped"] for row in rows if row["provider"] == "wrong"] == [
+        "WRONG: its forward differs from the reference; not timed"
+    ]
+    assert any("ms" in row for row in rows if row["provider"] == FusedAdagrad.name)
+
+
+def test_providers_agree_on_the_gradient():
+    """One SGD step moves the tables of the peers that take any optimizer by the same sums."""
+    spec = bench.Workload(500, 64).spec()
+    codes = torch.randint(0, 2048, (64, 5))
+    grad = torch.randn(64, 2, 256)
+    weight = torch.randn(spec.total_rows, 64)
+    expected = reference.prefix_memory_backward(grad, codes, spec)
+    fused = FusedTable(spec, weight.clone())
+    fused.backward(fused.forward(codes), grad)
+    torch.testing.assert_close(fused.weight.grad.to_dense(), expected)
+    eager = EagerTables(spec, weight)
+    eager.backward(eager.forward(codes), grad)
+    torch.testing.assert_close(torch.cat([table.weight.grad for table in eager.tables.values()]), expected)
 
 
 def test_the_gpu_suite_says_that_there_is_no_gpu():

@@ -33,7 +33,7 @@ def test_verify(capsys):
     assert report["cases"] == 6
     assert report["comparisons"] > 60
     assert report["mismatches"] == []
-    assert report["backends"] == ["reference", "triton"]
+    assert report["backends"] == ["reference", "triton", "cpu"]
     assert all(0 <= worst["of_bound"] <= 1 for worst in report["worst"].values())
 
 
