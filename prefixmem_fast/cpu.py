@@ -125,23 +125,30 @@ def token_memory(
     return out.view(*input_ids.shape, width)
 
 
-def row_gradient(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Iterator[tuple[Tensor, Tensor]]:
-    """Gradient of `prefix_memory` with respect to the rows that it read, in chunks.
+class Group(NamedTuple):
+    """The touched rows of one order, int64 ``[U]``, ascending and each once, and their sums ``[.., w]`` in chunks."""
+
+    rows: Tensor
+    sums: Iterator[Tensor]
+
+
+def row_gradient(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Iterator[Group]:
+    """Gradient of `prefix_memory` with respect to the rows that it read, an order at a time.
 
     Args:
         grad: ``[M, A, H * w]``, gradient of S.
         codes: integer ``[M, L]``.
 
     Yields:
-        rows int64 ``[U]``, ascending, and values ``[U, w]`` in float32 (float64 for a float64 gradient). Each row comes
-        once; chunks come in any order and do not interleave.
+        a group for each order, the last order first; sums are float32 (float64 for a float64 gradient) and are to be
+        taken before the next group.
     """
     return _row_sums(_cut(codes, spec)._replace(grad=grad), spec)
 
 
 def token_row_gradient(
     grad: Tensor, input_ids: Tensor, token_table: Tensor, spec: AddressSpec, segment_ids: Tensor | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[Group]:
     """`row_gradient` of `token_memory`: from ``[B, T, H * w]``."""
     found = _find_sids(input_ids, token_table, spec, segment_ids)
     grad = grad.reshape(-1, grad.shape[-1])
@@ -150,6 +157,35 @@ def token_row_gradient(
     places = (found.first[:, None] + (levels - 1)).clamp(max=max(len(grad) - 1, 0))
     by_level = torch.where(here[..., None], grad[places], 0)
     return _row_sums(_cut(found.codes, spec)._replace(grad=by_level), spec)
+
+
+def in_chunks(groups: Iterator[Group]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows ``[U]`` and sums ``[U, w]``, a chunk at a time."""
+    for rows, sums in groups:
+        start = 0
+        for part in sums:
+            yield rows[start : start + len(part)], part
+            start += len(part)
+
+
+def as_list(groups: Iterator[Group], most: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All rows ``[U]``, ascending, and their sums ``[U, w]``, held once.
+
+    Args:
+        most: a bound on U; memory past U is reserved and never touched.
+    """
+    values = torch.empty((most, width), dtype=dtype)
+    rows: list[Tensor] = []
+    end = most  # filled from the back, as the last order comes first
+    for group in groups:
+        start = end - len(group.rows)
+        place = start
+        for part in group.sums:
+            values[place : place + len(part)] = part
+            place += len(part)
+        rows.insert(0, group.rows)
+        end = start
+    return torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64), values[end:]
 
 
 def prefix_memory_backward(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Tensor:
@@ -164,9 +200,9 @@ def token_memory_backward(
     return _dense(token_row_gradient(grad, input_ids, token_table, spec, segment_ids), grad, spec)
 
 
-def _dense(chunks: Iterator[tuple[Tensor, Tensor]], grad: Tensor, spec: AddressSpec) -> Tensor:
+def _dense(groups: Iterator[Group], grad: Tensor, spec: AddressSpec) -> Tensor:
     total = torch.zeros((spec.total_rows, grad.shape[-1] // spec.heads), dtype=grad.dtype)
-    for rows, values in chunks:
+    for rows, values in in_chunks(groups):
         total.index_copy_(0, rows, values.to(grad.dtype))
     return total
 
@@ -179,33 +215,37 @@ class Source(NamedTuple):
     vectors: Tensor  # [V, w]
 
 
-def _row_sums(sids: Sids, spec: AddressSpec) -> Iterator[tuple[Tensor, Tensor]]:
+def _row_sums(sids: Sids, spec: AddressSpec) -> Iterator[Group]:
     if not len(sids.codes):
         return
     grad = sids.grad.to(reference._accumulator(sids.grad.dtype)).contiguous()
     sids = sids._replace(grad=grad)
     sources = _window_sources(sids, spec) if spec.mode == "suffix" else _prefix_sources(sids, spec)
     for source in sources:
-        yield from _merged(source)
+        yield _merged(source)
 
 
-def merge(rows: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Sums of values ``[E, w]`` by rows ``[E]``, as `row_gradient` yields them, with ascending chunks."""
+def merge(rows: Tensor, values: Tensor) -> Group:
+    """Sums of values ``[E, w]`` by rows ``[E]``."""
     return _merged(Source(rows, torch.arange(len(rows)), values.to(reference._accumulator(values.dtype))))
 
 
-def _merged(source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+def _merged(source: Source) -> Group:
     if not len(source.rows):
-        return
+        return Group(source.rows, iter(()))
     rows, order = torch.sort(source.rows, stable=True)
     new = torch.ones_like(rows, dtype=torch.bool)
     torch.ne(rows[1:], rows[:-1], out=new[1:])
     starts = new.nonzero().squeeze(1)
     ends = torch.cat([starts[1:], starts.new_tensor([len(rows)])])
-    rows, index = rows[starts], source.index[order]
-    for part in chunks(len(rows), source.vectors.shape[1] * source.vectors.element_size()):
-        low, high = starts[part][0].item(), ends[part][-1].item()
-        yield rows[part], _segment_sums(source.vectors, index[low:high], starts[part] - low)
+    index = source.index[order]
+
+    def sums() -> Iterator[Tensor]:
+        for part in chunks(len(starts), source.vectors.shape[1] * source.vectors.element_size()):
+            low, high = starts[part][0].item(), ends[part][-1].item()
+            yield _segment_sums(source.vectors, index[low:high], starts[part] - low)
+
+    return Group(rows[starts], sums())
 
 
 def _segment_sums(vectors: Tensor, index: Tensor, starts: Tensor) -> Tensor:
@@ -214,11 +254,11 @@ def _segment_sums(vectors: Tensor, index: Tensor, starts: Tensor) -> Tensor:
 
 
 def _window_sources(sids: Sids, spec: AddressSpec) -> Iterator[Source]:
-    """Suffix mode: every active level feeds rows of its own."""
+    """Suffix mode, by descending order: every active level feeds rows of its own."""
     M, A = sids.grad.shape[:2]
     vectors = sids.grad.view(M * A * spec.heads, -1)
     heads = torch.arange(spec.heads)
-    for order in range(1, spec.max_order + 1):
+    for order in range(spec.max_order, 0, -1):
         rows, index = [], []
         for a, level in enumerate(spec.active_levels):
             if order in spec.orders_at(level):

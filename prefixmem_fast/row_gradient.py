@@ -6,7 +6,7 @@ Neither holds a dense gradient at any time. Both differentiate once, and both ar
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,15 +60,15 @@ class _RowGradient(torch.autograd.Function):
         return found, *[None] * (4 + len(inputs))
 
 
-def _chunks(grad: Tensor, inputs: tuple, spec: AddressSpec, backend: str) -> Iterable[tuple[Tensor, Tensor]]:
-    """Chunks of touched rows, each row once, and their sums, in PyTorch."""
+def _groups(grad: Tensor, inputs: tuple, spec: AddressSpec, backend: str) -> Iterator[cpu.Group]:
+    """The touched rows and their sums, in PyTorch."""
     library = cpu if backend == "cpu" else reference
     if len(inputs) == 1:
         found = library.row_gradient(grad, inputs[0], spec)
     else:
         input_ids, token_table, segment_ids = inputs
         found = library.token_row_gradient(grad, input_ids, token_table, spec, segment_ids)
-    return found if backend == "cpu" else [found]
+    return found if backend == "cpu" else iter([cpu.Group(found[0], iter([found[1]]))])
 
 
 def _update(update: RowUpdate, grad: Tensor, inputs: tuple, spec: AddressSpec, backend: str) -> None:
@@ -78,7 +78,7 @@ def _update(update: RowUpdate, grad: Tensor, inputs: tuple, spec: AddressSpec, b
         with torch.cuda.device_of(grad):
             kernels.update(grad, inputs, spec, update)
     else:
-        for rows, values in _chunks(grad, inputs, spec, backend):
+        for rows, values in cpu.in_chunks(_groups(grad, inputs, spec, backend)):
             update.apply(rows, values)
 
 
@@ -90,13 +90,16 @@ def _sparse(weight: Tensor, grad: Tensor, inputs: tuple, spec: AddressSpec, back
 
         with torch.cuda.device_of(grad):
             rows, values = kernels.padded_rows(grad, inputs, spec)
+        values = values.to(weight.dtype)
+    elif backend == "cpu":
+        width = weight.shape[1]
+        most = grad.numel() // width * spec.max_order
+        rows, values = cpu.as_list(_groups(grad, inputs, spec, backend), most, width, weight.dtype)
     else:
-        chunks = [(rows, values.to(weight.dtype)) for rows, values in _chunks(grad, inputs, spec, backend)]
-        chunks = sorted((chunk for chunk in chunks if len(chunk[0])), key=lambda chunk: chunk[0][0].item())
-        rows = torch.cat([rows for rows, _ in chunks]) if chunks else grad.new_empty(0, dtype=torch.int64)
-        values = torch.cat([values for _, values in chunks]) if chunks else grad.new_empty(0, weight.shape[1])
+        ((rows, sums),) = _groups(grad, inputs, spec, backend)
+        values = next(sums).to(weight.dtype)
     return torch.sparse_coo_tensor(
-        rows[None], values.to(weight.dtype), weight.shape, is_coalesced=backend != "triton", check_invariants=False
+        rows[None], values, weight.shape, is_coalesced=backend != "triton", check_invariants=False
     )
 
 
@@ -105,8 +108,8 @@ def sparse_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
     rows, values = grad._indices()[0], grad._values()
     if grad.is_coalesced() or bool((rows[1:] > rows[:-1]).all()):
         return rows, values
-    chunks = list(cpu.merge(rows, values))
-    return torch.cat([rows for rows, _ in chunks]), torch.cat([values for _, values in chunks])
+    merged, sums = cpu.merge(rows, values)
+    return merged, torch.cat(list(sums))
 
 
 def _sparse_norm(self: Tensor, ord=2, dim=None, keepdim=False, *, dtype=None) -> Tensor:

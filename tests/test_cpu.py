@@ -10,12 +10,13 @@ from tests.kernels.test_parity import assert_exact_sums, token_case
 from tests.strategies import codes_for, specs
 
 
-def rows_of(chunks):
+def rows_of(groups):
     """All rows, ascending; no row may come twice."""
     rows = [torch.empty(0, dtype=torch.int64)]
-    for chunk, _ in chunks:
-        assert (chunk[1:] > chunk[:-1]).all()
-        rows.append(chunk)
+    for group in groups:
+        assert (group.rows[1:] > group.rows[:-1]).all()
+        assert sum(map(len, group.sums)) == len(group.rows)
+        rows.append(group.rows)
     found = torch.cat(rows)
     assert len(found.unique()) == len(found)
     return found.sort()[0]
@@ -62,9 +63,11 @@ def test_many_chunks(mode, monkeypatch):
     out = cpu.prefix_memory(codes, weight, spec)
     assert torch.equal(out, reference.prefix_memory(codes, weight, spec))
     grad = torch.randn_like(out)
-    chunks = list(cpu.row_gradient(grad, codes, spec))
-    assert len(chunks) > 10
-    assert torch.equal(rows_of(chunks), reference.row_gradient(grad, codes, spec)[0])
+    assert len(list(cpu.in_chunks(cpu.row_gradient(grad, codes, spec)))) > 10
+    rows, values = reference.row_gradient(grad, codes, spec)
+    found_rows, found = cpu.as_list(cpu.row_gradient(grad, codes, spec), 9_999, 8, torch.float32)
+    assert torch.equal(found_rows, rows)
+    torch.testing.assert_close(found, values)
     found = cpu.prefix_memory_backward(grad, codes, spec)
     assert_exact_sums(found, lambda g: reference.prefix_memory_backward(g, codes, spec), grad)
 
