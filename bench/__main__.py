@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one tiny workload: whether everything runs")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps a provider (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="append JSON Lines to this file")
+    parser.add_argument("--memory", action="store_true", help="peak memory alone, no times")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
@@ -244,7 +245,7 @@ def main() -> None:
     print(f"{about['machine']['cpu'] if device == 'cpu' else about['machine']['gpus'][0]['name']}, "
           f"copy bandwidth {about['copy_bandwidth'] / 1e9:.1f} GB/s")  # fmt: skip
     every = []
-    for i, workload in enumerate(workloads(options.quick, device == "cuda")):
+    for i, workload in enumerate(workloads(options.quick, device == "cuda") if not options.memory else ()):
         rows = run_workload(workload, options.repeats, device, compiled=i == 0)  # its seconds a step say it once
         gc.collect()
         every += rows

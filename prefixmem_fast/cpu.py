@@ -221,8 +221,7 @@ def _row_sums(sids: Sids, spec: AddressSpec) -> Iterator[Group]:
     grad = sids.grad.to(reference._accumulator(sids.grad.dtype)).contiguous()
     sids = sids._replace(grad=grad)
     sources = _window_sources(sids, spec) if spec.mode == "suffix" else _prefix_sources(sids, spec)
-    for source in sources:
-        yield _merged(source)
+    yield from map(_merged, sources)  # map lets go of a source before the next is made
 
 
 def merge(rows: Tensor, values: Tensor) -> Group:
@@ -294,11 +293,13 @@ def _prefix_sources(sids: Sids, spec: AddressSpec) -> Iterator[Source]:
         if spec.mode == "full" and not levels:
             continue
         starts = differs[:, :order].any(1).nonzero().squeeze(1)
-        own = level_sums(levels, starts) if levels else None
-        if inner is not None and spec.mode == "prefix":
-            outer = _segment_sums(sums, torch.arange(len(inner)), torch.searchsorted(inner, starts))
-            own = outer if own is None else own.add_(outer)
-        sums, inner = own, starts
+        if inner is None or spec.mode == "full":
+            sums = level_sums(levels, starts)
+        else:
+            sums = _segment_sums(sums, torch.arange(len(inner)), torch.searchsorted(inner, starts))
+            if levels:
+                sums += level_sums(levels, starts)
+        inner = starts
         found = Sids(codes[starts], length[starts])
         rows, alive = _order_rows(found, order, order, spec)
         kept = (alive.nonzero() * spec.heads + torch.arange(spec.heads)).flatten()
