@@ -76,11 +76,13 @@ def nesting_of(spec: AddressSpec, ranked: bool) -> Nesting:
 @triton.jit(do_not_specialize=["M"])
 def pack_codes_kernel(p_codes, p_keys, M, nesting: tl.constexpr, address: tl.constexpr, BM: tl.constexpr):
     """codes [M, L] -> sort keys int64 [words, M], least significant first; ended prefixes before all others."""
+    DEPTH: tl.constexpr = nesting.depth
+    WORDS: tl.constexpr = nesting.n_words
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    b_codes, b_length = load_sid_codes(p_codes, o_m, o_m < M, nesting.depth, address)
-    for word in tl.static_range(nesting.n_words):
+    b_codes, b_length = load_sid_codes(p_codes, o_m, o_m < M, DEPTH, address)
+    for word in tl.static_range(WORDS):
         b_key = tl.zeros([BM], tl.int64)
-        for i in tl.static_range(nesting.depth):
+        for i in tl.static_range(DEPTH):
             if nesting.words[i] == word:
                 b_digit = tl.where(b_length > i, b_codes[i].to(tl.int64) + 1, 0)
                 b_key = b_key | (b_digit << nesting.shifts[i])
@@ -102,21 +104,23 @@ def prefixes_kernel(
     """Sorted order [M] -> differs int8 [M + 1], and rows [M, checked, H] of the runs that end at a place, else -1."""
     H: tl.constexpr = address.heads
     C: tl.constexpr = nesting.n_checked
+    J: tl.constexpr = len(nesting.orders)
+    DEPTH: tl.constexpr = nesting.depth
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_m = o_m < M
     b_sid = tl.load(p_order + o_m, mask=m_m, other=0)
     b_next = tl.load(p_order + o_m + 1, mask=o_m + 1 < M, other=0)
-    b_codes, b_length = load_sid_codes(p_codes, b_sid, m_m, nesting.depth, address)
-    b_others, b_other_length = load_sid_codes(p_codes, b_next, o_m + 1 < M, nesting.depth, address)
-    b_differs = tl.full([BM], nesting.depth + 1, tl.int32)
-    for i in tl.static_range(nesting.depth - 1, -1, -1):
+    b_codes, b_length = load_sid_codes(p_codes, b_sid, m_m, DEPTH, address)
+    b_others, b_other_length = load_sid_codes(p_codes, b_next, o_m + 1 < M, DEPTH, address)
+    b_differs = tl.full([BM], DEPTH + 1, tl.int32)
+    for i in tl.static_range(DEPTH - 1, -1, -1):
         m_same = (b_codes[i] == b_others[i]) & ((b_length > i) == (b_other_length > i))
         b_differs = tl.where(m_same, b_differs, i + 1)
     b_differs = tl.where(o_m + 1 < M, b_differs, 1)
     tl.store(p_differs + o_m + 1, b_differs.to(tl.int8), mask=m_m)
     tl.store(p_differs + o_m, tl.full([BM], 1, tl.int8), mask=o_m == 0)
     o_h = tl.arange(0, BH)
-    for j in tl.static_range(len(nesting.orders)):
+    for j in tl.static_range(J):
         if nesting.checked[j] >= 0:
             b_row, m_row = order_rows(b_codes, b_length, o_h, nesting.orders[j], nesting.orders[j], address)
             b_row = tl.where((m_row & (b_differs <= nesting.orders[j]))[:, None], b_row, -1)
