@@ -25,7 +25,7 @@ def test_empty():
         ({5: (0, 0)}, r"token id 5 has level 0; allowed are 1\.\.2"),
         ({5: (3, 0)}, "token id 5 has level 3"),
         ({5: (2, 5)}, r"token id 5 has code 5; level 2 allows 0\.\.4"),
-        ({5: (1, 2), 6: (1, 2)}, "token ids 5 and 6 both mean level 1, code 2"),
+        ({5: (1, 2), 6: (1, 2)}, "token id 5 and token id 6 both mean level 1, code 2"),
         ({1 << 45: (1, 2)}, "token id 35184372088832 is outside"),
         ({5: (1, 2, 3)}, "token id 5 has the entry"),
         ({5: 1}, "the entry of token id 5 = 1 is not a sequence of integers"),

@@ -1,0 +1,133 @@
+"""The prefixes of a catalogue's Semantic IDs as a trie in four arrays, walked for many beams at once.
+
+Nodes are numbered level by level and in token order: the root is 0, the children of a node stand side by side, and
+(parent, token) ascends over all nodes. A child is therefore found by one binary search over all nodes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .catalogue import Catalogue
+from .vocabulary import SIDVocabulary
+
+
+class SIDTrie:
+    """Which tokens may follow a prefix so that it stays the prefix of an item, and which items a SID names.
+
+    Args:
+        catalogue: the items.
+        vocabulary: the tokens of their codes.
+        begin, end: token ids that stand before and after each SID, where the sequences have them.
+
+    Attributes:
+        prefixes: distinct prefixes of each length, 1 .. L.
+        depth: tokens of one SID, `begin` and `end` included.
+
+    Raises:
+        ValueError: no token stands for a code of an item, or the codebooks differ.
+    """
+
+    def __init__(
+        self, catalogue: Catalogue, vocabulary: SIDVocabulary, *, begin: int | None = None, end: int | None = None
+    ) -> None:
+        levels = catalogue.codes.shape[1]
+        if len(vocabulary.codebook_sizes) != levels:
+            raise ValueError(f"the vocabulary has {len(vocabulary.codebook_sizes)} levels and the catalogue {levels}")
+        tokens = vocabulary.encode(catalogue.codes)
+        before, after = ([] if token is None else [tokens.new_full((len(tokens), 1), token)] for token in (begin, end))
+        tokens = torch.cat([*before, tokens, *after], 1)
+        self.catalogue, self.vocabulary = catalogue, vocabulary
+        self.depth = tokens.shape[1]
+        self._tokens = int(tokens.max()) + 1  # V; keys are parent * V + token
+
+        order = _lexicographic_order(tokens)
+        tokens = tokens[order]
+        differs = torch.ones_like(tokens, dtype=torch.bool)
+        differs[1:] = (tokens[1:] != tokens[:-1]).cumsum(1) > 0
+        keys, parent, nodes = [], torch.zeros(len(tokens), dtype=torch.int64), 1
+        counts = []
+        for d in range(self.depth):
+            new = differs[:, d]
+            keys.append(parent[new] * self._tokens + tokens[new, d])
+            parent = nodes + new.long().cumsum(0) - 1
+            counts.append(len(keys[-1]))
+            nodes += counts[-1]
+        keys = torch.cat(keys)
+        children = torch.bincount(keys // self._tokens, minlength=nodes)
+        self.prefixes = tuple(counts[len(before) : len(before) + levels])
+        self.widest = int(children.max())  # most children of a node
+        self._arrays = {keys.device: (keys, keys % self._tokens, children.cumsum(0) - children, children)}
+        self._first_leaf = nodes - counts[-1]
+        self._items = order
+        self._first_item = torch.cat([differs[:, -1].nonzero().squeeze(1), torch.tensor([len(order)])])
+
+    def __len__(self) -> int:
+        """Number of prefixes, of all lengths."""
+        return sum(self.prefixes)
+
+    def __repr__(self) -> str:
+        bytes_held = sum(array.numel() * array.element_size() for array in self._on(torch.device("cpu")))
+        return f"SIDTrie(items={len(self.catalogue)}, prefixes={self.prefixes}, bytes={bytes_held})"
+
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        if device not in self._arrays:
+            self._arrays[device] = tuple(array.to(device) for array in self._arrays[torch.device("cpu")])
+        return self._arrays[device]
+
+    def child(self, nodes: Tensor, tokens: Tensor) -> Tensor:
+        """The node that `tokens` int64 ``[N]`` lead to from `nodes` int64 ``[N]``; -1 where there is none."""
+        keys = self._on(nodes.device)[0]
+        wanted = torch.where((nodes >= 0) & (tokens >= 0) & (tokens < self._tokens), nodes * self._tokens + tokens, -1)
+        place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+        return torch.where(keys[place] == wanted, place + 1, -1)
+
+    def walk(self, tokens: Tensor, prompt: int) -> Tensor:
+        """Where sequences stand.
+
+        Args:
+            tokens: int64 ``[N, T]``; the first `prompt` columns were given, the others were generated.
+
+        Returns:
+            int64 ``[N]``: the node; the root after text, after a whole SID in the prompt and after a prefix there that
+            no item has; a leaf once a SID is generated or completed; -1 once a generated token has left the trie.
+        """
+        start = max(prompt - (self.depth - 1), 0)
+        node = tokens.new_zeros(len(tokens))
+        for t in range(start, tokens.shape[1]):
+            after = self.child(node, tokens[:, t])
+            if t < prompt:  # what is no prefix is text
+                restart = self.child(torch.zeros_like(node), tokens[:, t])
+                after = torch.where(after >= 0, after, restart.clamp(min=0))
+                after = torch.where(self.is_leaf(after), 0, after)
+            node = after
+        return node
+
+    def is_leaf(self, nodes: Tensor) -> Tensor:
+        return nodes >= self._first_leaf
+
+    def allowed(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens that may follow: int64 ``[N, C]``, and bool ``[N, C]`` where they are real; C = `widest`."""
+        _, token, first, count = self._on(nodes.device)
+        inside = nodes.clamp(min=0)
+        slot = torch.arange(self.widest, device=nodes.device)
+        place = (first[inside][:, None] + slot).clamp(max=len(token) - 1)
+        return token[place], (slot < count[inside][:, None]) & (nodes >= 0)[:, None]
+
+    def items_of(self, nodes: Tensor) -> list[tuple[str, ...]]:
+        """The items of leaves ``[N]``; none for other nodes."""
+        found = []
+        for node in nodes.tolist():
+            leaf = node - self._first_leaf
+            rows = self._items[self._first_item[leaf] : self._first_item[leaf + 1]].tolist() if leaf >= 0 else ()
+            found.append(tuple(self.catalogue.items[row] for row in rows))
+        return found
+
+
+def _lexicographic_order(rows: Tensor) -> Tensor:
+    """Order that sorts int64 rows ``[n, D]``, stable."""
+    order = torch.arange(len(rows))
+    for d in reversed(range(rows.shape[1])):
+        order = order[torch.argsort(rows[order, d], stable=True)]
+    return order
