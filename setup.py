@@ -16,7 +16,14 @@ setup(
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["prefixmem_fast", "prefixmem_fast.cli", "prefixmem_fast.kernels", "prefixmem_fast.optim"],
+    packages=[
+        "prefixmem_fast",
+        "prefixmem_fast.cli",
+        "prefixmem_fast.integrations",
+        "prefixmem_fast.kernels",
+        "prefixmem_fast.optim",
+        "prefixmem_fast.sid",
+    ],
     # A top-level package named "kernels" would shadow the Hugging Face package of that name.
     package_dir={"prefixmem_fast.kernels": "kernels"},
     python_requires=">=3.10",
@@ -24,13 +31,14 @@ setup(
         "torch>=2.6",
         "triton; platform_system == 'Linux'",
         "numpy",
+        "safetensors",
         "tqdm",
     ],
     extras_require={
         "hf": ["transformers>=4.57"],
         "train": ["transformers>=4.57", "accelerate"],
         "bench": ["nvidia-ml-py"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "transformers>=4.57", "accelerate"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "transformers>=4.57", "accelerate", "peft"],
     },
     entry_points={"console_scripts": ["prefixmem = prefixmem_fast.cli:main"]},
     classifiers=[

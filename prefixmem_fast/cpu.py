@@ -73,7 +73,7 @@ def _find_sids(input_ids: Tensor, table: Tensor, spec: AddressSpec, segment_ids:
 
 def _level_sums(sids: Sids, weight: Tensor, spec: AddressSpec) -> Iterator[tuple[int, Tensor]]:
     """(index of the active level, S ``[M, H, w]`` in the accumulator's dtype), by ascending level."""
-    total = torch.zeros((len(sids.codes), spec.heads, weight.shape[1]), dtype=reference._accumulator(weight.dtype))
+    total = torch.zeros((len(sids.codes), spec.heads, weight.shape[1]), dtype=reference.accumulator(weight.dtype))
     summed = 0
     for a, level in enumerate(spec.active_levels):
         if spec.mode != "prefix":
@@ -94,7 +94,7 @@ def _order_rows(sids: Sids, level: int, order: int, spec: AddressSpec) -> tuple[
     """Rows ``[M, H]`` and where they exist ``[M]``; where they do not, the row is any."""
     first, last = spec.window(level, order)
     window = sids.codes[:, first - 1 : last].clamp(min=0)
-    return reference._order_rows(window, order, spec), sids.length >= last
+    return reference.order_rows(window, order, spec), sids.length >= last
 
 
 def prefix_memory(codes: Tensor, weight: Tensor, spec: AddressSpec) -> Tensor:
@@ -218,7 +218,7 @@ class Source(NamedTuple):
 def _row_sums(sids: Sids, spec: AddressSpec) -> Iterator[Group]:
     if not len(sids.codes):
         return
-    grad = sids.grad.to(reference._accumulator(sids.grad.dtype)).contiguous()
+    grad = sids.grad.to(reference.accumulator(sids.grad.dtype)).contiguous()
     sids = sids._replace(grad=grad)
     sources = _window_sources(sids, spec) if spec.mode == "suffix" else _prefix_sources(sids, spec)
     yield from map(_merged, sources)  # map lets go of a source before the next is made
@@ -226,7 +226,7 @@ def _row_sums(sids: Sids, spec: AddressSpec) -> Iterator[Group]:
 
 def merge(rows: Tensor, values: Tensor) -> Group:
     """Sums of values ``[E, w]`` by rows ``[E]``."""
-    return _merged(Source(rows, torch.arange(len(rows)), values.to(reference._accumulator(values.dtype))))
+    return _merged(Source(rows, torch.arange(len(rows)), values.to(reference.accumulator(values.dtype))))
 
 
 def _merged(source: Source) -> Group:

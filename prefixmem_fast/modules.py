@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import load_encoder, save_encoder
 from .ops import check_how, prefix_memory, token_memory
 from .spec import AddressSpec, positive
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .sid import SIDVocabulary
 
 
@@ -239,6 +242,53 @@ class PrefixMem(nn.Module):
         """Start W_out afresh, near zero: what a pre-trained memory needs when it meets a new model."""
         self.out_proj.reset_parameters()
 
+    def save_pretrained(
+        self, path: str | Path, vocabulary: SIDVocabulary | None = None, *, max_shard_size: int | str = "2GB"
+    ) -> None:
+        """Write the encoder into a folder: config.json and safetensors files, valid together or not at all.
+
+        Args:
+            path: the folder; made if it is not there.
+            vocabulary: kept with the encoder, for `SIDVocabulary.from_pretrained`.
+            max_shard_size: bytes of a weights file, or a string such as "500MB"; larger tables are split by rows.
+
+        Raises:
+            ValueError: the vocabulary's codebooks are not the encoder's, or `max_shard_size` is no size.
+            OSError: the folder cannot be written; what was in it is left as it was.
+        """
+        save_encoder(self, path, vocabulary, max_shard_size=max_shard_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        hidden_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        verify: bool = True,
+        backend: str = "auto",
+        grad: str = "dense",
+        deterministic: bool = False,
+    ) -> PrefixMem:
+        """Read an encoder from its folder, or from that of a model or adapters saved with it attached.
+
+        The tables are read in chunks from a memory map: memory for one copy of them is enough.
+
+        Args:
+            path: the folder.
+            hidden_size: where it differs from the stored one, W_out starts afresh at this width.
+            device, dtype: of the parameters; by default the stored dtype, on the default device.
+            verify: compare the SHA-256 of each tensor with the stored one; one more pass over the files.
+            backend, grad, deterministic: see `PrefixMemory`.
+
+        Raises:
+            FileNotFoundError: no encoder is there.
+            CheckpointError: a ValueError; a file is damaged, cut or missing, or of another version.
+        """
+        how = {"backend": backend, "grad": grad, "deterministic": deterministic}
+        return load_encoder(cls, path, hidden_size=hidden_size, device=device, dtype=dtype, verify=verify, **how)
+
     def forward(self, codes: Tensor) -> Tensor:
         """m of every level: integer ``[..., L]`` to ``[..., L, hidden_size]``, zero at inactive levels."""
         spec = self.config.spec
@@ -249,15 +299,25 @@ class PrefixMem(nn.Module):
         zero = torch.zeros_like(encoded[..., 0, :])
         return torch.stack([by_level.get(level, zero) for level in range(1, spec.levels + 1)], dim=-2)
 
-    def encode_tokens(self, input_ids: Tensor, vocabulary: SIDVocabulary, segment_ids: Tensor | None = None) -> Tensor:
+    def encode_tokens(
+        self,
+        input_ids: Tensor,
+        vocabulary: SIDVocabulary,
+        segment_ids: Tensor | None = None,
+        *,
+        new_tokens: int | None = None,
+    ) -> Tensor:
         """m over a token stream, to add to the model's input embeddings.
 
         Args:
             input_ids: int32 or int64 ``[B, T]``.
             vocabulary: which ids are which codes; its codebooks must be the spec's.
             segment_ids: int32 or int64 ``[B, T]`` where rows hold several packed sequences.
+            new_tokens: how many of the last tokens to encode; those before say what the new ones continue.
 
         Returns:
-            ``[B, T, hidden_size]``, zero at text, at inactive levels and at tokens of broken SIDs.
+            ``[B, T, hidden_size]``, or the last `new_tokens` of them; zero at text, at inactive levels and at tokens
+            of broken SIDs.
         """
-        return self.out_proj(self.memory.read_tokens(input_ids, vocabulary, segment_ids))
+        S = self.memory.read_tokens(input_ids, vocabulary, segment_ids)
+        return self.out_proj(S if new_tokens is None else S[:, S.shape[1] - new_tokens :])

@@ -38,11 +38,11 @@ def prefix_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
             first, last = spec.window(level, order)
             window = codes[..., first - 1 : last]
             alive = (length >= last)[..., None]
-            rows[..., level - 1, order - 1, :] = torch.where(alive, _order_rows(window, order, spec), -1)
+            rows[..., level - 1, order - 1, :] = torch.where(alive, order_rows(window, order, spec), -1)
     return rows
 
 
-def _order_rows(window: Tensor, order: int, spec: AddressSpec) -> Tensor:
+def order_rows(window: Tensor, order: int, spec: AddressSpec) -> Tensor:
     """Rows ``[..., H]`` of the codes ``[..., order]``: mixed radix where the order is exact, else the hash."""
     if order in spec.exact_orders:
         index = torch.zeros_like(window[..., 0])
@@ -61,7 +61,7 @@ def _active_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
     return prefix_rows(codes, spec)[..., [level - 1 for level in spec.active_levels], :, :]  # [..., A, N, H]
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -77,7 +77,7 @@ def prefix_memory(codes: Tensor, weight: Tensor, spec: AddressSpec) -> Tensor:
     """
     rows = _active_rows(codes, spec)
     total = torch.zeros(
-        (*rows.shape[:-2], spec.heads, weight.shape[1]), dtype=_accumulator(weight.dtype), device=weight.device
+        (*rows.shape[:-2], spec.heads, weight.shape[1]), dtype=accumulator(weight.dtype), device=weight.device
     )
     for n in range(spec.max_order):
         row = rows[..., n, :, None]  # [..., A, H, 1]
@@ -102,7 +102,7 @@ def row_gradient(grad: Tensor, codes: Tensor, spec: AddressSpec) -> tuple[Tensor
 
 def _sum_by_row(grad: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of grad ``[..., A, H * w]`` by rows ``[..., A, N, H]``, where -1 is no row."""
-    grad_heads = grad.unflatten(-1, (rows.shape[-1], -1)).to(_accumulator(grad.dtype))  # [..., A, H, w]
+    grad_heads = grad.unflatten(-1, (rows.shape[-1], -1)).to(accumulator(grad.dtype))  # [..., A, H, w]
     width = grad_heads.shape[-1]
     touched = rows[rows >= 0].unique()
     values = torch.zeros((len(touched), width), dtype=grad_heads.dtype, device=grad.device)
