@@ -99,12 +99,7 @@ class AddressSpec:
             object.__setattr__(self, name, value)
 
     def _validate(self) -> None:
-        sizes = integers("codebook_sizes", self.codebook_sizes)
-        if not sizes:
-            raise ValueError("codebook_sizes is empty; give one positive size a level, for example (2048,) * 5")
-        for level, size in enumerate(sizes, 1):
-            if size < 1:
-                raise ValueError(f"codebook_sizes[{level - 1}] = {size} is not positive; every level needs a code")
+        sizes = check_codebook_sizes(self.codebook_sizes)
         max_order = positive("max_order", self.max_order)
         heads = positive("heads", self.heads)
 
@@ -265,6 +260,16 @@ def integers(name: str, values: Any) -> tuple[int, ...]:
     except TypeError:
         raise TypeError(f"{name} = {values!r} is not a sequence of integers") from None
     return tuple(integer(f"{name}[{i}]", value) for i, value in enumerate(values))
+
+
+def check_codebook_sizes(values: Any) -> tuple[int, ...]:
+    sizes = integers("codebook_sizes", values)
+    if not sizes:
+        raise ValueError("codebook_sizes is empty; give one positive size a level, for example (2048,) * 5")
+    for level, size in enumerate(sizes, 1):
+        if size < 1:
+            raise ValueError(f"codebook_sizes[{level - 1}] = {size} is not positive; every level needs a code")
+    return sizes
 
 
 def positive(name: str, value: Any) -> int:

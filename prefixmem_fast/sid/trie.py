@@ -22,6 +22,7 @@ class SIDTrie:
         begin, end: token ids that stand before and after each SID, where the sequences have them.
 
     Attributes:
+        levels: L.
         prefixes: distinct prefixes of each length, 1 .. L.
         depth: tokens of one SID, `begin` and `end` included.
 
@@ -39,7 +40,7 @@ class SIDTrie:
         before, after = ([] if token is None else [tokens.new_full((len(tokens), 1), token)] for token in (begin, end))
         tokens = torch.cat([*before, tokens, *after], 1)
         self.catalogue, self.vocabulary = catalogue, vocabulary
-        self.depth = tokens.shape[1]
+        self.levels, self.depth = levels, tokens.shape[1]
         self._tokens = int(tokens.max()) + 1  # V; keys are parent * V + token
 
         order = _lexicographic_order(tokens)
@@ -57,7 +58,6 @@ class SIDTrie:
         keys = torch.cat(keys)
         children = torch.bincount(keys // self._tokens, minlength=nodes)
         self.prefixes = tuple(counts[len(before) : len(before) + levels])
-        self.widest = int(children.max())  # most children of a node
         self._arrays = {keys.device: (keys, keys % self._tokens, children.cumsum(0) - children, children)}
         self._first_leaf = nodes - counts[-1]
         self._items = order
@@ -79,8 +79,9 @@ class SIDTrie:
     def child(self, nodes: Tensor, tokens: Tensor) -> Tensor:
         """The node that `tokens` int64 ``[N]`` lead to from `nodes` int64 ``[N]``; -1 where there is none."""
         keys = self._on(nodes.device)[0]
-        wanted = torch.where((nodes >= 0) & (tokens >= 0) & (tokens < self._tokens), nodes * self._tokens + tokens, -1)
-        place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+        known = (nodes >= 0) & (tokens >= 0) & (tokens < self._tokens)
+        wanted = torch.where(known, nodes * self._tokens + tokens, -1)
+        place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
         return torch.where(keys[place] == wanted, place + 1, -1)
 
     def walk(self, tokens: Tensor, prompt: int) -> Tensor:
@@ -101,19 +102,32 @@ class SIDTrie:
                 restart = self.child(torch.zeros_like(node), tokens[:, t])
                 after = torch.where(after >= 0, after, restart.clamp(min=0))
                 after = torch.where(self.is_leaf(after), 0, after)
+            else:  # what follows a whole SID is no part of it
+                after = torch.where(self.is_leaf(node), node, after)
             node = after
         return node
 
     def is_leaf(self, nodes: Tensor) -> Tensor:
         return nodes >= self._first_leaf
 
-    def allowed(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens that may follow: int64 ``[N, C]``, and bool ``[N, C]`` where they are real; C = `widest`."""
+    def allowed(self, nodes: Tensor, width: int) -> Tensor:
+        """Where a matrix ``[N, width]`` over token ids holds those that may follow nodes int64 ``[N]``.
+
+        Returns:
+            int64 ``[E]``, ``row * width + token``, each once; leaves and -1 have none.
+        """
         _, token, first, count = self._on(nodes.device)
+        rows = torch.arange(len(nodes), device=nodes.device) * width
+        if len(nodes) and bool((nodes == nodes[0]).all()):  # the first step of a search
+            begin, children = (int(array[nodes[0].clamp(min=0)]) for array in (first, count))
+            return (rows[:, None] + token[begin : begin + (children if nodes[0] >= 0 else 0)]).flatten()
         inside = nodes.clamp(min=0)
-        slot = torch.arange(self.widest, device=nodes.device)
-        place = (first[inside][:, None] + slot).clamp(max=len(token) - 1)
-        return token[place], (slot < count[inside][:, None]) & (nodes >= 0)[:, None]
+        count = torch.where(nodes >= 0, count[inside], 0)
+        ends = count.cumsum(0)
+        total = int(ends[-1]) if len(nodes) else 0
+        place = torch.repeat_interleave(first[inside] - (ends - count), count, output_size=total)
+        place += torch.arange(total, device=nodes.device)
+        return torch.take(token, place).add_(torch.repeat_interleave(rows, count, output_size=total))
 
     def items_of(self, nodes: Tensor) -> list[tuple[str, ...]]:
         """The items of leaves ``[N]``; none for other nodes."""
@@ -123,6 +137,12 @@ class SIDTrie:
             rows = self._items[self._first_item[leaf] : self._first_item[leaf + 1]].tolist() if leaf >= 0 else ()
             found.append(tuple(self.catalogue.items[row] for row in rows))
         return found
+
+    def sids_of(self, nodes: Tensor) -> Tensor:
+        """The codes of leaves ``[N]``: int64 ``[N, L]``; -1 for other nodes."""
+        leaf = (nodes.cpu() - self._first_leaf).clamp(min=-1)
+        codes = self.catalogue.codes[self._items[self._first_item[leaf.clamp(min=0)]]]
+        return torch.where(leaf[:, None] >= 0, codes, -1).to(nodes.device)
 
 
 def _lexicographic_order(rows: Tensor) -> Tensor:
