@@ -322,7 +322,7 @@ class SIDVocabulary:
 def _vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     if not hasattr(tokenizer, "get_vocab"):
         raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; give a tokenizer of transformers")
-    return tokenizer.get_vocab()
+    return dict(sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]))
 
 
 def _observed_sizes(found: Mapping[str, tuple[int, int]]) -> list[int]:
