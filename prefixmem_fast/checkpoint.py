@@ -291,7 +291,9 @@ def _read_json(file: Path, kind: str) -> dict[str, Any]:
         raise CheckpointError(f"{file} is damaged: it is not JSON ({error})") from None
     if not isinstance(stored, dict) or stored.get("format") != kind:
         found = stored.get("format") if isinstance(stored, dict) else type(stored).__name__
-        raise CheckpointError(f"{file} has the format {found!r}, not {kind!r}: it is no file of prefixmem_fast")
+        raise CheckpointError(
+            f"{file} is not of prefixmem_fast: its format is {found!r}; was the model saved with the encoder on it?"
+        )
     if stored.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{file} has format version {stored.get('format_version')}, written by prefixmem_fast "

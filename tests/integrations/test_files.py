@@ -1,0 +1,150 @@
+"""A model saved with its encoder on it comes back the same, alone, in shards, and with PEFT."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from prefixmem_fast import CheckpointError, PrefixMem, SIDVocabulary, attach, detach
+
+from .models import FAMILIES, call, encoder, prompts, tiny_model, vocabulary
+
+
+def attach_saved(model, folder):
+    return attach(model, PrefixMem.from_pretrained(folder), SIDVocabulary.from_pretrained(folder))
+
+
+def search(model, inputs):
+    return model.generate(
+        **inputs,
+        num_beams=3,
+        num_return_sequences=3,
+        max_new_tokens=6,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_loaded_and_generating_the_same(family, tmp_path):
+    model = attach(tiny_model(family), encoder(), vocabulary())
+    expected = search(model, call(family))
+    model.save_pretrained(tmp_path)
+    plain = type(model).from_pretrained(tmp_path).eval()
+    assert not torch.equal(search(plain, call(family)).sequences_scores, expected.sequences_scores)
+    found = search(attach_saved(plain, tmp_path), call(family))
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(found.sequences_scores, expected.sequences_scores)
+    assert sorted(path.name for path in (tmp_path / "prefixmem").iterdir()) == ["config.json"]
+
+
+def test_shards(tmp_path):
+    model = attach(tiny_model(), encoder(), vocabulary())
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    found = attach_saved(type(model).from_pretrained(tmp_path).eval(), tmp_path)
+    assert torch.equal(found(**prompts()).logits, model(**prompts()).logits)
+
+
+def test_without_the_encoder_nothing_is_written(tmp_path):
+    model = attach(tiny_model(), encoder(), vocabulary())
+    detach(model)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "prefixmem").exists()
+    with pytest.raises(CheckpointError, match="is not of prefixmem_fast: its format is None; was the model saved"):
+        PrefixMem.from_pretrained(tmp_path)
+
+
+def test_other_processes_write_nothing(tmp_path):
+    attach(tiny_model(), encoder(), vocabulary()).save_pretrained(tmp_path, is_main_process=False)
+    assert not (tmp_path / "prefixmem").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda d: (d / "model.safetensors").unlink(),
+            "holds no model.safetensors, and the encoder",
+        ),
+        (lambda d: (d / "model.safetensors").write_bytes(b"x" * 50), "model's files in .* are damaged or cut"),
+        (
+            lambda d: (d / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b"}})),
+            r"hold no prefixmem.memory.weight; was the model saved with the encoder on it\?",
+        ),
+        (
+            lambda d: (
+                attach(tiny_model(), encoder(std=2.0), vocabulary()).save_pretrained(d / "x")
+                or shutil.copy(d / "x" / "model.safetensors", d)
+            ),
+            "not the one that config.json was saved with",
+        ),
+    ],
+)
+def test_model_files_that_do_not_match(tmp_path, damage, message):
+    attach(tiny_model(), encoder(), vocabulary()).save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        PrefixMem.from_pretrained(tmp_path)
+
+
+def lora(model, **options):
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **options))
+
+
+def test_peft_with_the_encoder_beside_the_adapters(tmp_path):
+    model = attach(lora(tiny_model()), encoder(), vocabulary()).eval()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "lora" not in name} == {
+        "base_model.model.prefixmem.memory.weight",
+        "base_model.model.prefixmem.out_proj.weight",
+    }
+    expected = search(model, prompts())
+    model.save_pretrained(tmp_path / "adapters")
+    found = attach_saved(PeftModel.from_pretrained(tiny_model(), tmp_path / "adapters"), tmp_path / "adapters").eval()
+    assert torch.equal(search(found, prompts()).sequences_scores, expected.sequences_scores)
+
+    torch.nn.init.zeros_(found.base_model.model.prefixmem.memory.weight)
+    found.load_adapter(tmp_path / "adapters", "default")
+    assert torch.equal(search(found, prompts()).sequences_scores, expected.sequences_scores)
+
+    merged = found.merge_and_unload()
+    torch.testing.assert_close(search(merged, prompts()).sequences_scores, expected.sequences_scores)
+    merged.save_pretrained(tmp_path / "merged")
+    whole = attach_saved(type(merged).from_pretrained(tmp_path / "merged").eval(), tmp_path / "merged")
+    torch.testing.assert_close(search(whole, prompts()).sequences_scores, search(merged, prompts()).sequences_scores)
+    detach(merged)
+    assert "save_pretrained" not in merged.__dict__
+
+
+def test_peft_around_an_attached_model(tmp_path):
+    model = lora(attach(tiny_model(), encoder(), vocabulary()))
+    with pytest.warns(UserWarning, match="get_peft_model has frozen the encoder: attach it to the PeftModel"):
+        model.train()(**prompts())
+    kept = lora(attach(tiny_model(), encoder(), vocabulary()), modules_to_save=["prefixmem"])
+    inputs = prompts()
+    kept.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    copies = [p for name, p in kept.named_parameters() if "prefixmem.modules_to_save" in name]
+    assert len(copies) == 2
+    assert all(p.grad is not None and p.grad.any() for p in copies)
+    torch.nn.init.normal_(copies[0])
+    kept.eval().save_pretrained(tmp_path)
+    base = attach(tiny_model(), encoder(), vocabulary())
+    found = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(found(**prompts()).logits, kept(**prompts()).logits)
+
+
+def test_peft_on_the_embedding():
+    """LoRA wraps the hooked embedding, modules_to_save copies it."""
+    for options in (
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ):
+        model = attach(tiny_model(), encoder(), vocabulary())
+        before = model(**prompts()).logits
+        wrapped = get_peft_model(model, LoraConfig(r=4, **options)).eval()
+        torch.testing.assert_close(wrapped(**prompts()).logits, before)
+        with wrapped.disable_adapter():
+            torch.testing.assert_close(wrapped(**prompts()).logits, before)
