@@ -19,6 +19,7 @@ setup(
     packages=[
         "prefixmem_fast",
         "prefixmem_fast.cli",
+        "prefixmem_fast.examples",
         "prefixmem_fast.integrations",
         "prefixmem_fast.kernels",
         "prefixmem_fast.optim",
@@ -36,7 +37,7 @@ setup(
     ],
     extras_require={
         "hf": ["transformers>=4.57"],
-        "train": ["transformers>=4.57", "accelerate"],
+        "train": ["transformers>=4.57", "accelerate", "peft"],
         "bench": ["nvidia-ml-py"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "transformers>=4.57", "accelerate", "peft"],
     },
