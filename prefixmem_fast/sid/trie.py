@@ -41,7 +41,6 @@ class SIDTrie:
         tokens = torch.cat([*before, tokens, *after], 1)
         self.catalogue, self.vocabulary = catalogue, vocabulary
         self.levels, self.depth = levels, tokens.shape[1]
-        self._tokens = int(tokens.max()) + 1  # V; keys are parent * V + token
 
         order = _lexicographic_order(tokens)
         tokens = tokens[order]
@@ -51,14 +50,14 @@ class SIDTrie:
         counts = []
         for d in range(self.depth):
             new = differs[:, d]
-            keys.append(parent[new] * self._tokens + tokens[new, d])
+            keys.append(_key(parent[new], tokens[new, d]))
             parent = nodes + new.long().cumsum(0) - 1
             counts.append(len(keys[-1]))
             nodes += counts[-1]
         keys = torch.cat(keys)
-        children = torch.bincount(keys // self._tokens, minlength=nodes)
+        children = torch.bincount(keys >> 32, minlength=nodes)
         self.prefixes = tuple(counts[len(before) : len(before) + levels])
-        self._arrays = {keys.device: (keys, keys % self._tokens, children.cumsum(0) - children, children)}
+        self._arrays = {keys.device: (keys, keys & 0xFFFFFFFF, children.cumsum(0) - children, children)}
         self._first_leaf = nodes - counts[-1]
         self._items = order
         self._first_item = torch.cat([differs[:, -1].nonzero().squeeze(1), torch.tensor([len(order)])])
@@ -79,8 +78,7 @@ class SIDTrie:
     def child(self, nodes: Tensor, tokens: Tensor) -> Tensor:
         """The node that `tokens` int64 ``[N]`` lead to from `nodes` int64 ``[N]``; -1 where there is none."""
         keys = self._on(nodes.device)[0]
-        known = (nodes >= 0) & (tokens >= 0) & (tokens < self._tokens)
-        wanted = torch.where(known, nodes * self._tokens + tokens, -1)
+        wanted = _key(nodes, tokens)
         place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
         return torch.where(keys[place] == wanted, place + 1, -1)
 
@@ -143,6 +141,10 @@ class SIDTrie:
         leaf = (nodes.cpu() - self._first_leaf).clamp(min=-1)
         codes = self.catalogue.codes[self._items[self._first_item[leaf.clamp(min=0)]]]
         return torch.where(leaf[:, None] >= 0, codes, -1).to(nodes.device)
+
+
+def _key(parents: Tensor, tokens: Tensor) -> Tensor:
+    return (parents << 32) + tokens  # token ids are below 2^31; what is none gives a key that no node has
 
 
 def _lexicographic_order(rows: Tensor) -> Tensor:
