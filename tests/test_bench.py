@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import bench.__main__ as bench
+from bench import constrained
 from bench.providers import OURS, PEERS, EagerTables, FbgemmTables, FusedAdagrad, FusedTable
 from prefixmem_fast import reference
 
@@ -71,3 +72,17 @@ def test_the_gpu_suite_says_that_there_is_no_gpu():
     lines = run("bench/gpu.py").splitlines()
     assert [line.split()[0] for line in lines] == ["info", "parity", "tests", "benchmarks"]
     assert all(line.endswith("skipped: torch finds no GPU") for line in lines)
+
+
+def test_constrained_benchmark_writes_rows(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    run("-m", "bench.constrained", "--quick", "--repeats", "3", "--out", str(out))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["provider"].split(",")[0] for row in rows] == ["SIDLogitsProcessor"] + ["prefix_allowed_tokens_fn"] * 2
+    assert all(row["p20"] <= row["ms"] <= row["p80"] and row["commit"] for row in rows)
+
+
+def test_a_wrong_allowed_set_gets_no_time(monkeypatch):
+    monkeypatch.setattr(constrained, "nested_dicts", lambda tokens: lambda batch, sentence: [constrained.EOS])
+    rows = constrained.run(50, 2, 2, 2048, 2, "cpu")
+    assert [("ms" in row, "skipped" in row) for row in rows] == [(True, False), (True, False), (False, True)]

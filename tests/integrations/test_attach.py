@@ -65,6 +65,20 @@ def test_generate_with_a_cache_is_recomputation(family, search):
     assert (table[new.clamp(max=len(table) - 1), 0] > 1).any(), "no deep SID token was generated: nothing was tested"
 
 
+@pytest.mark.parametrize("family", ["qwen3", "mistral_sliding"])
+def test_speculation_and_chunked_prefill_are_greedy_decoding(family):
+    model = attach(tiny_model(family), encoder(), vocabulary())
+    draft = attach(tiny_model(family), encoder(std=0.5), vocabulary())
+    inputs = {name: value[:1] for name, value in prompts().items()}
+    expected = model.generate(**inputs, max_new_tokens=10)
+    for how in (
+        {"assistant_model": draft, "num_assistant_tokens": 3},
+        {"prompt_lookup_num_tokens": 2},
+        {"prefill_chunk_size": 3},
+    ):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=10, **how)[:, : expected.shape[1]], expected), how
+
+
 def test_one_token_at_a_time_in_a_loop_of_ones_own():
     model, input_ids = attach(tiny_model(), encoder(), vocabulary()), prompts()["input_ids"][:3]
     whole = logits(model, input_ids=input_ids)
