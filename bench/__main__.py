@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench import providers
-from bench.measure import copy_bandwidth, now, peak_bytes, provenance, quantiles, reset_peak
+from bench.measure import append_rows, copy_bandwidth, now, peak_bytes, provenance, quantiles, reset_peak
 from bench.providers import OURS, PEERS, CompiledReference, Provider, bytes_held, missing
 from prefixmem_fast import AddressSpec, reference
 
@@ -244,25 +244,17 @@ def main() -> None:
     about = {"device": device, **provenance(), "copy_bandwidth": copy_bandwidth(device)}
     print(f"{about['machine']['cpu'] if device == 'cpu' else about['machine']['gpus'][0]['name']}, "
           f"copy bandwidth {about['copy_bandwidth'] / 1e9:.1f} GB/s")  # fmt: skip
-    every = []
     for i, workload in enumerate(workloads(options.quick, device == "cuda") if not options.memory else ()):
         rows = run_workload(workload, options.repeats, device, compiled=i == 0)  # its seconds a step say it once
         gc.collect()
-        every += rows
         show(rows)
         if options.out:
-            _append(options.out, rows, about)
+            append_rows(options.out, rows, about)
     if device == "cpu":
         rows = run_memory(Workload(500, 64) if options.quick else Workload())
         show(rows)
         if options.out:
-            _append(options.out, rows, about)
-
-
-def _append(out: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a") as file:
-        file.writelines(json.dumps({**row, **about}) + "\n" for row in rows)
+            append_rows(options.out, rows, about)
 
 
 if __name__ == "__main__":

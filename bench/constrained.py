@@ -11,7 +11,6 @@ reported as wrong and gets no time. Rows are appended to FILE as JSON Lines.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,9 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PrefixConstrainedLogitsProcessor
 
-from bench.measure import now, provenance, quantiles
-from prefixmem_fast import Catalogue, SIDTrie, SIDVocabulary
-from prefixmem_fast.integrations.constrained import SIDLogitsProcessor
+from bench.measure import append_rows, now, provenance, quantiles
+from prefixmem_fast import Catalogue, SIDLogitsProcessor, SIDTrie, SIDVocabulary
 
 LEVELS, CODES, PROMPT, EOS = 4, 256, 40, 2
 FIRST_ID = 100
@@ -129,8 +127,7 @@ def main() -> None:
                 f"{vocabulary_size:>9,} tokens  {row['provider']:<46}" + row.get("skipped", f"{row.get('ms', 0):9.2f}")
             )
         if options.out:
-            with options.out.open("a") as file:
-                file.writelines(json.dumps({**row, **found}) + "\n" for row in rows)
+            append_rows(options.out, rows, found)
 
 
 if __name__ == "__main__":

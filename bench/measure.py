@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import statistics
@@ -75,6 +76,13 @@ def provenance() -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def append_rows(out: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Append rows, each with `about`, to a file of JSON Lines."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a") as file:
+        file.writelines(json.dumps({**row, **about}) + "\n" for row in rows)
 
 
 def _commit() -> str:

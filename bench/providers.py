@@ -78,11 +78,6 @@ class SparseAdagrad(Ours):
     grad, make = "sparse", optim.RowWiseAdagrad
 
 
-class DenseAdamW(Ours):
-    name = "prefixmem_fast, dense gradient, AdamW"
-    grad, make = "dense", torch.optim.AdamW
-
-
 class EagerTables(Provider):
     """What a user writes first: one nn.Embedding a table, hashes in PyTorch, a sum over orders a level, AdamW."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import reference
 from .spec import AddressSpec
 
-# Bytes of one temporary tensor. Measured on 2 MiB of level-2 cache over two cores; larger ones wait for new pages.
+# Bytes of one temporary tensor: it stays in a level-2 cache, while larger ones wait for new pages.
 _CHUNK_BYTES = 1 << 20
 
 

@@ -67,7 +67,7 @@ def problem() -> str | None:
 
 
 # Gradients that sort, by dtype in prefix mode: each destination and update once, the largest where sums are wide. They
-# take a compiler ten seconds each.
+# take a compiler many seconds each.
 _SORTING = {
     "bfloat16": (
         "deterministic_token_bwd",

@@ -57,7 +57,6 @@ def test_no_dense_allocation(grad, make):
     found = json.loads(done.stdout)
     assert found["table"] == 4_096_000_000
     beside = found["peak"] - found["table"] - found["state"]
-    print(beside / found["touched"])
     assert beside <= 3 * found["touched"], f"{beside / found['touched']:.2f} times the touched rows"
 
 

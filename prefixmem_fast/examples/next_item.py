@@ -26,8 +26,17 @@ from transformers import (
     TrainingArguments,
 )
 
-from prefixmem_fast import AddressSpec, Catalogue, PrefixMem, PrefixMemConfig, SIDTrie, SIDVocabulary, attach, optim
-from prefixmem_fast.integrations.constrained import generate_items
+from prefixmem_fast import (
+    AddressSpec,
+    Catalogue,
+    PrefixMem,
+    PrefixMemConfig,
+    SIDTrie,
+    SIDVocabulary,
+    attach,
+    generate_items,
+    optim,
+)
 
 USERS, HISTORY = 256, 6
 

@@ -4,8 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
-from prefixmem_fast import Catalogue, SIDTrie, attach
-from prefixmem_fast.integrations.constrained import SIDLogitsProcessor, generate_items
+from prefixmem_fast import Catalogue, SIDLogitsProcessor, SIDTrie, attach, generate_items
 
 from .models import FAMILIES, TOKENS, call, encoder, prompts, sid, tiny_model, vocabulary
 
