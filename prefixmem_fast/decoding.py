@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backends import resolve
 from .modules import PrefixMem
 from .ops import prefix_rows
 from .reference import accumulator, token_codes
@@ -18,47 +19,63 @@ from .sid import SIDVocabulary
 class DecodingState:
     """Where each sequence of a batch stands within a SID.
 
-    A step is a fixed sequence of operators on tensors of fixed shapes and addresses, as CUDA graphs need it.
+    On a GPU a step is one kernel and the projection, on tensors of fixed shapes and addresses, as CUDA graphs need it.
 
     Args:
         encoder: only its forward is used; nothing is differentiated.
         vocabulary: which token ids are which codes.
         batch: number of sequences B.
 
-    Attributes:
-        codes: int64 ``[B, L]``, the codes of the SID so far, then -1.
-        level: int64 ``[B]``, how many they are; 0 after text.
-        total: ``[B, H, w]``, S at that level, in the accumulator's dtype.
+    Raises:
+        ValueError: the vocabulary's codebooks are not the encoder's, or `batch` is negative.
     """
 
     def __init__(self, encoder: PrefixMem, vocabulary: SIDVocabulary, batch: int) -> None:
-        spec = encoder.config.spec
+        spec, weight = encoder.config.spec, encoder.memory.weight
         if vocabulary.codebook_sizes != spec.codebook_sizes:
             raise ValueError(
                 f"the vocabulary's codebook_sizes {vocabulary.codebook_sizes} differ from the encoder's "
                 f"{spec.codebook_sizes}; build both from the same Semantic IDs"
             )
-        weight = encoder.memory.weight
+        if batch < 0:
+            raise ValueError(f"batch = {batch} is negative; give the number of sequences")
         self.encoder, self.vocabulary = encoder, vocabulary
-        text = torch.zeros(1, 2, dtype=torch.int32, device=weight.device)
-        self._table = torch.cat([vocabulary.token_table(weight.device), text])  # ids past the end are text
-        self._levels = torch.arange(1, spec.levels + 1, device=weight.device)
-        self._active = torch.zeros(spec.levels + 1, dtype=torch.bool, device=weight.device)
-        self._active[list(spec.active_levels)] = True
-        self.codes = torch.full((batch, spec.levels), -1, device=weight.device)
-        self.level = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-        self.total = torch.zeros(
+        self._table = vocabulary.token_table(weight.device)
+        self._backend = resolve(encoder.memory.backend, weight=weight)
+        copies = 1  # of codes and levels: the kernel's column tiles keep one each
+        if self._backend == "triton":
+            from .kernels.decode import column_tiles
+
+            copies = column_tiles(weight, spec)
+        self._codes = torch.full((copies, batch, spec.levels), -1, device=weight.device)
+        self._level = torch.zeros((copies, batch), dtype=torch.int64, device=weight.device)
+        self._total = torch.zeros(
             (batch, spec.heads, weight.shape[1]), dtype=accumulator(weight.dtype), device=weight.device
         )
+
+    @property
+    def codes(self) -> Tensor:
+        """int64 ``[B, L]``: the codes of the SID under way, then -1."""
+        return self._codes[0]
+
+    @property
+    def level(self) -> Tensor:
+        """int64 ``[B]``: how many they are; 0 after text."""
+        return self._level[0]
+
+    @property
+    def total(self) -> Tensor:
+        """``[B, H, w]``: S, where that level is active, in float32 (float64 for a float64 table)."""
+        return self._total
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Read a prompt ``[B, T]`` from its beginning; returns m of its tokens, ``[B, T, hidden_size]``."""
         spec = self.encoder.config.spec
-        codes, level = token_codes(input_ids, self._table[:-1], spec)
-        self.codes.copy_(codes[:, -1] if codes.shape[1] else -1)
-        self.level.copy_(level[:, -1] if level.shape[1] else 0)
-        self.total.zero_()
+        codes, level = token_codes(input_ids, self._table, spec)
+        self._codes.copy_(codes[:, -1] if codes.shape[1] else -1)
+        self._level.copy_(level[:, -1] if level.shape[1] else 0)
+        self._total.zero_()
         for step in range(1, spec.levels + 1):
             self._add_orders(torch.where(self.level >= step, step, 0))
         return self.encoder.encode_tokens(input_ids, self.vocabulary)
@@ -66,37 +83,55 @@ class DecodingState:
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token of each sequence, ``[B]``; returns its m, ``[B, hidden_size]``."""
+        if tokens.shape != self.level.shape:
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}; give one token a sequence, [{len(self.level)}]")
+        weight, spec = self.encoder.memory.weight, self.encoder.config.spec
+        if self._backend == "triton":
+            from .kernels.decode import token_step
+
+            with torch.cuda.device_of(weight):
+                state = (self._codes, self._level, self._total)
+                S = token_step(tokens.contiguous(), self._table, weight.contiguous(), *state, spec)
+        else:
+            S = self._step(tokens)
+        return self.encoder.out_proj(S)
+
+    def _step(self, tokens: Tensor) -> Tensor:
+        """S ``[B, H * w]``, in PyTorch; the definition of the kernel."""
+        spec = self.encoder.config.spec
         known = (tokens >= 0) & (tokens < len(self._table))
-        level, code = self._table[torch.where(known, tokens, -1).long()].long().unbind(-1)
-        goes_on = (level == 1) | ((level > 1) & (level == self.level + 1))
-        level = torch.where(goes_on, level, 0)
-        codes = torch.where((level > 1)[:, None], self.codes, -1)
-        self.codes.copy_(torch.where(self._levels == level[:, None], code[:, None], codes))
-        self.total.masked_fill_((level <= 1)[:, None, None], 0)
-        self.level.copy_(level)
+        table = torch.cat([self._table, self._table.new_zeros(1, 2)])  # the row past the end is text
+        level, code = table[torch.where(known, tokens, -1).long()].long().unbind(-1)
+        level = torch.where((level == 1) | (level == self.level + 1), level, 0)
+        before = torch.where((level > 1)[:, None], self.codes, -1)
+        levels = torch.arange(1, spec.levels + 1, device=level.device)
+        self._codes.copy_(torch.where(levels == level[:, None], code[:, None], before))
+        self._level.copy_(level)
+        self._total.masked_fill_((level <= 1)[:, None, None], 0)
         self._add_orders(level)
-        S = self.total.to(self.encoder.memory.weight.dtype).flatten(1)
-        return self.encoder.out_proj(torch.where(self._active[level][:, None], S, 0))
+        active = (level[:, None] == level.new_tensor(spec.active_levels)).any(1)
+        S = torch.where(active[:, None, None], self._total, 0)
+        return S.to(self.encoder.memory.weight.dtype).flatten(1)
 
     def _add_orders(self, level: Tensor) -> None:
         """Add what level ``[B]`` brings to the sums of the level before; 0 brings nothing."""
         spec, weight = self.encoder.config.spec, self.encoder.memory.weight
-        rows = prefix_rows(self.codes, spec)  # [B, L, N, H]
+        rows = prefix_rows(self.codes, spec, backend=self._backend)  # [B, L, N, H]
         rows = rows.take_along_dim((level.clamp(min=1) - 1)[:, None, None, None], 1).squeeze(1)  # [B, N, H]
         if spec.mode == "prefix":
             order = level.clamp(1, spec.max_order)
             rows = rows.take_along_dim((order - 1)[:, None, None], 1)  # [B, 1, H]
             new = (level > 0) & (level <= spec.max_order)
         else:
-            self.total.masked_fill_((level > 0)[:, None, None], 0)
+            self._total.masked_fill_((level > 0)[:, None, None], 0)
             new = level > 0
         for row in rows.unbind(1):
-            read = weight[row.clamp(min=0)].to(self.total.dtype)
-            self.total.add_(torch.where(((row >= 0) & new[:, None])[..., None], read, 0))
+            read = weight[row.clamp(min=0)].to(self._total.dtype)
+            self._total.add_(torch.where(((row >= 0) & new[:, None])[..., None], read, 0))
 
     def reorder(self, beams: Tensor) -> None:
         """Follow a beam search: sequence i goes on from sequence ``beams[i]``; another length changes the batch."""
-        for name in ("codes", "level", "total"):
+        for name, dim in (("_codes", 1), ("_level", 1), ("_total", 0)):
             held = getattr(self, name)
-            moved = held.index_select(0, beams)
-            setattr(self, name, held.copy_(moved) if len(moved) == len(held) else moved)
+            moved = held.index_select(dim, beams)
+            setattr(self, name, held.copy_(moved) if moved.shape == held.shape else moved)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from .backends import TRITON_PROBLEM, BackendError, interpreting
+from .reference import accumulator
 from .spec import MODES, AddressSpec
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -85,7 +86,7 @@ _SORTING = {
 
 def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 65_536) -> dict[str, Callable[[], Any]]:
     """Every kernel as a call of its launcher on meta tensors; the gradients that sort launch several kernels."""
-    from .kernels import backward, forward, row_gradient, rows
+    from .kernels import backward, decode, forward, row_gradient, rows
     from .optim.rows import RowUpdate
     from .optim.rules import RULES, Hyper
 
@@ -98,9 +99,9 @@ def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 65_5
     weight = meta(spec.total_rows, width, dtype=dtype)
     grad = meta(sids, len(spec.active_levels), spec.heads * width, dtype=dtype)
     token_grad = meta(8, sids, spec.heads * width, dtype=dtype)
+    wide = accumulator(dtype)
 
     def update(rule: str) -> None:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
         state = [
             meta(*(weight.shape if kind == "element" else weight.shape[:1]), dtype=wide)
             for kind in RULES[rule].state.values()
@@ -110,12 +111,15 @@ def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 65_5
         row_gradient.update(grad, (codes,), spec, RowUpdate(weight, rule, state, meta(), hyper, seed))
 
     tokens = (ids, table, segments)
+    state = (meta(1, 256, spec.levels), meta(1, 256), meta(256, spec.heads, width, dtype=wide))
+    step = (meta(256), table, weight, *state)
     return {
         "prefix_memory_fwd": lambda: forward.prefix_memory_fwd(codes, weight, spec),
         "token_memory_fwd": lambda: forward.token_memory_fwd(*tokens, weight, spec),
         "prefix_memory_bwd": lambda: backward.prefix_memory_bwd(grad, codes, spec),
         "token_memory_bwd": lambda: backward.token_memory_bwd(token_grad, *tokens, spec),
         "prefix_rows": lambda: rows.prefix_rows(codes, spec),
+        "token_step": lambda: decode.token_step(*step, spec),
         "deterministic_bwd": lambda: row_gradient.dense(grad, (codes,), spec),
         "deterministic_token_bwd": lambda: row_gradient.dense(token_grad, tokens, spec),
         "sparse_bwd": lambda: row_gradient.padded_rows(grad, (codes,), spec),

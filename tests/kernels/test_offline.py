@@ -34,7 +34,7 @@ def widths(counts):
 def test_every_kernel_without_spills_or_local_memory(compiled):
     assert {k["kernel"] for k in compiled} == {
         "prefix_memory_fwd", "token_memory_fwd", "prefix_memory_bwd", "token_memory_bwd", "prefix_rows", "token_codes",
-        "pack_codes", "prefixes", "mark_shared", "nested_sum", "segment_sum",
+        "pack_codes", "prefixes", "mark_shared", "nested_sum", "segment_sum", "token_step",
     }  # fmt: skip
     assert {k["dtype"] for k in compiled} == {"float32", "bfloat16", "float16", "float64"}
     assert {k["mode"] for k in compiled} == {"prefix", "suffix", "full"}

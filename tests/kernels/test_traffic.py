@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from prefixmem_fast import AddressSpec, optim, prefix_memory, reference, token_memory
+from prefixmem_fast import (
+    AddressSpec,
+    DecodingState,
+    PrefixMem,
+    PrefixMemConfig,
+    SIDVocabulary,
+    optim,
+    prefix_memory,
+    reference,
+    token_memory,
+)
 from prefixmem_fast.kernels import forward, nested, row_gradient
 from tests.kernels.traffic import counted
 
@@ -53,6 +63,22 @@ def test_token_stream(text):
     assert sum(traffic.stored.values()) == out.numel() * 2
     floor = ids.numel() * 8 + 2 * sids * N * H * W * 2 + out.numel() * 2
     assert traffic.total <= 1.06 * floor
+
+
+def test_a_decoding_step_reads_the_rows_of_one_order():
+    """One launch: H rows, the sum of the level before in and out, S out."""
+    encoder = PrefixMem(PrefixMemConfig(SPEC, H * W, 8), backend="triton", dtype=torch.bfloat16)
+    tokens = {l * 2048 + c: (l + 1, c) for l in range(L) for c in range(2048)}
+    vocabulary = SIDVocabulary.from_table(tokens, (2048,) * L)
+    state = DecodingState(encoder, vocabulary, M)
+    for l in range(3):
+        tokens = l * 2048 + torch.randint(0, 2048, (M,))
+        with counted(weight=encoder.memory.weight) as traffic:
+            state.step(tokens)
+        assert traffic.launches == 1
+        assert traffic.loaded["weight"] == M * H * W * 2
+        floor = M * (8 + 8 + H * W * 2 + (1 + (l > 0)) * H * W * 4 + H * W * 2)
+        assert traffic.total <= 1.1 * floor
 
 
 def test_backward_reads_the_gradient_once_and_adds_each_row_once():

@@ -1,0 +1,96 @@
+"""One token of each sequence: the state of a SID under way moves on by a level, and S comes out, in one launch.
+
+In prefix mode S_l = S_{l-1} + e_l, so a step reads the H rows of order l and the sum of the level before.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefixmem_fast.spec import AddressSpec
+
+from .address import address_of, append_code
+from .forward import BUDGET, add_level
+from .tiles import LAUNCH, blocks, column_tile, tile_of
+from .tokens import load_token
+
+
+@triton.jit(do_not_specialize=["B", "V"])
+def token_step_kernel(
+    p_ids,
+    p_table,
+    p_weight,
+    p_codes,
+    p_level,
+    p_total,
+    p_out,
+    B,
+    V,
+    W: tl.constexpr,
+    address: tl.constexpr,
+    BM: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """ids [B] -> out [B, H * W], and the state in place. Grid: (tiles of BM sequences, column tiles).
+
+    Codes [tiles, B, L] and levels [tiles, B] are there once a column tile: every program reads what it alone writes.
+    """
+    L: tl.constexpr = address.levels
+    H: tl.constexpr = address.heads
+    LAST: tl.constexpr = address.last_active
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    m_m = o_m < B
+    o_h, o_w, o_d, m_d = column_tile(tl.program_id(1), H, W, BH, BW)
+    o_state = tl.program_id(1).to(tl.int64) * B + o_m
+
+    b_level, b_code = load_token(p_ids, p_table, o_m, m_m, V)
+    b_before = tl.load(p_level + o_state, mask=m_m, other=0).to(tl.int32)
+    b_level = tl.where((b_level == 1) | (b_level == b_before + 1), b_level, 0)
+    tl.store(p_level + o_state, b_level.to(tl.int64), mask=m_m)
+
+    p_sum = p_total + (o_m.to(tl.int64) * (H * W))[:, None, None] + o_d
+    m_sum = m_m[:, None, None] & m_d
+    b_sum = tl.load(p_sum, mask=m_sum & (b_level > 1)[:, None, None], other=0.0)
+    b_codes = ()
+    b_length = tl.zeros_like(b_level)
+    m_active = tl.zeros_like(m_m)
+    for l in tl.static_range(1, L + 1):
+        p_code = p_codes + o_state * L + (l - 1)
+        b_old = tl.load(p_code, mask=m_m & (b_level > l), other=-1)
+        b_old = tl.where(b_level == l, b_code.to(tl.int64), b_old)
+        tl.store(p_code, b_old, mask=m_m)
+        if l <= LAST:
+            b_codes, b_length = append_code(b_codes, b_length, b_old, l, address)
+            b_here = tl.where(b_level == l, b_length, 0)  # other sequences read no row
+            b_next = add_level(b_sum, p_weight, b_codes, b_here, o_h, o_w, m_d, l, W, address)
+            b_sum = tl.where((b_level == l)[:, None, None], b_next, b_sum)
+            if address.slot_of_level[l - 1] >= 0:
+                m_active = m_active | (b_level == l)
+    tl.store(p_sum, b_sum, mask=m_sum)
+    b_out = tl.where(m_active[:, None, None], b_sum, 0.0)
+    p_s = p_out + (o_m.to(tl.int64) * (H * W))[:, None, None] + o_d
+    tl.store(p_s, b_out.to(p_out.dtype.element_ty), mask=m_sum)
+
+
+def column_tiles(weight: Tensor, spec: AddressSpec) -> int:
+    return tile_of(spec.heads, weight.shape[1], weight.dtype, BUDGET).columns
+
+
+def token_step(
+    ids: Tensor, token_table: Tensor, weight: Tensor, codes: Tensor, level: Tensor, total: Tensor, spec: AddressSpec
+) -> Tensor:
+    """S ``[B, H * w]`` after one more token ``[B]``; codes ``[tiles, B, L]``, level ``[tiles, B]`` and total change."""
+    B, W = ids.shape[0], weight.shape[1]
+    out = torch.empty((B, spec.heads * W), dtype=weight.dtype, device=weight.device)
+    if out.numel():
+        tile = tile_of(spec.heads, W, weight.dtype, BUDGET)
+        grid = (blocks(B, tile.BM), tile.columns)
+        token_step_kernel[grid](
+            ids, token_table, weight, codes, level, total, out, B, token_table.shape[0],
+            W, address_of(spec), tile.BM, tile.BH, tile.BW, **LAUNCH,
+        )  # fmt: skip
+    return out
