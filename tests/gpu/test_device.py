@@ -3,7 +3,21 @@
 import pytest
 import torch
 
-from prefixmem_fast import AddressSpec, optim, prefix_memory, prefix_rows, reference, token_memory
+from prefixmem_fast import (
+    AddressSpec,
+    Catalogue,
+    DecodingState,
+    PrefixMem,
+    PrefixMemConfig,
+    SIDTrie,
+    SIDVocabulary,
+    attach,
+    optim,
+    prefix_memory,
+    prefix_rows,
+    reference,
+    token_memory,
+)
 from prefixmem_fast.verify import exact_sums
 
 PAPER = AddressSpec((2048,) * 5, table_rows=200_000, active_levels=(3, 4))
@@ -230,3 +244,58 @@ def test_compile_whole_graph():
     found.backward()
     torch.testing.assert_close(found, prefix_memory(codes, weight, PAPER).float().tanh().sum())
     assert weight.grad.any()
+
+
+def decoding(dtype=torch.bfloat16):
+    """An encoder on the device, its vocabulary, and tokens [64, 15] of whole and broken SIDs."""
+    encoder = PrefixMem(PrefixMemConfig(PAPER, 256, 512), device="cuda", dtype=dtype)
+    tokens = {5 + l * 2048 + c: (l + 1, c) for l in range(5) for c in range(2048)}
+    vocabulary = SIDVocabulary.from_table(tokens, (2048,) * 5)
+    ids = torch.randint(0, 2048, (64, 3, 5), device="cuda") + 5 + 2048 * torch.arange(5, device="cuda")
+    ids[::4, 1, 2] = 0
+    return encoder, vocabulary, ids.flatten(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decoding_steps(dtype):
+    encoder, vocabulary, ids = decoding(dtype)
+    whole = encoder.memory.read_tokens(ids, vocabulary)
+    state = DecodingState(encoder, vocabulary, len(ids))
+    state.prefill(ids[:, :4])
+    for t in range(4, ids.shape[1]):
+        state.step(ids[:, t])
+        active = (state.level == 3) | (state.level == 4)
+        assert torch.equal(state.total.flatten(1).to(dtype)[active], whole[active, t])
+
+
+def test_a_decoding_step_in_a_cuda_graph():
+    encoder, vocabulary, ids = decoding()
+    whole = encoder.encode_tokens(ids, vocabulary)
+    state, token = DecodingState(encoder, vocabulary, len(ids)), ids[:, 0].clone()
+    state.step(token)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        m = state.step(token)
+    state.prefill(ids[:, :1])
+    for t in range(1, ids.shape[1]):
+        token.copy_(ids[:, t])
+        graph.replay()
+        torch.testing.assert_close(m, whole[:, t], rtol=2e-2, atol=1e-4)
+
+
+def test_generation_on_the_device():
+    """Cached beam search is recomputation, with the kernels behind the hooks; static shapes and a trie too."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from prefixmem_fast import generate_items
+    from tests.integrations import models
+
+    model = attach(models.tiny_model().cuda(), models.encoder().cuda(), models.vocabulary())
+    inputs = {name: value.cuda() for name, value in models.prompts().items()}
+    options = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 7}
+    expected = model.generate(**inputs, **options, use_cache=False)
+    assert torch.equal(model.generate(**inputs, **options), expected)
+    static = model.generate(**inputs, max_new_tokens=7, cache_implementation="static")
+    assert torch.equal(static, model.generate(**inputs, max_new_tokens=7, use_cache=False))
+    catalogue = Catalogue(["a", "b", "c"], torch.tensor([[1, 3, 4], [0, 1, 5], [3, 3, 3]]), models.SIZES)
+    found = generate_items(model, SIDTrie(catalogue, models.vocabulary()), inputs, num_beams=2)
+    assert all(len(row[0]) == 1 for row in found.items)
