@@ -16,7 +16,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,8 @@ def save_encoder(
     Args:
         vocabulary: kept with it.
         max_shard_size: bytes of a weights file, or a string such as "500MB"; larger tables are split by rows.
-        weights: False where a model's own files beside the folder hold the tensors.
+        weights: False where a model's own files beside the folder hold the tensors; where they do not, they are
+            written all the same.
 
     Raises:
         TypeError, ValueError: an argument is not as stated.
@@ -68,18 +69,17 @@ def save_encoder(
         )
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    if (path / _CONFIG).is_file() and not _is_ours(path / _CONFIG):
+        raise ValueError(f"{path / _CONFIG} belongs to something else, a model perhaps; give a folder of its own")
+    replaced = _files_named(path)
     tensors = _tensors_of(encoder)
-    entries = {
-        name: {
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": list(tensor.shape),
-            "sha256": _sha256(tensor),
-        }
-        for name, tensor in tensors.items()
-    }
-    written = []
+    entries = None if weights else _entries_in_model(list(tensors), path.parent)
+    written: list[Path] = []
     try:
-        if weights:
+        if entries is None:
+            entries = {
+                name: _entry(_row_chunks(tensor), tensor.dtype, tensor.shape) for name, tensor in tensors.items()
+            }
             for file, parts in _shards(tensors, entries, limit):
                 _write_tensors(path / file, parts)
                 written.append(path / file)
@@ -95,15 +95,12 @@ def save_encoder(
             },
         )
     except BaseException:
-        kept = _files_named(path)
         for file in written:
-            if file.name not in kept:
+            if file.name not in replaced:
                 file.unlink(missing_ok=True)
         raise
-    kept = _files_named(path)
-    for file in path.glob("memory-*.safetensors"):
-        if file.name not in kept:
-            file.unlink()
+    for name in replaced - _files_named(path):
+        (path / name).unlink(missing_ok=True)
 
 
 def load_encoder(
@@ -131,10 +128,12 @@ def load_encoder(
     names = ["memory.weight"] if fresh else ["memory.weight", "out_proj.weight"]
     if dtype is None:
         dtype = getattr(torch, stored["tensors"]["memory.weight"]["dtype"])
-    encoder = kind(config, device="meta", dtype=dtype, **how).to_empty(device=device or torch.get_default_device())
-    _copy_weights(encoder, folder, stored, names, verify)
-    if fresh:
-        encoder.reset_output()
+    with torch.inference_mode(False), torch.no_grad():  # loaded while serving, it can still be trained
+        made = kind(config, device="meta", dtype=dtype, **how)
+        encoder = made.to_empty(device=device or torch.get_default_device())
+        _copy_weights(encoder, folder, stored, names, verify)
+        if fresh:
+            encoder.reset_output()
     return encoder
 
 
@@ -187,11 +186,29 @@ def _tensors_of(encoder: PrefixMem) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in encoder.named_parameters()}
 
 
-def _sha256(tensor: Tensor) -> str:
+def _entry(chunks: Iterable[Tensor], dtype: torch.dtype, shape: Iterable[int]) -> dict[str, Any]:
+    """What config.json says of a tensor, whose rows come in chunks."""
     total = hashlib.sha256()
-    for part in _row_chunks(tensor):
-        total.update(part.cpu().contiguous().view(torch.uint8).numpy())
-    return total.hexdigest()
+    for chunk in chunks:
+        total.update(chunk.cpu().contiguous().view(torch.uint8).numpy())
+    return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "sha256": total.hexdigest()}
+
+
+def _entries_in_model(names: list[str], folder: Path) -> dict[str, dict[str, Any]] | None:
+    """The entries of tensors as a model's files hold them; None where these cannot be read."""
+    from safetensors import safe_open
+
+    entries = {}
+    try:
+        for name in names:
+            file, key = _find_in_model(f"{FOLDER}.{name}", folder)
+            with safe_open(file, framework="pt") as opened:
+                rows = opened.get_slice(key)
+                shape, dtype = tuple(rows.get_shape()), rows[:0].dtype
+                entries[name] = _entry(_row_chunks(rows, shape, dtype.itemsize), dtype, shape)
+    except CheckpointError:
+        return None
+    return entries
 
 
 def _row_chunks(rows: Any, shape: tuple[int, ...] | None = None, bytes_each: int = 0) -> Iterator[Tensor]:
@@ -261,7 +278,7 @@ def _digest(values: dict[str, Any]) -> str:
 
 
 def _bytes_of(size: int | str) -> int:
-    match = re.fullmatch(r"([0-9.]+)\s*([KMG]?I?B)", size.strip().upper()) if isinstance(size, str) else None
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?B)", str(size).strip().upper())
     found = int(float(match[1]) * _UNITS[match[2]]) if match else size
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         raise ValueError(f'max_shard_size = {size!r} is no size; give bytes, or a string such as "2GB"')
@@ -275,7 +292,7 @@ def _folder(path: str | Path) -> Path:
     """Where the config.json of an encoder is: in `path`, or in its folder beside a model."""
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder; give one that save_pretrained wrote")
+        raise FileNotFoundError(f"{path} is no folder; give a local one that save_pretrained wrote")
     folder = path / FOLDER if (path / FOLDER / _CONFIG).is_file() else path
     if not (folder / _CONFIG).is_file():
         raise FileNotFoundError(f"{path} holds no encoder: neither {_CONFIG} nor {FOLDER}/{_CONFIG} is there")
@@ -292,7 +309,8 @@ def _read_json(file: Path, kind: str) -> dict[str, Any]:
     if not isinstance(stored, dict) or stored.get("format") != kind:
         found = stored.get("format") if isinstance(stored, dict) else type(stored).__name__
         raise CheckpointError(
-            f"{file} is not of prefixmem_fast: its format is {found!r}; was the model saved with the encoder on it?"
+            f"{file} is not of prefixmem_fast (its format is {found!r}), and {file.parent / FOLDER} is not there; "
+            "was the model saved with the encoder on it?"
         )
     if stored.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
@@ -307,6 +325,14 @@ def _read_json(file: Path, kind: str) -> dict[str, Any]:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder / _CONFIG, "prefixmem")
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a config.json is one of an encoder, sound or damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("format") == "prefixmem"
+    except (AttributeError, UnicodeDecodeError, ValueError):
+        return bool(list(file.parent.glob("memory-*.safetensors")))
 
 
 def _files_named(folder: Path) -> set[str]:
@@ -351,14 +377,12 @@ class _Rows:
             raise CheckpointError(f"the files hold {rows} rows of {self.name}; {_CONFIG} says {shape[0]}")
 
     def check(self) -> None:
-        total = hashlib.sha256()
-        for chunk in self.chunks():
-            total.update(chunk.contiguous().view(torch.uint8).numpy())
-        if total.hexdigest() != self.entry["sha256"]:
+        found = _entry(self.chunks(), getattr(torch, self.entry["dtype"]), self.entry["shape"])["sha256"]
+        if found != self.entry["sha256"]:
             files = ", ".join(str(file) for file in dict.fromkeys(file for file, _ in self.parts))
             raise CheckpointError(
                 f"{self.name} in {files} is damaged, or not the one that {_CONFIG} was saved with: its SHA-256 is "
-                f"{total.hexdigest()}, stored is {self.entry['sha256']}"
+                f"{found}, stored is {self.entry['sha256']}"
             )
 
 

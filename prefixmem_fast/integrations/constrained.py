@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,12 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..sid import SIDTrie
 
+# Set by generate_items itself.
+_TAKEN = frozenset(
+    ("max_new_tokens", "max_length", "length_penalty", "output_scores", "return_dict_in_generate", "generation_config")
+)
+# The generation config of a model is exchanged while it generates: threads take turns.
+_TAKING_TURNS = threading.RLock()
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -35,11 +42,16 @@ class SIDLogitsProcessor(LogitsProcessor):
     supports_continuous_batching = False
 
     def __init__(self, trie: SIDTrie, prompt_length: int, eos_token_id: int) -> None:
+        if trie.vocabulary.is_code(eos_token_id):
+            raise ValueError(f"eos_token_id = {eos_token_id} is the token of a code; end with another")
         self.trie, self.prompt_length, self.eos_token_id = trie, prompt_length, eos_token_id
-        self._last: tuple[Tensor, Tensor] | None = None  # what the last call returned, and where it is finite
+        self._last: tuple[Tensor, Tensor, int] | None = None  # returned last: scores, where finite, their version
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores ``[N, V]`` after tokens ``[N, T]``, with -inf at all tokens that are not allowed."""
+        largest = max(self.trie.largest_token, self.eos_token_id)
+        if largest >= scores.shape[1]:
+            raise ValueError(f"the trie and eos_token_id reach token id {largest}, the scores {scores.shape[1] - 1}")
         nodes = self.trie.walk(input_ids, self.prompt_length)
         place = self.trie.allowed(nodes, scores.shape[1])
         kept = torch.take(scores, place)
@@ -49,30 +61,31 @@ class SIDLogitsProcessor(LogitsProcessor):
             kept = torch.cat([kept, kept.new_zeros(len(over))])
         masked = self._nothing_allowed(scores)
         masked.view(-1).scatter_(0, place, kept)
-        self._last = masked, place
+        if not masked.is_inference() and not torch.is_grad_enabled():
+            self._last = masked, place, masked._version
         return masked
 
     def _nothing_allowed(self, scores: Tensor) -> Tensor:
-        """-inf ``[N, V]``: what the last call returned, cleaned, where nobody holds it any more.
+        """-inf ``[N, V]``: what the last call returned, cleaned, where nobody holds it or has written to it.
 
         Beam search drops it at once, and filling N x V anew would cost more than all the rest.
         """
         last, self._last = self._last, None
         if last is not None:
-            masked, place = last
+            masked, place, version = last
             del last
             like = (masked.shape, masked.dtype, masked.device) == (scores.shape, scores.dtype, scores.device)
-            if like and not torch.is_grad_enabled() and _is_held_once(masked):
+            probe = torch.empty(0)  # held as `masked` should be: by one variable
+            if like and masked._version == version and _references(masked) == _references(probe):
                 masked.view(-1).index_fill_(0, place, -torch.inf)
                 return masked
-        return torch.full_like(scores, -torch.inf)
+        return torch.full(scores.shape, -torch.inf, dtype=scores.dtype, device=scores.device)
 
 
-def _is_held_once(tensor: Tensor) -> bool:
-    """Whether the caller's variable is the only one for a tensor, and no view shares its memory."""
+def _references(tensor: Tensor) -> tuple[int, int]:
+    """How often a tensor and its memory are held."""
     count = getattr(torch._C, "_storage_Use_Count", None)
-    # One reference each: the caller's, this function's, getrefcount's; the tensor's and the wrapper's of the storage.
-    return count is not None and sys.getrefcount(tensor) == 3 and count(tensor.untyped_storage()._cdata) == 2
+    return sys.getrefcount(tensor), count(tensor.untyped_storage()._cdata) if count else id(tensor)
 
 
 @dataclass
@@ -113,32 +126,37 @@ def generate_items(
             decoder_input_ids where it goes on with something.
         num_beams: beams of each prompt, 2 or more.
         num_return_sequences: K; `num_beams` unless given.
-        generation: further arguments of `generate`.
+        generation: further arguments of `generate`; a `logits_processor` comes before the trie's.
 
     Raises:
-        ValueError: a number is out of range, or the model names no end-of-sequence token.
+        TypeError, ValueError: an argument is not as stated, or the model names no end-of-sequence token.
     """
     count = num_beams if num_return_sequences is None else num_return_sequences
     if num_beams < 2 or not 1 <= count <= num_beams:
         raise ValueError(
             f"num_beams = {num_beams}, num_return_sequences = {count}; give 2 or more beams and return 1..num_beams"
         )
+    taken = sorted(_TAKEN.intersection(generation))
+    if taken:
+        raise ValueError(f"{taken[0]} is set by the search over the trie; leave it out, or call generate yourself")
+    decoder_only = not getattr(model.config, "is_encoder_decoder", False)
+    _check_inputs(inputs, decoder_only)
     eos = generation.get("eos_token_id", model.generation_config.eos_token_id)
     eos = eos[0] if isinstance(eos, (list, tuple)) else eos
     if eos is None:
         raise ValueError("the model's generation config has no eos_token_id; give eos_token_id")
-    decoder_only = not getattr(model.config, "is_encoder_decoder", False)
     given = inputs["input_ids"] if decoder_only else inputs.get("decoder_input_ids")
     prompt_length = 1 if given is None else given.shape[1]
-    # Without a length penalty a score is the sum of log-probabilities.
-    options = {"do_sample": False, "length_penalty": 0.0, "max_new_tokens": trie.depth, **generation}
+    processors = [*generation.pop("logits_processor", ()), SIDLogitsProcessor(trie, prompt_length, eos)]
     with _neutral(model):
         found = model.generate(
             **inputs,
-            **options,
+            **{"do_sample": False, **generation},
             num_beams=num_beams,
             num_return_sequences=count,
-            logits_processor=LogitsProcessorList([SIDLogitsProcessor(trie, prompt_length, eos)]),
+            max_new_tokens=trie.depth,
+            length_penalty=0.0,  # a score is then the sum of log-probabilities
+            logits_processor=LogitsProcessorList(processors),
             output_scores=True,
             return_dict_in_generate=True,
         )
@@ -155,15 +173,31 @@ def generate_items(
     )
 
 
+def _check_inputs(inputs: Mapping[str, Tensor], decoder_only: bool) -> None:
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        raise TypeError(
+            'inputs holds no input_ids [B, T]; give what tokenizer(texts, return_tensors="pt", padding=True) returned'
+        )
+    mask = inputs.get("attention_mask")
+    if decoder_only and mask is not None and mask.shape[1] and not bool(mask[:, -1].all()):
+        raise ValueError('inputs is padded on the right; a decoder goes on at the end: tokenizer.padding_side = "left"')
+
+
 @contextmanager
 def _neutral(model: nn.Module) -> Iterator[None]:
     """A generation config that says which tokens are special, and nothing else."""
     models = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
-    saved = [each.generation_config for each in models]
-    try:
-        for each, config in zip(models, saved, strict=True):
-            each.generation_config = GenerationConfig(**{name: getattr(config, name) for name in _IDS})
-        yield
-    finally:
-        for each, config in zip(models, saved, strict=True):
-            each.generation_config = config
+    with _TAKING_TURNS:
+        own = [each.__dict__.get("generation_config") for each in models]
+        configs = [each.generation_config for each in models]
+        try:
+            for each, config in zip(models, configs, strict=True):
+                each.generation_config = GenerationConfig(**{name: getattr(config, name) for name in _IDS})
+            yield
+        finally:
+            for each, config in zip(models, own, strict=True):
+                if config is not None:
+                    each.generation_config = config
+                else:
+                    del each.generation_config

@@ -6,67 +6,82 @@ its adapters alone, so the encoder is saved beside them. Either way the folder `
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..checkpoint import FOLDER, load_weights, save_encoder
+from .hooks import unwrapped
 
 
-def watch_files(model: nn.Module) -> None:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.save_pretrained = _SaveModel(base)
+def watch_files(model: nn.Module, base: nn.Module) -> None:
+    """`base` is the model of transformers in `model`, or `model` itself."""
+    base.save_pretrained = _SaveModel(base, base)
     if base is not model:
         model.save_pretrained, model.load_adapter = _SaveAdapters(model, base), _LoadAdapters(model, base)
 
 
-def leave_files(model: nn.Module) -> None:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+def leave_files(model: nn.Module, base: nn.Module) -> None:
     for module in (model, base):
         for name in ("save_pretrained", "load_adapter"):
-            if isinstance(module.__dict__.get(name), _OfModel):
+            if isinstance(module.__dict__.get(name), _Method):
                 del module.__dict__[name]
 
 
-class _OfModel:
-    """A method of one model; a copy of the model gets its own."""
+class _Method:
+    """A method of one model, held weakly; a copy of the model gets its own."""
 
-    def __init__(self, model: nn.Module, base: nn.Module | None = None) -> None:
-        self.model, self.base = model, base if base is not None else model
+    def __init__(self, model: nn.Module, base: nn.Module) -> None:
+        self._model, self._base = weakref.ref(model), weakref.ref(base)
 
-    @property
-    def _attachment(self) -> Any:
-        return self.base.prefixmem_attachment
+    def __reduce__(self) -> Any:
+        return type(self), (self._model(), self._base())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return type(self)(*(memo.get(id(ref()), ref()) for ref in (self._model, self._base)))
+
+    def _original(self, name: str, *args: Any, **options: Any) -> Any:
+        model = self._model()
+        if model is None:
+            raise RuntimeError(f"the model of this {name} is gone; keep it in a variable")
+        return getattr(type(model), name)(model, *args, **options)
+
+    def _save(self, folder: str | Path, *, weights: bool) -> None:
+        attachment = getattr(self._base(), "prefixmem_attachment", None)
+        if attachment is not None:
+            encoder = unwrapped(attachment.encoder)
+            save_encoder(encoder, Path(folder) / FOLDER, attachment.vocabulary, weights=weights)
 
 
-class _SaveModel(_OfModel):
-    def __call__(self, save_directory: str | Path, *args: Any, is_main_process: bool = True, **options: Any) -> Any:
+class _SaveModel(_Method):
+    def __call__(self, save_directory: str | Path, is_main_process: bool = True, **options: Any) -> Any:
         """The model's save_pretrained, and beside it what attaches the encoder again."""
-        save = type(self.model).save_pretrained
-        result = save(self.model, save_directory, *args, is_main_process=is_main_process, **options)
+        if options.get("push_to_hub"):
+            raise ValueError("push_to_hub=True would leave the encoder's folder out; call model.push_to_hub() instead")
+        result = self._original("save_pretrained", save_directory, is_main_process=is_main_process, **options)
         if is_main_process:
-            attachment = self._attachment
-            save_encoder(attachment.encoder, Path(save_directory) / FOLDER, attachment.vocabulary, weights=False)
+            readable = options.get("safe_serialization", True) is not False and options.get("variant") is None
+            self._save(save_directory, weights=not readable)
         return result
 
 
-class _SaveAdapters(_OfModel):
+class _SaveAdapters(_Method):
     def __call__(self, save_directory: str | Path, *args: Any, is_main_process: bool = True, **options: Any) -> Any:
         """The PeftModel's save_pretrained, and the encoder beside the adapters."""
-        save = type(self.model).save_pretrained
-        result = save(self.model, save_directory, *args, is_main_process=is_main_process, **options)
+        options["is_main_process"] = is_main_process
+        result = self._original("save_pretrained", save_directory, *args, **options)
         if is_main_process:
-            attachment = self._attachment
-            save_encoder(attachment.encoder, Path(save_directory) / FOLDER, attachment.vocabulary)
+            self._save(save_directory, weights=True)
         return result
 
 
-class _LoadAdapters(_OfModel):
+class _LoadAdapters(_Method):
     def __call__(self, model_id: str, *args: Any, **options: Any) -> Any:
         """The PeftModel's load_adapter, and the encoder's weights where they lie beside the adapters."""
-        result = type(self.model).load_adapter(self.model, model_id, *args, **options)
-        folder = Path(model_id) / FOLDER
-        if folder.is_dir():
-            load_weights(self._attachment.encoder, folder)
+        result = self._original("load_adapter", model_id, *args, **options)
+        attachment = getattr(self._base(), "prefixmem_attachment", None)
+        if attachment is not None and (Path(model_id) / FOLDER).is_dir():
+            load_weights(unwrapped(attachment.encoder), Path(model_id) / FOLDER)
         return result

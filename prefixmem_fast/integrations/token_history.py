@@ -26,6 +26,9 @@ class TokenHistory:
     seen: Tensor | None
     window: int
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty_cache, (type(self).__mro__[2],), self.__dict__
+
     def remember(self, tokens: Tensor) -> None:
         tokens = tokens.long()
         if not _is_static(self):
@@ -84,6 +87,11 @@ def _is_static(cache: Any) -> bool:
 @cache
 def _with_history(kind: type) -> type:
     return type(kind.__name__, (TokenHistory, kind), {"__module__": kind.__module__})
+
+
+def _empty_cache(kind: type) -> TokenHistory:
+    made = _with_history(kind)
+    return made.__new__(made)
 
 
 def history_of(cache: Any) -> TokenHistory | None:

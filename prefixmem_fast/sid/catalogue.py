@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -40,9 +41,7 @@ class Catalogue:
             raise ValueError(f"{len(self.items)} items and {len(codes)} rows of codes; give one row an item")
         if not codes.numel():
             raise ValueError(f"codes has shape {tuple(codes.shape)}; give at least one item and one level")
-        if len(set(self.items)) < len(self.items):
-            twice = next(item for i, item in enumerate(self.items) if item in self.items[:i])
-            raise ValueError(f"item {twice!r} is there twice; name each item once")
+        _check_unique(self.items)
         self.codes = codes.to("cpu", torch.int64)
         largest = self.codes.amax(0)
         self.codebook_sizes = check_codebook_sizes(
@@ -109,8 +108,10 @@ class Catalogue:
         Raises:
             TypeError, ValueError: a token is not one of its level; the message names item, level and token.
         """
-        if not isinstance(index, Mapping) or not index:
+        if not isinstance(index, Mapping):
             raise TypeError(f'the index is a {type(index).__name__}; give {{"item": ["<a_1>", "<b_2>", ...]}}')
+        if not index:
+            raise ValueError('the index is empty; give {"item": ["<a_1>", "<b_2>", ...]}')
         levels = None
         for item, tokens in index.items():
             if isinstance(tokens, str) or not isinstance(tokens, Sequence):
@@ -151,9 +152,11 @@ class Catalogue:
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+    _check_unique([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def _check_unique(items: Sequence[str]) -> None:
+    if len(set(items)) < len(items):
+        twice = Counter(items).most_common(1)[0][0]
         raise ValueError(f"item {twice!r} is there twice; name each item once")
-    return found

@@ -56,7 +56,13 @@ class TokenFormat:
         self._pattern = re.compile(pattern)
 
     def write(self, level: int, code: int) -> str:
-        """The token of a code; levels count from 1."""
+        """The token of a code; levels count from 1.
+
+        Raises:
+            ValueError: the level has no letter.
+        """
+        if level > 26 and "{letter}" in self.template:
+            raise ValueError(f"token_format = {self.template!r} has no letter for level {level}; use {{level}}")
         number = code + sum(self.codebook_sizes[: level - 1]) if self.codebook_sizes else code
         return self.template.format(
             letter=chr(ord("a") + level - 1), level=level, level0=level - 1, code=code, number=number
@@ -104,7 +110,7 @@ def recognise(tokens: Iterable[str], codebook_sizes: Sequence[int] | None) -> To
     if not examples:
         raise ValueError(
             f"none of the {len(tokens)} tokens is a Semantic ID token of a known format ({', '.join(KNOWN_FORMATS)}; "
-            "the last one needs codebook_sizes); give token_format"
+            "the last one needs codebook_sizes); give token_format, or add tokens with SIDVocabulary.extend"
         )
     found = ", ".join(f"{form.template} ({example})" for form, example in examples.items())
     raise ValueError(f"the tokens have several formats: {found}; give token_format")

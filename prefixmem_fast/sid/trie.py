@@ -19,15 +19,17 @@ class SIDTrie:
     Args:
         catalogue: the items.
         vocabulary: the tokens of their codes.
-        begin, end: token ids that stand before and after each SID, where the sequences have them.
+        begin, end: ids of two text tokens that stand before and after each SID, where the sequences have them.
 
     Attributes:
         levels: L.
+        largest_token: the largest token id in it.
         prefixes: distinct prefixes of each length, 1 .. L.
         depth: tokens of one SID, `begin` and `end` included.
 
     Raises:
-        ValueError: no token stands for a code of an item, or the codebooks differ.
+        ValueError: no token stands for a code of an item, the numbers of levels differ, or `begin` and `end` are one
+            token or tokens of codes.
     """
 
     def __init__(
@@ -36,11 +38,15 @@ class SIDTrie:
         levels = catalogue.codes.shape[1]
         if len(vocabulary.codebook_sizes) != levels:
             raise ValueError(f"the vocabulary has {len(vocabulary.codebook_sizes)} levels and the catalogue {levels}")
+        wrappers = [token for token in (begin, end) if token is not None]
+        if len(set(wrappers)) < len(wrappers) or any(vocabulary.is_code(token) for token in wrappers):
+            raise ValueError(f"begin = {begin} and end = {end}; give two different tokens that stand for no code")
         tokens = vocabulary.encode(catalogue.codes)
         before, after = ([] if token is None else [tokens.new_full((len(tokens), 1), token)] for token in (begin, end))
         tokens = torch.cat([*before, tokens, *after], 1)
         self.catalogue, self.vocabulary = catalogue, vocabulary
         self.levels, self.depth = levels, tokens.shape[1]
+        self.largest_token = int(tokens.max())
 
         order = _lexicographic_order(tokens)
         tokens = tokens[order]
@@ -92,14 +98,13 @@ class SIDTrie:
             int64 ``[N]``: the node; the root after text, after a whole SID in the prompt and after a prefix there that
             no item has; a leaf once a SID is generated or completed; -1 once a generated token has left the trie.
         """
-        start = max(prompt - (self.depth - 1), 0)
+        start = max(prompt - (self.depth - 1), 0)  # a SID that goes on has begun by then; whole ones are text
         node = tokens.new_zeros(len(tokens))
         for t in range(start, tokens.shape[1]):
             after = self.child(node, tokens[:, t])
             if t < prompt:  # what is no prefix is text
                 restart = self.child(torch.zeros_like(node), tokens[:, t])
                 after = torch.where(after >= 0, after, restart.clamp(min=0))
-                after = torch.where(self.is_leaf(after), 0, after)
             else:  # what follows a whole SID is no part of it
                 after = torch.where(self.is_leaf(node), node, after)
             node = after

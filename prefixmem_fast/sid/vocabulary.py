@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -143,7 +144,7 @@ class SIDVocabulary:
 
         Args:
             tokenizer: of transformers; tokens are added in place, level by level, in the order of the codes.
-            model: its embeddings grow in place, if they have no rows for the new tokens yet; None leaves it out.
+            model: its embeddings grow in place, if they have too few rows for the new tokens; None leaves it out.
             codebook_sizes: K_1 .. K_L.
             codes: integer ``[items, L]``; with it, only codes that occur get a token.
             token_format: a template, see `TokenFormat`.
@@ -151,8 +152,8 @@ class SIDVocabulary:
             pad_to_multiple_of: of `resize_token_embeddings`.
 
         Raises:
-            TypeError, ValueError: an argument is not as stated, or the tokenizer has one of the tokens already;
-                nothing has been changed then.
+            TypeError, ValueError: an argument is not as stated, the tokenizer has one of the tokens already, or it
+                would not read them back as single tokens; nothing has been changed then.
         """
         sizes = check_codebook_sizes(codebook_sizes)
         form = TokenFormat(token_format, sizes)
@@ -162,18 +163,11 @@ class SIDVocabulary:
             raise TypeError(f"model is a {type(model).__name__}; give a model of transformers, or None")
         entries = [(l, code) for l in range(1, len(sizes) + 1) for code in _codes_of_level(l, sizes, codes)]
         names = [form.write(*entry) for entry in entries]
-        there = _vocabulary_of(tokenizer)
-        known = next((name for name in names if name in there), None)
-        if known is not None:
-            raise ValueError(
-                f"the tokenizer has the token {known!r} already; recognise its tokens with "
-                "SIDVocabulary.from_tokenizer, or give another token_format"
-            )
+        ids = _add_tokens(copy.deepcopy(tokenizer), names)  # a try: tokenizers cannot take tokens back
         old = len(tokenizer)
-        tokenizer.add_tokens(names)
-        ids = tokenizer.convert_tokens_to_ids(names)
+        _add_tokens(tokenizer, names)
         if model is not None:
-            _grow(model, len(tokenizer), old, torch.tensor(ids), noise, pad_to_multiple_of)
+            _grow(model, max(ids) + 1, old, torch.tensor(ids), noise, pad_to_multiple_of)
         return cls(dict(zip(entries, ids, strict=True)), sizes, dict(zip(ids, names, strict=True)))
 
     def __len__(self) -> int:
@@ -189,6 +183,10 @@ class SIDVocabulary:
         return self.codebook_sizes == other.codebook_sizes and self._ids == other._ids
 
     __hash__ = None  # type: ignore[assignment]
+
+    def is_code(self, token: int) -> bool:
+        """Whether a token id stands for a code."""
+        return 0 <= token < len(self.table) and bool(self.table[token, 0] > 0)
 
     def token_id(self, level: int, code: int) -> int:
         """Token id of a code.
@@ -325,6 +323,38 @@ def _vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return dict(sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]))
 
 
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, names: list[str]) -> list[int]:
+    """Add tokens and check that each is one token, new, and read back from text."""
+    from transformers import AddedToken
+
+    before = _vocabulary_of(tokenizer)
+    known = next((name for name in names if name in before), None)
+    if known is not None:
+        raise ValueError(
+            f"the tokenizer has the token {known!r} already; recognise its tokens with SIDVocabulary.from_tokenizer, "
+            "or give another token_format"
+        )
+    # Not normalized: normalizers that put a mark before words would hide a token that follows another.
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
+    ids = tokenizer.convert_tokens_to_ids(names)
+    taken = set(before.values())
+    for name, token in zip(names, ids, strict=True):
+        if token in taken:
+            raise ValueError(
+                f"the tokenizer did not take {name!r} as a token of its own: its id {token} is that of another; give "
+                "another token_format, or another tokenizer"
+            )
+        taken.add(token)
+    text = names[0] + names[-1] + names[0]
+    read = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if read != [ids[0], ids[-1], ids[0]]:
+        raise ValueError(
+            f"the tokenizer reads {text!r} as {tokenizer.convert_ids_to_tokens(read)}; give another token_format, or "
+            "another tokenizer"
+        )
+    return ids
+
+
 def _observed_sizes(found: Mapping[str, tuple[int, int]]) -> list[int]:
     largest: dict[int, int] = {}
     for level, code in found.values():
@@ -357,8 +387,9 @@ def _codes_of_level(level: int, sizes: tuple[int, ...], codes: Tensor | None) ->
 def _grow(
     model: PreTrainedModel, tokens: int, old: int, new_ids: Tensor, noise: float, pad_to_multiple_of: int | None
 ) -> None:
-    if tokens > model.get_input_embeddings().weight.shape[0] or pad_to_multiple_of:
-        model.resize_token_embeddings(tokens, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokens > rows or pad_to_multiple_of:
+        model.resize_token_embeddings(max(tokens, rows), pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
     layers: list[nn.Module | None] = [model.get_input_embeddings(), model.get_output_embeddings()]
     done = set()
     for layer in layers:

@@ -93,6 +93,25 @@ def test_one_token_at_a_time_in_a_loop_of_ones_own():
             torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
 
 
+def test_a_cache_given_by_position():
+    model, input_ids = attach(tiny_model(), encoder(), vocabulary()), prompts()["input_ids"][:3]
+    with torch.no_grad():
+        whole = model.model(input_ids)[0]
+        past = model.model(input_ids[:, :6]).past_key_values
+        last = model.model(input_ids[:, 6:], None, None, past)[0]
+    torch.testing.assert_close(last, whole[:, 6:])
+
+
+def test_a_model_that_does_not_call_its_embedding_is_told(monkeypatch):
+    model = attach(tiny_model(), encoder(), vocabulary())
+    by_hand = lambda self, ids: torch.nn.functional.embedding(ids, self.weight)  # noqa: E731
+    monkeypatch.setattr(type(model.get_input_embeddings()), "__call__", by_hand)
+    with pytest.raises(RuntimeError, match="Qwen3ForCausalLM embedded its tokens without the encoder"):
+        logits(model, **prompts())
+    with pytest.raises(RuntimeError, match="without the encoder"):
+        logits(model, **{**prompts(), "attention_mask": None})
+
+
 def test_a_cache_that_is_copied_cropped_repeated_selected_or_reset_keeps_its_tokens():
     model, input_ids = attach(tiny_model(), encoder(), vocabulary()), prompts()["input_ids"][:3]
     whole = logits(model, input_ids=input_ids)
@@ -130,6 +149,12 @@ def test_a_cache_that_is_copied_cropped_repeated_selected_or_reset_keeps_its_tok
             model(input_ids[:, :-1], past_key_values=static, use_cache=True)
         torch.testing.assert_close(last(static), whole[:, -1])
         static.reset()
+    begun = torch.tensor([sid(1), sid(1), sid(1)])
+    with torch.no_grad():
+        model(begun, past_key_values=static, use_cache=True)
+        static.reset()
+        after = model(torch.tensor([[sid(1, 3)[1]]] * 3), past_key_values=static, use_cache=True).logits
+    torch.testing.assert_close(after, logits(model, input_ids=torch.tensor([[sid(1, 3)[1]]] * 3)))
 
 
 def test_tokens_that_came_as_embeddings_are_text_and_said_so():
@@ -251,12 +276,9 @@ def test_gpt2_token_types_are_no_tokens():
     model = attach(tiny_model("gpt2"), encoder(), vocabulary())
     input_ids = prompts()["input_ids"][:3]
     types = torch.full_like(input_ids, sid(1)[0])
-    detached = detach(model)
-    plain = logits(model, input_ids=input_ids, token_type_ids=types) - logits(model, input_ids=input_ids)
-    torch.nn.init.zeros_(detached.out_proj.weight)
-    attach(model, detached, vocabulary())
-    both = logits(model, input_ids=input_ids, token_type_ids=types) - logits(model, input_ids=input_ids)
-    assert torch.equal(plain, both)
+    embeddings = model.get_input_embeddings()
+    expected = logits(model, inputs_embeds=embeddings(input_ids) + embeddings.weight[types])
+    torch.testing.assert_close(logits(model, input_ids=input_ids, token_type_ids=types), expected)
     with torch.no_grad():
         past = model(input_ids, token_type_ids=types, use_cache=True).past_key_values
     assert torch.equal(past.seen, input_ids)

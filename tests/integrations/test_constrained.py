@@ -130,6 +130,13 @@ def test_a_result_that_somebody_holds_is_not_written_again():
         assert torch.equal(processor(second, scores), expected[1])
         assert torch.equal(view, expected[0].view(1, -1))
         del view
+        with torch.inference_mode():  # here a view holds the memory alone
+            view = processor(first, scores).view(1, -1)
+            processor(second, scores)
+            assert torch.equal(view, expected[0].view(1, -1))
+            del view
+        processor(first, scores)[:, 7] = 0.0  # as a processor after it might
+        assert torch.equal(processor(second, scores), expected[1])
         place = processor(first, scores).data_ptr()
         again = processor(second, scores)
         assert again.data_ptr() == place, "nobody held it, so it is used again"

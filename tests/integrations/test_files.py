@@ -53,13 +53,21 @@ def test_without_the_encoder_nothing_is_written(tmp_path):
     detach(model)
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "prefixmem").exists()
-    with pytest.raises(CheckpointError, match="is not of prefixmem_fast: its format is None; was the model saved"):
+    with pytest.raises(CheckpointError, match=r"\(its format is None\), and .*prefixmem is not there; was"):
         PrefixMem.from_pretrained(tmp_path)
 
 
 def test_other_processes_write_nothing(tmp_path):
-    attach(tiny_model(), encoder(), vocabulary()).save_pretrained(tmp_path, is_main_process=False)
+    model = attach(tiny_model(), encoder(), vocabulary())
+    model.save_pretrained(tmp_path, is_main_process=False)
     assert not (tmp_path / "prefixmem").exists()
+
+
+def save_another(folder):
+    """The model's file of another encoder, under the old config.json."""
+    model = attach(tiny_model(), encoder(std=2.0), vocabulary())
+    model.save_pretrained(folder / "x")
+    shutil.copy(folder / "x" / "model.safetensors", folder)
 
 
 @pytest.mark.parametrize(
@@ -75,16 +83,14 @@ def test_other_processes_write_nothing(tmp_path):
             r"hold no prefixmem.memory.weight; was the model saved with the encoder on it\?",
         ),
         (
-            lambda d: (
-                attach(tiny_model(), encoder(std=2.0), vocabulary()).save_pretrained(d / "x")
-                or shutil.copy(d / "x" / "model.safetensors", d)
-            ),
+            save_another,
             "not the one that config.json was saved with",
         ),
     ],
 )
 def test_model_files_that_do_not_match(tmp_path, damage, message):
-    attach(tiny_model(), encoder(), vocabulary()).save_pretrained(tmp_path)
+    model = attach(tiny_model(), encoder(), vocabulary())
+    model.save_pretrained(tmp_path)
     damage(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         PrefixMem.from_pretrained(tmp_path)
@@ -136,15 +142,35 @@ def test_peft_around_an_attached_model(tmp_path):
     assert torch.equal(found(**prompts()).logits, kept(**prompts()).logits)
 
 
-def test_peft_on_the_embedding():
-    """LoRA wraps the hooked embedding, modules_to_save copies it."""
-    for options in (
+PEFT_ON_EMBEDDINGS = {
+    "qwen3": [
         {"target_modules": ["embed_tokens"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-    ):
-        model = attach(tiny_model(), encoder(), vocabulary())
-        before = model(**prompts()).logits
-        wrapped = get_peft_model(model, LoraConfig(r=4, **options)).eval()
-        torch.testing.assert_close(wrapped(**prompts()).logits, before)
-        with wrapped.disable_adapter():
-            torch.testing.assert_close(wrapped(**prompts()).logits, before)
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": {"embed_tokens": [21, 30]}},
+    ],
+    "t5": [
+        {"target_modules": ["shared"]},
+        {"modules_to_save": ["shared"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"trainable_token_indices": {"shared": [21, 30]}},
+    ],
+}
+
+
+@pytest.mark.parametrize(("family", "options"), [(f, o) for f, all in PEFT_ON_EMBEDDINGS.items() for o in all])
+@pytest.mark.parametrize("first", ["attach", "peft"])
+def test_peft_on_the_embedding(family, options, first):
+    """PEFT wraps and copies embeddings, or computes them without calling them; m is added once all the same."""
+    options = {"target_modules": ["q_proj" if family == "qwen3" else "q"], **options}
+    plain = attach(tiny_model(family), encoder(), vocabulary())(**call(family)).logits
+    model = attach(tiny_model(family), encoder(), vocabulary()) if first == "attach" else tiny_model(family)
+    wrapped = get_peft_model(model, LoraConfig(r=4, **options)).eval()  # LoRA starts as nothing
+    if first == "peft":
+        attach(wrapped, encoder(), vocabulary())
+    torch.testing.assert_close(wrapped(**call(family)).logits, plain)
+    with wrapped.disable_adapter():
+        torch.testing.assert_close(wrapped(**call(family)).logits, plain)
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(merged(**call(family)).logits, plain)
+    detach(merged)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in merged.modules())

@@ -38,7 +38,7 @@ def test_index_files(tmp_path):
         ({"7": ["<a_1>", "<b_9>"]}, {"codebook_sizes": (4, 4)}, r"item '7' has code 9 at level 2; allowed are 0\.\.3"),
         ({"7": ["<a_1>", "<b_9>"]}, {"codebook_sizes": (4,)}, "codebook_sizes has 1 levels and codes has 2"),
         ({"7": ["red", "blue"]}, {}, "none of the 2 tokens is a Semantic ID token"),
-        ({}, {}, "the index is a dict; give"),
+        ({}, {}, "the index is empty; give"),
     ],
 )
 def test_errors_name_item_level_and_token(index, options, message, tmp_path):

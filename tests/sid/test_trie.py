@@ -78,6 +78,12 @@ def test_a_prefix_that_no_item_has_is_text():
     assert allowed_sets(trie, trie.walk(torch.tensor([[3, 11], [3, 10], [10, 20], [20, 10]]), 2)) == [
         {10}, {20}, {10}, {20},
     ]  # fmt: skip
+    three = SIDVocabulary.from_table({10: (1, 0), 11: (1, 1), 20: (2, 0), 30: (3, 0)}, (2, 1, 1))
+    deep = SIDTrie(Catalogue(["a", "b"], torch.tensor([[0, 0, 0], [1, 0, 0]]), (2, 1, 1)), three)
+    begun = torch.tensor([[3, 10, 11], [3, 10, 20], [10, 20, 11], [11, 20, 30]])
+    assert allowed_sets(deep, deep.walk(begun, 3)) == [{20}, {30}, {20}, {10, 11}], (
+        "one begins where another breaks off"
+    )
     assert trie.walk(torch.tensor([[3, 11]]), 1).tolist() == [-1], "generated, it has left the trie"
     assert trie.items_of(trie.walk(torch.tensor([[3, 10, 20, 2]]), 1)) == [("a", "b")]
     assert repr(trie).startswith("SIDTrie(items=2, prefixes=(1, 1), bytes=")
