@@ -76,7 +76,7 @@ def _tensors(path):
     return load_file(path)
 
 
-@pytest.mark.parametrize("size", [0, "2 PB", -1, 1.5, True, None])
+@pytest.mark.parametrize("size", [0, "2 PB", "1.2.3GB", -1, 1.5, True, None])
 def test_sizes_that_are_none(tmp_path, size):
     with pytest.raises(ValueError, match=r"max_shard_size = .* is no size; give bytes"):
         encoder().save_pretrained(tmp_path / "new", max_shard_size=size)
@@ -143,6 +143,11 @@ def edit(config, change, digest=True):
     config.write_text(json.dumps(values))
 
 
+def repeat_part(values):
+    entry = values["tensors"]["out_proj.weight"]
+    entry["parts"] = entry["parts"] * 2
+
+
 def flip(path, place):
     content = bytearray(path.read_bytes())
     content[place] ^= 1
@@ -168,6 +173,7 @@ def flip(path, place):
         (lambda c, w: edit(c, lambda v: v["encoder"]["spec"].update(version=9)), "version"),
         (lambda c, w: edit(c, lambda v: v["tensors"]["memory.weight"].update(shape=[3, 4])), r"shape \[3, 4\]"),
         (lambda c, w: edit(c, lambda v: v["tensors"].pop("out_proj.weight")), "out_proj.weight is missing"),
+        (lambda c, w: edit(c, repeat_part), "the files hold 64 rows of out_proj.weight; config.json says 32"),
         (lambda c, w: edit(c, lambda v: v["tensors"]["memory.weight"].update(dtype="float16")), "float32"),
         (lambda c, w: w.write_bytes(w.read_bytes()[:-9]), "safetensors is damaged or cut"),
         (lambda c, w: w.write_bytes(b"junk"), "safetensors is damaged or cut"),
@@ -187,6 +193,29 @@ def test_damaged_checkpoints(tmp_path, damage, message):
     with pytest.raises(CheckpointError):
         checkpoint.load_weights(one, tmp_path)
     assert all(torch.equal(one.state_dict()[name], tensor) for name, tensor in state.items()), "left half loaded"
+
+
+def test_loaded_while_serving_it_can_be_trained(tmp_path):
+    saved(tmp_path)
+    with torch.inference_mode():
+        one = PrefixMem.from_pretrained(tmp_path)
+    one(torch.tensor([[1, 3, 4]])).sum().backward()
+    assert one.memory.weight.grad.any()
+
+
+def test_two_writers_leave_one_of_the_two(tmp_path, monkeypatch):
+    """The second starts and ends while the first is about to write its config."""
+    first, second = encoder(), encoder(std=2.0)
+    write = checkpoint._write_json
+
+    def meanwhile(*args):
+        monkeypatch.setattr(checkpoint, "_write_json", write)
+        second.save_pretrained(tmp_path)
+        write(*args)
+
+    monkeypatch.setattr(checkpoint, "_write_json", meanwhile)
+    first.save_pretrained(tmp_path)
+    assert torch.equal(PrefixMem.from_pretrained(tmp_path).out_proj.weight, first.out_proj.weight)
 
 
 def test_unverified_loading_trusts_the_content(tmp_path):

@@ -1,9 +1,21 @@
 import copy
+import gc
+import pickle
 import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import DynamicCache, MambaConfig, MambaForCausalLM, StaticCache
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DynamicCache,
+    EncoderDecoderCache,
+    MambaConfig,
+    MambaForCausalLM,
+    StaticCache,
+)
 
 from prefixmem_fast import PrefixMem, PrefixMemConfig, PrefixMemory, SIDVocabulary, attach, detach
 
@@ -279,9 +291,127 @@ def test_gpt2_token_types_are_no_tokens():
     embeddings = model.get_input_embeddings()
     expected = logits(model, inputs_embeds=embeddings(input_ids) + embeddings.weight[types])
     torch.testing.assert_close(logits(model, input_ids=input_ids, token_type_ids=types), expected)
+    embeds = embeddings(input_ids)
+    torch.testing.assert_close(logits(model, inputs_embeds=embeds, token_type_ids=types), expected)
     with torch.no_grad():
         past = model(input_ids, token_type_ids=types, use_cache=True).past_key_values
     assert torch.equal(past.seen, input_ids)
+
+
+def test_threads_do_not_mix_their_tokens():
+    model = attach(tiny_model(), encoder(), vocabulary())
+    inputs = [{"input_ids": row[None]} for row in prompts()["input_ids"][:3]]
+    expected = [model.generate(**one, max_new_tokens=8, num_beams=2) for one in inputs]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(4):
+            found = pool.map(lambda one: model.generate(**one, max_new_tokens=8, num_beams=2), inputs)
+            assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+def test_a_model_is_freed_when_it_is_dropped():
+    model = attach(tiny_model(), encoder(), vocabulary())
+    model.generate(**prompts(), max_new_tokens=2)
+    watched = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
+def test_exchanged_embeddings_are_followed_on_every_path():
+    for family in ("t5", "qwen3"):
+        model, inputs = attach(tiny_model(family), encoder(), vocabulary()), call(family)
+        expected = model.generate(**inputs, max_new_tokens=4, output_scores=True, return_dict_in_generate=True)
+        other = torch.nn.Embedding(TOKENS, HIDDEN)
+        other.weight = model.get_input_embeddings().weight
+        model.set_input_embeddings(other)
+        found = model.generate(**inputs, max_new_tokens=4, output_scores=True, return_dict_in_generate=True)
+        assert all(torch.equal(one, two) for one, two in zip(found.scores, expected.scores, strict=True))
+
+
+@pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
+def test_embeddings_between_tokens_end_a_sid(cache):
+    model = attach(tiny_model(), encoder(), vocabulary())
+    begun, ended = torch.tensor([[5, *sid(1)]]), torch.tensor([[sid(1, 3)[1]]])
+    text = torch.tensor([[6, 7]])
+    past = cache(config=model.config, **({"max_cache_len": 16} if cache is StaticCache else {}))
+    with torch.no_grad():
+        model(begun, past_key_values=past, use_cache=True)
+        model(inputs_embeds=model.get_input_embeddings()(text), past_key_values=past, use_cache=True)
+        last = model(ended, past_key_values=past, use_cache=True).logits
+    whole = logits(model, input_ids=torch.cat([begun, text, ended], 1))
+    torch.testing.assert_close(last, whole[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_called_with_the_decoders_cache():
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=TOKENS, d_model=HIDDEN, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, pad_token_id=0,
+    )  # fmt: skip
+    model = attach(BartForConditionalGeneration(config).eval(), encoder(), vocabulary())
+    input_ids, decoder = prompts()["input_ids"], torch.tensor([[0, *sid(1, 3)]] * 4)
+    whole = logits(model, input_ids=input_ids, decoder_input_ids=decoder)
+    past = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+    parts = [
+        logits(model, input_ids=input_ids, decoder_input_ids=part, past_key_values=past, use_cache=True)
+        for part in decoder.split(1, 1)
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cached_loop_with_gradients():
+    model, input_ids = attach(tiny_model(), encoder(), vocabulary()).train(), prompts()["input_ids"][:3]
+    past = model(input_ids[:, :6], use_cache=True).past_key_values
+    last = model(input_ids[:, 6:], past_key_values=past, use_cache=True).logits
+    torch.testing.assert_close(last, model(input_ids).logits[:, 6:], rtol=1e-4, atol=1e-4)
+
+
+def test_positions_that_jump_ahead_are_one_sequence():
+    model = attach(tiny_model(), encoder(), vocabulary())
+    added = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: added.append(output))
+    for positions in ([0, 1, 2, 9], [0, 2, 4, 6]):
+        logits(model, input_ids=torch.tensor([[5, *sid(1, 3, 4)]]), position_ids=torch.tensor([positions]))
+    logits(model, input_ids=torch.tensor([[5, *sid(1, 3, 4)]]))
+    assert torch.equal(added[0], added[2])
+    assert torch.equal(added[1], added[2])
+
+
+def test_a_cached_sequence_that_starts_again_is_another():
+    model = attach(tiny_model(), encoder(), vocabulary())
+    with torch.no_grad():
+        past = model(torch.tensor([[5, *sid(1)]]), use_cache=True).past_key_values
+        model(torch.tensor([[sid(1, 3)[1], 6]]), past_key_values=past, position_ids=torch.tensor([[0, 1]]))
+        expected = model.prefixmem.encode_tokens(torch.tensor([[sid(1, 3)[1]]]), vocabulary())
+    assert not expected.any()
+    added = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: added.append(output))
+    token = torch.tensor([[sid(1, 3)[1]]])
+    with torch.no_grad():
+        past = model(torch.tensor([[5, *sid(1)]]), use_cache=True).past_key_values
+        model(token, past_key_values=past, position_ids=torch.tensor([[0]]))
+    assert torch.equal(added[-1], model.get_input_embeddings().weight[token])
+
+
+def test_caches_are_pickled():
+    model, input_ids = attach(tiny_model(), encoder(), vocabulary()), prompts()["input_ids"][:3]
+    with torch.no_grad():
+        past = pickle.loads(pickle.dumps(model(input_ids[:, :6], use_cache=True).past_key_values))
+        last = model(input_ids[:, 6:], past_key_values=past, use_cache=True).logits
+    torch.testing.assert_close(last, logits(model, input_ids=input_ids)[:, 6:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_whole_model_is_pickled(tmp_path):
+    model = attach(tiny_model(), encoder(), vocabulary())
+    expected = logits(model, **prompts())
+    torch.save(model, tmp_path / "model.pt")
+    found = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(found, **prompts()), expected)
+    detach(found)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in found.modules())
 
 
 @pytest.mark.parametrize(
@@ -291,6 +421,13 @@ def test_gpt2_token_types_are_no_tokens():
         (lambda m, e, v: (m, PrefixMemory(e.config), v), TypeError, "encoder is a PrefixMemory; give a PrefixMem"),
         (lambda m, e, v: (m, e, {}), TypeError, "vocabulary is a dict; give a SIDVocabulary"),
         (lambda m, e, v: (attach(m, e, v), e, v), ValueError, "attached to this Qwen3ForCausalLM already"),
+        (lambda m, e, v: (attach(m.model, e, v) and m, e, v), ValueError, "attached to this Qwen3ForCausalLM already"),
+        (lambda m, e, v: (torch.compile(m), e, v), TypeError, "model is compiled; attach the encoder first"),
+        (
+            lambda m, e, v: (m, e.to("meta"), v),
+            ValueError,
+            "the encoder is on meta and the model's embeddings are on cpu",
+        ),
         (lambda m, e, v: (tiny_model("gpt2").resize_token_embeddings(30) and m, e, v), None, ""),
         (
             lambda m, e, v: (m, e, SIDVocabulary.from_table({}, (4, 5))),

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
 from prefixmem_fast import Catalogue, SIDLogitsProcessor, SIDTrie, attach, generate_items
@@ -79,6 +80,42 @@ def test_settings_that_the_model_brings_do_not_apply():
         generate_items(model, trie(), inputs)
     found = generate_items(model, trie(), inputs, num_beams=3, num_return_sequences=2, eos_token_id=[EOS])
     assert [len(row) for row in found.items] == [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "message"),
+    [
+        ("text", {}, "inputs holds no input_ids"),
+        ({"input_ids": [[1, 2]]}, {}, "inputs holds no input_ids"),
+        (torch.ones(1, 2, dtype=torch.int64), {}, "inputs holds no input_ids"),
+        ({"input_ids": torch.ones(2, 2, dtype=torch.int64), "attention_mask": torch.tensor([[1, 1], [1, 0]])}, {},
+         "inputs is padded on the right"),
+        (prompts(), {"max_new_tokens": 2}, "max_new_tokens is set by the search over the trie"),
+        (prompts(), {"length_penalty": 2.0}, "length_penalty is set by the search"),
+        (prompts(), {"eos_token_id": sid(1)[0]}, "is the token of a code; end with another"),
+        (prompts(), {"eos_token_id": 5000}, "reach token id 5000, the scores 63"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(inputs, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        generate_items(tiny_model(), trie(), inputs, **options)
+
+
+def test_a_processor_of_ones_own_comes_first():
+    def never_code_1(input_ids, scores):
+        return scores.index_fill(1, torch.tensor([sid(1)[0]]), -torch.inf)
+
+    found = generate_items(tiny_model(), trie(), {"input_ids": torch.tensor([[5, 6]])}, logits_processor=[never_code_1])
+    assert {codes[0] for codes in found.sids[0].tolist()} == {0, 3, -1}
+
+
+def test_peft_models_keep_no_config_of_their_own():
+    model = get_peft_model(attach(tiny_model(), encoder(), vocabulary()), LoraConfig(target_modules=["q_proj"])).eval()
+    plain = generate_items(model.get_base_model(), trie(), prompts(), num_beams=4)
+    found = generate_items(model, trie(), prompts(), num_beams=4)
+    assert torch.equal(found.scores, plain.scores)
+    assert "generation_config" not in model.__dict__
+    assert model.generation_config is model.get_base_model().generation_config
 
 
 def test_wrapped_sids():

@@ -57,6 +57,41 @@ def test_without_the_encoder_nothing_is_written(tmp_path):
         PrefixMem.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "options", [{"variant": "x"}, {"safe_serialization": False}, {"max_shard_size": "5KB"}, {"state_dict": True}]
+)
+def test_what_was_saved_in_another_way_is_loaded(options, tmp_path):
+    model = attach(tiny_model(), encoder(), vocabulary())
+    if "state_dict" in options:  # as a trainer that gathers or rounds weights gives it
+        options = {
+            "state_dict": {name: t.bfloat16() if t.is_floating_point() else t for name, t in model.state_dict().items()}
+        }
+    model.save_pretrained(tmp_path, **options)
+    found = PrefixMem.from_pretrained(tmp_path)
+    dtype = torch.bfloat16 if "state_dict" in options else torch.float32
+    assert torch.equal(found.memory.weight, model.prefixmem.memory.weight.to(dtype))
+
+
+def test_uploads_that_would_leave_the_encoder_out(tmp_path):
+    model = attach(tiny_model(), encoder(), vocabulary())
+    with pytest.raises(ValueError, match=r"call model.push_to_hub\(\) instead"):
+        model.save_pretrained(tmp_path / "new", push_to_hub=True)
+    assert not (tmp_path / "new").exists()
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"config.json belongs to something else, a model perhaps; give a folder"):
+        model.prefixmem.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_a_method_of_a_model_that_is_gone(tmp_path):
+    model = attach(tiny_model(), encoder(), vocabulary())
+    save = model.save_pretrained
+    del model
+    with pytest.raises(RuntimeError, match="the model of this save_pretrained is gone"):
+        save(tmp_path)
+
+
 def test_other_processes_write_nothing(tmp_path):
     model = attach(tiny_model(), encoder(), vocabulary())
     model.save_pretrained(tmp_path, is_main_process=False)
@@ -140,6 +175,16 @@ def test_peft_around_an_attached_model(tmp_path):
     base = attach(tiny_model(), encoder(), vocabulary())
     found = PeftModel.from_pretrained(base, tmp_path).eval()
     assert torch.equal(found(**prompts()).logits, kept(**prompts()).logits)
+    kept.get_base_model().save_pretrained(tmp_path / "base")  # the trained copy
+    assert torch.equal(PrefixMem.from_pretrained(tmp_path / "base").memory.weight, copies[0])
+    assert isinstance(detach(kept), PrefixMem)
+
+
+def test_peft_saves_without_the_encoder_once_it_is_detached(tmp_path):
+    model = attach(lora(tiny_model()), encoder(), vocabulary())
+    detach(model.get_base_model())
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "prefixmem").exists()
 
 
 PEFT_ON_EMBEDDINGS = {
@@ -170,7 +215,9 @@ def test_peft_on_the_embedding(family, options, first):
     torch.testing.assert_close(wrapped(**call(family)).logits, plain)
     with wrapped.disable_adapter():
         torch.testing.assert_close(wrapped(**call(family)).logits, plain)
+    tied = wrapped.config.tie_word_embeddings
     merged = wrapped.merge_and_unload()
+    merged.config.tie_word_embeddings = tied  # PEFT unties a merged T5, whose logits then have another scale
     torch.testing.assert_close(merged(**call(family)).logits, plain)
     detach(merged)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in merged.modules())

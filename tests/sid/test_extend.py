@@ -1,5 +1,8 @@
 import pytest
 import torch
+from tokenizers import Tokenizer, normalizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from prefixmem_fast import SIDVocabulary
 
@@ -78,3 +81,35 @@ def test_errors_change_nothing(change, message):
     with pytest.raises((TypeError, ValueError), match=message):
         SIDVocabulary.extend(one, **arguments)
     assert len(one) == 4
+
+
+def test_a_tokenizer_that_marks_words_reads_sids_inside_text():
+    """As Llama 2's does: its normalizer writes a mark before the text and for each space."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3, **{c: 4 + i for i, c in enumerate("abcdefgh<>_0123456789")}}
+    made = Tokenizer(BPE(words, [], unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    one = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    vocabulary = SIDVocabulary.extend(one, None, (4, 5))
+    ids = vocabulary.encode(torch.tensor([[3, 4], [0, 1]]))
+    read = one("ab " + vocabulary.text([3, 4]) + vocabulary.text([0, 1]) + " c", add_special_tokens=False)["input_ids"]
+    assert [token for token in read if vocabulary.is_code(token)] == ids.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "token_format", "message"),
+    [
+        ((12,) * 11, "x{level}{code}", "its id .* is that of another"),
+        ((1,) * 27, "<{letter}_{code}>", r"no letter for level 27; use \{level\}"),
+    ],
+)
+def test_tokens_that_would_not_be_told_apart(sizes, token_format, message):
+    one = tokenizer()
+    with pytest.raises(ValueError, match=message):
+        SIDVocabulary.extend(one, None, sizes, token_format=token_format)
+    assert len(one) == 5
+
+
+def test_padded_embeddings_do_not_shrink():
+    one, model = tokenizer([f"w{i}" for i in range(20)]), tiny_model()
+    SIDVocabulary.extend(one, model, (4, 5), pad_to_multiple_of=16)
+    assert model.get_input_embeddings().weight.shape[0] == TOKENS

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,3 +90,10 @@ def test_a_prefix_that_no_item_has_is_text():
     assert repr(trie).startswith("SIDTrie(items=2, prefixes=(1, 1), bytes=")
     assert trie.allowed(torch.empty(0, dtype=torch.int64), 30).tolist() == []
     assert trie.allowed(torch.tensor([-1, -1]), 30).tolist() == []
+
+
+@pytest.mark.parametrize("wrappers", [{"begin": 3, "end": 3}, {"begin": 10}, {"end": 20}])
+def test_wrappers_are_two_text_tokens(wrappers):
+    vocabulary = SIDVocabulary.from_table({10: (1, 0), 20: (2, 0)}, (1, 1))
+    with pytest.raises(ValueError, match="give two different tokens that stand for no code"):
+        SIDTrie(Catalogue(["a"], torch.tensor([[0, 0]])), vocabulary, **wrappers)
