@@ -175,8 +175,8 @@ class FusedGradient(Tensor):
             return found if name == "_foreach_norm" else None
         raise RuntimeError(
             'grad="fused" spends the gradient of the table in the backward pass, so it cannot be clipped, scaled or '
-            f'read ({func}); use grad="sparse", or switch clipping and GradScaler off (max_grad_norm=0 and bf16 in '
-            "Hugging Face's TrainingArguments)"
+            f'read ({func}); use grad="sparse", or train without clipping and without GradScaler (max_grad_norm=0, and '
+            "bf16=True rather than fp16=True, in Hugging Face's TrainingArguments)"
         )
 
 

@@ -1,5 +1,6 @@
 """From a catalogue to recommendations: a Qwen3-like model with PrefixMem, LoRA and the Trainer.
 
+    pip install 'prefixmem_fast[train]'
     python -m prefixmem_fast.examples.next_item
 
 The model is small and of random weights and the catalogue is synthetic, so that it runs anywhere in a minute. With
@@ -96,7 +97,7 @@ def train(folder: Path, catalogue: Catalogue, histories: list[list[int]], steps:
     model = get_peft_model(
         model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens", "lm_head"])
     )
-    spec = AddressSpec(catalogue.codebook_sizes, table_rows=4096, max_order=3, active_levels=(1, 2))
+    spec = AddressSpec(catalogue.codebook_sizes, table_rows=4096, max_order=2, active_levels=(1, 2))
     encoder = PrefixMem(PrefixMemConfig(spec, memory_dim=64, hidden_size=model.config.hidden_size), grad="sparse")
     attach(model, encoder, vocabulary)
 

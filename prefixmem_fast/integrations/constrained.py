@@ -30,8 +30,8 @@ class SIDLogitsProcessor(LogitsProcessor):
     The prompt may end inside a SID; if no item has that prefix, it is text and a new SID begins. After a whole
     SID, `eos_token_id` follows at a score of 0: log-probability 0 in beam search, so ranks stay those of the SIDs.
 
-    No call depends on the one before, so beams may be reordered and calls repeated. Scores that other processors change
-    before this one are ranked as they come: see `generate_items`, which switches the model's own settings off.
+    No result depends on the calls before, so beams may be reordered and calls repeated. Scores that other processors
+    change before this one are ranked as they come: see `generate_items`, which switches the model's settings off.
 
     Args:
         trie: the items.
@@ -45,6 +45,7 @@ class SIDLogitsProcessor(LogitsProcessor):
         if trie.vocabulary.is_code(eos_token_id):
             raise ValueError(f"eos_token_id = {eos_token_id} is the token of a code; end with another")
         self.trie, self.prompt_length, self.eos_token_id = trie, prompt_length, eos_token_id
+        self._entered: tuple[Tensor, Tensor] | None = None  # ends of the last prompts, and their nodes
         self._last: tuple[Tensor, Tensor, int] | None = None  # returned last: scores, where finite, their version
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class SIDLogitsProcessor(LogitsProcessor):
         largest = max(self.trie.largest_token, self.eos_token_id)
         if largest >= scores.shape[1]:
             raise ValueError(f"the trie and eos_token_id reach token id {largest}, the scores {scores.shape[1] - 1}")
-        nodes = self.trie.walk(input_ids, self.prompt_length)
+        nodes = self.trie.follow(self._enter(input_ids[:, : self.prompt_length]), input_ids[:, self.prompt_length :])
         place = self.trie.allowed(nodes, scores.shape[1])
         kept = torch.take(scores, place)
         over = ((nodes < 0) | self.trie.is_leaf(nodes)).nonzero().squeeze(1)  # a whole SID, or no prefix of one
@@ -64,6 +65,13 @@ class SIDLogitsProcessor(LogitsProcessor):
         if not masked.is_inference() and not torch.is_grad_enabled():
             self._last = masked, place, masked._version
         return masked
+
+    def _enter(self, prompt: Tensor) -> Tensor:
+        """Where prompts end; looked up again where they are those of the last call, as they are in a search."""
+        tail = prompt[:, max(prompt.shape[1] - self.trie.depth, 0) :]
+        if self._entered is None or tail.device != self._entered[0].device or not torch.equal(tail, self._entered[0]):
+            self._entered = tail.clone(), self.trie.enter(prompt)
+        return self._entered[1]
 
     def _nothing_allowed(self, scores: Tensor) -> Tensor:
         """-inf ``[N, V]``: what the last call returned, cleaned, where nobody holds it or has written to it.

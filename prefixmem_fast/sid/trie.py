@@ -88,27 +88,30 @@ class SIDTrie:
         place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
         return torch.where(keys[place] == wanted, place + 1, -1)
 
-    def walk(self, tokens: Tensor, prompt: int) -> Tensor:
-        """Where sequences stand.
-
-        Args:
-            tokens: int64 ``[N, T]``; the first `prompt` columns were given, the others were generated.
+    def enter(self, prompt: Tensor) -> Tensor:
+        """Where prompts int64 ``[N, T]`` end.
 
         Returns:
-            int64 ``[N]``: the node; the root after text, after a whole SID in the prompt and after a prefix there that
-            no item has; a leaf once a SID is generated or completed; -1 once a generated token has left the trie.
+            int64 ``[N]``: the node of the SID that is under way; the root after text, after a whole SID, and after a
+            prefix that no item has.
         """
-        start = max(prompt - (self.depth - 1), 0)  # a SID that goes on has begun by then; whole ones are text
-        node = tokens.new_zeros(len(tokens))
-        for t in range(start, tokens.shape[1]):
-            after = self.child(node, tokens[:, t])
-            if t < prompt:  # what is no prefix is text
-                restart = self.child(torch.zeros_like(node), tokens[:, t])
-                after = torch.where(after >= 0, after, restart.clamp(min=0))
-            else:  # what follows a whole SID is no part of it
-                after = torch.where(self.is_leaf(node), node, after)
-            node = after
+        node = prompt.new_zeros(len(prompt))
+        # A SID that is under way began within depth - 1 tokens.
+        for token in prompt[:, max(prompt.shape[1] - (self.depth - 1), 0) :].unbind(1):
+            after, begun = self.child(node, token), self.child(torch.zeros_like(node), token)
+            node = torch.where(after >= 0, after, begun.clamp(min=0))  # what is no prefix is text
         return node
+
+    def follow(self, nodes: Tensor, tokens: Tensor) -> Tensor:
+        """Where generated tokens int64 ``[N, T]`` lead from nodes ``[N]``: a leaf from a whole SID on, whatever follows
+        it; -1 once they have left the trie."""
+        for token in tokens.unbind(1):
+            nodes = torch.where(self.is_leaf(nodes), nodes, self.child(nodes, token))
+        return nodes
+
+    def walk(self, tokens: Tensor, prompt: int) -> Tensor:
+        """`follow` from where `enter` ends: of tokens int64 ``[N, T]`` the first `prompt` were given."""
+        return self.follow(self.enter(tokens[:, :prompt]), tokens[:, prompt:])
 
     def is_leaf(self, nodes: Tensor) -> Tensor:
         return nodes >= self._first_leaf

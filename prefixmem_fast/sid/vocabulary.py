@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..spec import check_codebook_sizes, integer, integers
 from .formats import KNOWN_FORMATS, TokenFormat, recognise
@@ -390,16 +390,11 @@ def _grow(
     rows = model.get_input_embeddings().weight.shape[0]
     if tokens > rows or pad_to_multiple_of:
         model.resize_token_embeddings(max(tokens, rows), pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
-    layers: list[nn.Module | None] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    done = set()
-    for layer in layers:
-        if layer is None or id(layer.weight) in done:
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):  # one weight where they are tied
+        if layer is None:
             continue
-        done.add(id(layer.weight))
         weight = layer.weight
         mean = weight[:old].mean(0, dtype=torch.float32)
         scale = torch.linalg.vector_norm(weight[:old], dtype=torch.float32) / math.sqrt(weight[:old].numel())
         rows = mean + noise * scale * torch.randn(len(new_ids), len(mean), device=weight.device)
         weight[new_ids.to(weight.device)] = rows.to(weight.dtype)
-        if getattr(layer, "bias", None) is not None:
-            layer.bias[new_ids.to(weight.device)] = layer.bias[:old].mean()
