@@ -183,7 +183,7 @@ class Attachment:
             segments = segments.expand_as(tokens)
         new, context, context_segments = tokens.shape[1], tokens, segments
         if call.cache is not None:
-            past = self._past(call.cache, len(tokens))
+            past = self._past(call.cache, tokens)
             context = torch.cat([past.to(tokens.dtype), tokens], 1)
             if segments is not None:
                 context_segments = torch.cat([segments.new_zeros(past.shape), segments], 1)
@@ -199,8 +199,8 @@ class Attachment:
     def _window(self) -> int:
         return max(self.encoder.config.spec.levels - 1, 1)
 
-    def _past(self, cache: Any, batch: int) -> Tensor:
-        """The last tokens that the cache has seen ``[B, <= window]``."""
+    def _past(self, cache: Any, tokens: Tensor) -> Tensor:
+        """The last tokens ``[B, <= window]`` that the cache has seen before `tokens`."""
         history = history_of(cache)
         if history is None:
             history = begin_history(cache, self._window)
@@ -211,11 +211,11 @@ class Attachment:
                     "training step; they are taken for text, so a Semantic ID that begins among them does not go on",
                     stacklevel=2,
                 )
-        past = history.last(batch, self.model.device)
-        if len(past) != batch:
+        past = history.last(len(tokens), tokens.device)
+        if len(past) != len(tokens):
             raise ValueError(
-                f"the KV cache has seen {len(past)} sequences and the input has {batch}; change the cache with its own "
-                "methods, such as batch_repeat_interleave"
+                f"the KV cache has seen {len(past)} sequences and the input has {len(tokens)}; change the cache by its "
+                "own methods, such as batch_repeat_interleave"
             )
         return past
 
@@ -252,12 +252,13 @@ def places_of(model: nn.Module) -> list[Place]:
     PEFT puts modules of its own around embeddings, some of which never call what they wrap, so the place is that of the
     outermost wrapper.
     """
-    owners = [model]
-    if getattr(model.config, "is_encoder_decoder", False):
-        owners += [getattr(model, name)() for name in ("get_encoder", "get_decoder") if hasattr(model, name)]
-    inner: list[nn.Module] = []
-    for own in (owner.get_input_embeddings() for owner in owners):
-        inner += [module for module in own.modules() if isinstance(module, nn.Embedding)] or [own]
+    own = model.get_input_embeddings()
+    inner = _embeddings_in(own) or [own]
+    if getattr(model.config, "is_encoder_decoder", False):  # PEFT may have untied the embeddings of the two
+        for name in ("get_encoder", "get_decoder"):
+            part = getattr(model, name)() if hasattr(model, name) else None
+            inner += _embeddings_in(part.get_input_embeddings()) if hasattr(part, "get_input_embeddings") else []
+    inner = [module for module in inner if module.weight.shape[-1] == own.weight.shape[-1]]
     weights = {id(embedding.weight) for embedding in inner}
     modules = dict(model.named_modules(remove_duplicate=False))
     places = {}
@@ -268,6 +269,10 @@ def places_of(model: nn.Module) -> list[Place]:
                 path, (parent, _, _) = parent, parent.rpartition(".")
             places[path] = Place(path, weakref.ref(modules[path]))
     return list(places.values())
+
+
+def _embeddings_in(module: nn.Module | None) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, nn.Embedding)] if isinstance(module, nn.Module) else []
 
 
 def _module_at(model: nn.Module, path: str) -> nn.Module | None:
