@@ -116,7 +116,8 @@ def _check(base: nn.Module, encoder: PrefixMem, vocabulary: SIDVocabulary) -> No
         raise ValueError(f"pad_token_id = {pad} is the token of level {level}, code {code}; pad with another token")
     others = [name for name in _OTHER_PASTS if name in parameters_of(base)]
     around = {parent for place in places_of(base) for parent in _ancestors(base, place.path)}
-    if others or not any("past_key_values" in parameters_of(module) for module in around):
+    cached = any("past_key_values" in parameters_of(module) for module in around)
+    if others or ("use_cache" in parameters_of(base) and not cached):
         past = others[0] if others else "something else than past_key_values"
         raise NotImplementedError(
             f"{type(base).__name__} keeps its past in {past}, from which the codes before a token cannot be read; "

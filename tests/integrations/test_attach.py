@@ -14,6 +14,8 @@ from transformers import (
     EncoderDecoderCache,
     MambaConfig,
     MambaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     StaticCache,
 )
 
@@ -466,6 +468,14 @@ def test_widths_differ():
 def test_detach_without_attach():
     with pytest.raises(ValueError, match="no encoder is attached to this Qwen3ForCausalLM"):
         detach(tiny_model())
+
+
+def test_a_model_without_any_cache():
+    torch.manual_seed(0)
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=TOKENS, n_embd=HIDDEN, n_layer=1, n_head=2)).eval()
+    plain = logits(model, input_ids=prompts()["input_ids"])
+    attach(model, encoder(), vocabulary())
+    assert not torch.equal(logits(model, input_ids=prompts()["input_ids"]), plain)
 
 
 def test_models_without_a_kv_cache_are_refused():
