@@ -37,6 +37,17 @@ def logits(model, **inputs):
         return model(**inputs).logits
 
 
+def logits_in_parts(model, parts, past):
+    """Of one call for each part of the tokens, over one cache."""
+    found = []
+    for part in parts:
+        with torch.no_grad():
+            out = model(part, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        found.append(out.logits)
+    return torch.cat(found, 1)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_zero_w_out_changes_no_bit_and_detach_restores(family):
     model, inputs = tiny_model(family), call(family)
@@ -98,13 +109,8 @@ def test_one_token_at_a_time_in_a_loop_of_ones_own():
     whole = logits(model, input_ids=input_ids)
     for cache in (None, DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)):
         for cuts in ([1] * 8, [2, 1, 5], [6, 2]):
-            parts, past = [], copy.deepcopy(cache)
-            for part in input_ids.split(cuts, 1):
-                with torch.no_grad():
-                    out = model(part, past_key_values=past, use_cache=True)
-                past = out.past_key_values
-                parts.append(out.logits)
-            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+            found = logits_in_parts(model, input_ids.split(cuts, 1), copy.deepcopy(cache))
+            torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_a_cache_given_by_position():
@@ -251,13 +257,8 @@ def test_a_compiled_model_decodes_with_its_cache():
     whole = logits(model, input_ids=input_ids)
     compiled = torch.compile(model, backend="aot_eager")
     for past in (None, StaticCache(config=model.config, max_cache_len=16)):
-        parts = []
-        for part in input_ids.split([5, 1, 1, 1], 1):
-            with torch.no_grad():
-                out = compiled(part, past_key_values=past, use_cache=True)
-            past = out.past_key_values
-            parts.append(out.logits)
-        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+        found = logits_in_parts(compiled, input_ids.split([5, 1, 1, 1], 1), past)
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_resized_exchanged_and_copied():
