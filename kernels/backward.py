@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prefixmem_fast.reference import accumulator
 from prefixmem_fast.spec import AddressSpec
 
 from .address import address_of, load_sid_codes, order_rows
-from .tiles import LAUNCH, accumulator, blocks, column_tile, tile_of, zero_table
+from .tiles import LAUNCH, blocks, column_tile, tile_of, zero_table
 from .tokens import load_token, load_token_codes, rank_tokens, ranked_tokens, token_blocks, token_tile
 
 

@@ -23,11 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prefixmem_fast.reference import accumulator
 from prefixmem_fast.spec import AddressSpec
 
 from .address import address_of, load_sid_codes, order_rows
 from .finish import STORE, Destination, Rule, counting, finish_rows, store_squares
-from .tiles import LAUNCH, accumulator, blocks, column_tile, roomy_launch, tile_of
+from .tiles import LAUNCH, blocks, column_tile, roomy_launch, tile_of
 
 if TYPE_CHECKING:
     from prefixmem_fast.optim.rows import RowUpdate

@@ -17,13 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prefixmem_fast.reference import accumulator
 from prefixmem_fast.spec import AddressSpec
 
 from .finish import STORE, Destination, Rule, destination_of
 from .nested import nesting_of, sort_prefixes, sum_prefixes
 from .rows import pair_rows, token_codes
 from .segment import sum_terms, sum_values, terms_of
-from .tiles import LAUNCH, accumulator, blocks, zero_table
+from .tiles import LAUNCH, blocks, zero_table
 
 if TYPE_CHECKING:
     from prefixmem_fast.optim.rows import RowUpdate

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prefixmem_fast.backends import interpreting
+from prefixmem_fast.reference import accumulator
 from prefixmem_fast.spec import AddressSpec
 
 # Naming the option keeps the bits equal across Triton's changing defaults, and equal to PyTorch's.
@@ -36,11 +37,6 @@ class Tile(NamedTuple):
 def blocks(size: int, block: int) -> int:
     """ceil(size / block); triton.cdiv takes microseconds on the host."""
     return -(-size // block)
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums of a table of `dtype` are kept in; bfloat16 sums would lose small values."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @lru_cache(maxsize=256)

@@ -62,11 +62,8 @@ def save_encoder(
     from . import __version__
 
     limit = _bytes_of(max_shard_size)
-    if vocabulary is not None and tuple(vocabulary.codebook_sizes) != encoder.config.spec.codebook_sizes:
-        raise ValueError(
-            f"the vocabulary's codebook_sizes {vocabulary.codebook_sizes} differ from the encoder's "
-            f"{encoder.config.spec.codebook_sizes}; save it with the vocabulary it was trained with"
-        )
+    if vocabulary is not None:
+        vocabulary.check_codebooks(encoder.config.spec)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     if (path / _CONFIG).is_file() and not _is_ours(path / _CONFIG):
@@ -77,9 +74,7 @@ def save_encoder(
     written: list[Path] = []
     try:
         if entries is None:
-            entries = {
-                name: _entry(_row_chunks(tensor), tensor.dtype, tensor.shape) for name, tensor in tensors.items()
-            }
+            entries = {name: _entry(_chunks_of(tensor)) for name, tensor in tensors.items()}
             for file, parts in _shards(tensors, entries, limit):
                 _write_tensors(path / file, parts)
                 written.append(path / file)
@@ -145,7 +140,7 @@ def load_weights(encoder: PrefixMem, path: str | Path) -> None:
     """
     folder = _folder(path)
     stored = _read_config(folder)
-    own = {**encoder.config.to_dict(), "spec": encoder.config.spec.to_dict()}
+    own = encoder.config.to_dict()
     names = [name for name in ("memory_dim", "hidden_size", "spec") if stored["encoder"].get(name) != own[name]]
     if names:
         raise CheckpointError(
@@ -186,37 +181,42 @@ def _tensors_of(encoder: PrefixMem) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in encoder.named_parameters()}
 
 
-def _entry(chunks: Iterable[Tensor], dtype: torch.dtype, shape: Iterable[int]) -> dict[str, Any]:
+def _entry(chunks: Iterable[Tensor]) -> dict[str, Any]:
     """What config.json says of a tensor, whose rows come in chunks."""
-    total = hashlib.sha256()
+    total, rows = hashlib.sha256(), 0
     for chunk in chunks:
         total.update(chunk.cpu().contiguous().view(torch.uint8).numpy())
-    return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "sha256": total.hexdigest()}
+        rows += len(chunk)
+    dtype = str(chunk.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": [rows, *chunk.shape[1:]], "sha256": total.hexdigest()}
 
 
 def _entries_in_model(names: list[str], folder: Path) -> dict[str, dict[str, Any]] | None:
     """The entries of tensors as a model's files hold them; None where these cannot be read."""
-    from safetensors import safe_open
-
-    entries = {}
     try:
-        for name in names:
-            file, key = _find_in_model(f"{FOLDER}.{name}", folder)
-            with safe_open(file, framework="pt") as opened:
-                rows = opened.get_slice(key)
-                shape, dtype = tuple(rows.get_shape()), rows[:0].dtype
-                entries[name] = _entry(_row_chunks(rows, shape, dtype.itemsize), dtype, shape)
+        return {name: _entry(_chunks_in(*_find_in_model(f"{FOLDER}.{name}", folder))) for name in names}
     except CheckpointError:
         return None
-    return entries
 
 
-def _row_chunks(rows: Any, shape: tuple[int, ...] | None = None, bytes_each: int = 0) -> Iterator[Tensor]:
-    """Slices of a tensor, or of a tensor in a file, of `_CHUNK_BYTES` at most."""
-    if isinstance(rows, Tensor):
-        shape, bytes_each = tuple(rows.shape), rows.element_size()
-    step = max(_CHUNK_BYTES // max(shape[1] * bytes_each, 1), 1)
-    return (rows[start : min(start + step, shape[0])] for start in range(0, shape[0], step))
+def _chunks_of(rows: Tensor) -> Iterator[Tensor]:
+    """The rows in slices of `_CHUNK_BYTES` at most."""
+    return iter(rows.split(max(_CHUNK_BYTES // max(rows[:1].numel() * rows.element_size(), 1), 1)))
+
+
+def _chunks_in(file: Path, key: str) -> Iterator[Tensor]:
+    """The same of a tensor in a file, read from a memory map slice by slice."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            rows = opened.get_slice(key)
+            count, first = rows.get_shape()[0], rows[:1]
+            step = max(_CHUNK_BYTES // max(first.numel() * first.element_size(), 1), 1)
+            for start in range(0, count, step):
+                yield rows[start : min(start + step, count)]
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged or cut: {error}") from None
 
 
 def _shards(
@@ -353,31 +353,25 @@ class _Rows:
             self.parts = [_find_in_model(f"{FOLDER}.{name}", folder.parent)]
 
     def chunks(self) -> Iterator[Tensor]:
-        from safetensors import SafetensorError, safe_open
-
         rows = 0
         shape, dtype = tuple(self.entry["shape"]), getattr(torch, self.entry["dtype"])
         for file, key in self.parts:
             try:
-                with safe_open(file, framework="pt") as opened:
-                    part = opened.get_slice(key)
-                    part_shape = tuple(part.get_shape())
-                    for chunk in _row_chunks(part, part_shape, dtype.itemsize):
-                        if chunk.dtype != dtype or chunk.shape[1:] != shape[1:]:
-                            raise CheckpointError(
-                                f"{file} holds {key} as {chunk.dtype} {part_shape}; {_CONFIG} says {dtype} {shape}"
-                            )
-                        yield chunk
-                    rows += part_shape[0]
+                for chunk in _chunks_in(file, key):
+                    if chunk.dtype != dtype or chunk.shape[1:] != shape[1:]:
+                        raise CheckpointError(
+                            f"{file} holds {key} as {chunk.dtype}, rows of {tuple(chunk.shape[1:])}; {_CONFIG} says "
+                            f"{dtype} {shape}"
+                        )
+                    yield chunk
+                    rows += len(chunk)
             except FileNotFoundError:
                 raise CheckpointError(f"{file} is not there, and {_CONFIG} names it for {self.name}") from None
-            except SafetensorError as error:
-                raise CheckpointError(f"{file} is damaged or cut: {error}") from None
         if rows != shape[0]:
             raise CheckpointError(f"the files hold {rows} rows of {self.name}; {_CONFIG} says {shape[0]}")
 
     def check(self) -> None:
-        found = _entry(self.chunks(), getattr(torch, self.entry["dtype"]), self.entry["shape"])["sha256"]
+        found = _entry(self.chunks())["sha256"]
         if found != self.entry["sha256"]:
             files = ", ".join(str(file) for file in dict.fromkeys(file for file, _ in self.parts))
             raise CheckpointError(

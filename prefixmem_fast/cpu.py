@@ -41,10 +41,8 @@ class Sids(NamedTuple):
 
 
 def _cut(codes: Tensor, spec: AddressSpec) -> Sids:
-    codes = codes.long()
-    valid = (codes >= 0) & (codes < codes.new_tensor(spec.codebook_sizes))
-    length = valid.long().cumprod(1).sum(1)
-    return Sids(torch.where(torch.arange(spec.levels) < length[:, None], codes, -1), length)
+    length = reference.prefix_length(codes, spec)
+    return Sids(torch.where(torch.arange(spec.levels) < length[:, None], codes.long(), -1), length)
 
 
 class TokenSids(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from .backends import resolve
 from .modules import PrefixMem
 from .ops import prefix_rows
-from .reference import accumulator, token_codes
+from .reference import accumulator, token_codes, token_entries
 from .sid import SIDVocabulary
 
 
@@ -32,11 +32,7 @@ class DecodingState:
 
     def __init__(self, encoder: PrefixMem, vocabulary: SIDVocabulary, batch: int) -> None:
         spec, weight = encoder.config.spec, encoder.memory.weight
-        if vocabulary.codebook_sizes != spec.codebook_sizes:
-            raise ValueError(
-                f"the vocabulary's codebook_sizes {vocabulary.codebook_sizes} differ from the encoder's "
-                f"{spec.codebook_sizes}; build both from the same Semantic IDs"
-            )
+        vocabulary.check_codebooks(spec)
         if batch < 0:
             raise ValueError(f"batch = {batch} is negative; give the number of sequences")
         self.encoder, self.vocabulary = encoder, vocabulary
@@ -99,9 +95,7 @@ class DecodingState:
     def _step(self, tokens: Tensor) -> Tensor:
         """S ``[B, H * w]``, in PyTorch; the definition of the kernel."""
         spec = self.encoder.config.spec
-        known = (tokens >= 0) & (tokens < len(self._table))
-        table = torch.cat([self._table, self._table.new_zeros(1, 2)])  # the row past the end is text
-        level, code = table[torch.where(known, tokens, -1).long()].long().unbind(-1)
+        level, code = token_entries(tokens, self._table)
         level = torch.where((level == 1) | (level == self.level + 1), level, 0)
         before = torch.where((level > 1)[:, None], self.codes, -1)
         levels = torch.arange(1, spec.levels + 1, device=level.device)

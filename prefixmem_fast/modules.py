@@ -140,11 +140,7 @@ class PrefixMemory(nn.Module):
                 f"input_ids is a {type(input_ids).__name__} and vocabulary a {type(vocabulary).__name__}; "
                 "give a tensor [B, T] and a SIDVocabulary"
             )
-        if tuple(vocabulary.codebook_sizes) != spec.codebook_sizes:
-            raise ValueError(
-                f"the vocabulary's codebook_sizes {tuple(vocabulary.codebook_sizes)} differ from the encoder's "
-                f"{spec.codebook_sizes}; build both from the same Semantic IDs"
-            )
+        vocabulary.check_codebooks(spec)
         table = vocabulary.token_table(input_ids.device)
         return token_memory(input_ids, table, self.weight, spec, segment_ids=segment_ids, **self._how())
 

@@ -26,11 +26,8 @@ def prefix_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
     Returns:
         int64 ``[..., L, N, H]``; -1 where the order does not exist at the level or the prefix has ended.
     """
-    codes = codes.long()
-    sizes = codes.new_tensor(spec.codebook_sizes)
-    valid = (codes >= 0) & (codes < sizes)
-    length = valid.long().cumprod(-1).sum(-1)  # [...], valid codes before the prefix ends
-    codes = torch.where(valid, codes, 0)
+    length = prefix_length(codes, spec)
+    codes = torch.where(torch.arange(spec.levels, device=codes.device) < length[..., None], codes.long(), 0)
 
     rows = codes.new_full((*codes.shape[:-1], spec.levels, spec.max_order, spec.heads), -1)
     for level in range(1, spec.levels + 1):
@@ -40,6 +37,12 @@ def prefix_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
             alive = (length >= last)[..., None]
             rows[..., level - 1, order - 1, :] = torch.where(alive, order_rows(window, order, spec), -1)
     return rows
+
+
+def prefix_length(codes: Tensor, spec: AddressSpec) -> Tensor:
+    """int64 ``[...]``: how many codes of ``[..., L]`` stand before one ends the prefix."""
+    valid = (codes >= 0) & (codes < torch.tensor(spec.codebook_sizes, device=codes.device))
+    return valid.long().cumprod(-1).sum(-1)
 
 
 def order_rows(window: Tensor, order: int, spec: AddressSpec) -> Tensor:
@@ -62,6 +65,7 @@ def _active_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums of a table of `dtype` are kept in; bfloat16 sums would lose small values."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -131,6 +135,15 @@ def prefix_memory_backward(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Te
     return dense_gradient(*row_gradient(grad, codes, spec), spec, grad.dtype)
 
 
+def token_entries(input_ids: Tensor, token_table: Tensor) -> tuple[Tensor, Tensor]:
+    """Level and code, int64, of token ids of any shape; 0 and 0 for text."""
+    known = (input_ids >= 0) & (input_ids < token_table.shape[0])
+    if not token_table.shape[0]:
+        return known.long(), known.long()
+    entries = token_table[torch.where(known, input_ids, 0).long()].long()
+    return torch.where(known[..., None], entries, 0).unbind(-1)
+
+
 def token_codes(
     input_ids: Tensor, token_table: Tensor, spec: AddressSpec, segment_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -148,9 +161,7 @@ def token_codes(
         codes: int64 ``[B, T, L]``, the codes of the SID up to the token, then -1.
         level: int64 ``[B, T]``, the level of the token within its SID, 0 for text.
     """
-    known = (input_ids >= 0) & (input_ids < token_table.shape[0])
-    table = torch.cat([token_table, token_table.new_zeros(1, 2)])  # the row past the end is text
-    token_level, token_code = table[torch.where(known, input_ids, token_table.shape[0]).long()].long().unbind(-1)
+    token_level, token_code = token_entries(input_ids, token_table)
 
     level = torch.zeros_like(token_level)
     codes = level.new_full((*level.shape, spec.levels), -1)

@@ -83,7 +83,7 @@ def sum_bound(terms: Tensor, magnitude: Tensor, exact: Tensor, dtype: torch.dtyp
     Accumulation is in float32, or float64 for float64. One unit in the last place, not half of one, is granted to the
     final rounding: the Triton interpreter truncates to bfloat16. Atomics flush subnormal numbers.
     """
-    accumulator = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+    accumulator = torch.finfo(reference.accumulator(dtype))
     final = torch.finfo(dtype)
     subnormal = final.smallest_normal * final.eps
     return (

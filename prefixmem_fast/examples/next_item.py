@@ -3,8 +3,8 @@
     pip install 'prefixmem_fast[train]'
     python -m prefixmem_fast.examples.next_item
 
-The model is small and of random weights and the catalogue is synthetic, so that it runs anywhere in a minute. With
-your own, replace `make_tokenizer` and `make_model` by from_pretrained, and `make_catalogue` by Catalogue.load.
+The model is small and of random weights and the catalogue is synthetic, so that it runs anywhere. With your own,
+replace `make_tokenizer` and `make_model` by from_pretrained, and `make_catalogue` by Catalogue.load.
 """
 
 from __future__ import annotations

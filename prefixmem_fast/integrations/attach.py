@@ -87,12 +87,7 @@ def _check(base: nn.Module, encoder: PrefixMem, vocabulary: SIDVocabulary) -> No
     hooks = (hook for module in base.modules() for hook in module._forward_hooks.values())
     if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in hooks):
         raise ValueError(f"an encoder is attached to this {type(base).__name__} already; detach it first")
-    spec = encoder.config.spec
-    if vocabulary.codebook_sizes != spec.codebook_sizes:
-        raise ValueError(
-            f"the vocabulary's codebook_sizes {vocabulary.codebook_sizes} differ from the encoder's "
-            f"{spec.codebook_sizes}; build both from the same Semantic IDs"
-        )
+    vocabulary.check_codebooks(encoder.config.spec)
     weight = base.get_input_embeddings().weight
     rows, width = weight.shape
     if width != encoder.config.hidden_size:

@@ -31,7 +31,7 @@ class TokenHistory:
 
     def remember(self, tokens: Tensor) -> None:
         tokens = tokens.long()
-        if not _is_static(self):
+        if not self.is_compileable:
             self.seen = tokens if self.seen is None else torch.cat([self.seen, tokens], 1)
             return
         if self.seen is None:
@@ -42,7 +42,7 @@ class TokenHistory:
 
     def last(self, batch: int, device: torch.device) -> Tensor:
         """The last `window` tokens ``[B, <= window]``; `batch` and `device` are of a cache that has seen none."""
-        if not _is_static(self):
+        if not self.is_compileable:
             self._follow(int(self.get_seq_length()), batch, device)
         if self.seen is None:
             return torch.empty((batch, 0), dtype=torch.int64, device=device)
@@ -74,14 +74,10 @@ class TokenHistory:
 
     def reset(self) -> None:
         super().reset()
-        if self.seen is not None and _is_static(self):
+        if self.seen is not None and self.is_compileable:
             self.seen.fill_(_NO_TOKEN)
         else:
             self.seen = None
-
-
-def _is_static(cache: Any) -> bool:
-    return bool(cache.layers) and all(layer.is_compileable for layer in cache.layers)
 
 
 @cache

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backends import resolve
 from ..cpu import chunks, gather
+from ..reference import accumulator
 from ..row_gradient import FusedGradient, bind_optimizer, sparse_rows
 from ..spec import integer
 from .rounding import random_bits, stochastic_round
@@ -39,7 +40,7 @@ class RowUpdate:
     ) -> None:
         self.weight, self.rule, self.state = weight, rule, state
         self.step, self.hyper, self.seed = step, hyper, seed
-        self.sum_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.sum_dtype = accumulator(weight.dtype)
         self.squares: list[Tensor] | None = None
 
     def apply(self, rows: Tensor, values: Tensor) -> None:
@@ -131,7 +132,7 @@ class RowOptimizer(torch.optim.Optimizer):
             lr = lr.item()  # on the CPU, as schedules leave it: nothing to wait for
         hyper = Hyper(lr, group["weight_decay"], group.get("eps", 0.0), beta1, beta2)
         if "betas" in group:
-            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            dtype = accumulator(weight.dtype)
             correction1, correction2 = (
                 (1 - torch.pow(beta, state["step"].double())).to(dtype) for beta in group["betas"]
             )
@@ -143,7 +144,7 @@ class RowOptimizer(torch.optim.Optimizer):
         )  # fmt: skip
 
     def _start(self, weight: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = accumulator(weight.dtype)
         state["step"] = torch.zeros((), dtype=torch.int64, device=weight.device)
         for name, kind in RULES[self.rule].state.items():
             if name == "exp_avg" and group["betas"][0] == 0:

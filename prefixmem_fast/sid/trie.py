@@ -6,6 +6,7 @@ Nodes are numbered level by level and in token order: the root is 0, the childre
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class SIDTrie:
         self.levels, self.depth = levels, tokens.shape[1]
         self.largest_token = int(tokens.max())
 
-        order = _lexicographic_order(tokens)
+        order = torch.from_numpy(np.lexsort(tokens.flip(1).T.numpy()))  # the first token decides first
         tokens = tokens[order]
         differs = torch.ones_like(tokens, dtype=torch.bool)
         differs[1:] = (tokens[1:] != tokens[:-1]).cumsum(1) > 0
@@ -153,11 +154,3 @@ class SIDTrie:
 
 def _key(parents: Tensor, tokens: Tensor) -> Tensor:
     return (parents << 32) + tokens  # token ids are below 2^31; what is none gives a key that no node has
-
-
-def _lexicographic_order(rows: Tensor) -> Tensor:
-    """Order that sorts int64 rows ``[n, D]``, stable."""
-    order = torch.arange(len(rows))
-    for d in reversed(range(rows.shape[1])):
-        order = order[torch.argsort(rows[order, d], stable=True)]
-    return order

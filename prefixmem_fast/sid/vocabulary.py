@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..spec import check_codebook_sizes, integer, integers
+from ..reference import token_entries
+from ..spec import AddressSpec, check_codebook_sizes, integer, integers
 from .formats import KNOWN_FORMATS, TokenFormat, recognise
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ class SIDVocabulary:
         if ids:
             self.table[list(ids.values())] = torch.tensor(list(ids), dtype=torch.int32)
         self._ids = dict(ids)
+        self._by_code: list[tuple[Tensor, Tensor]] = []  # codes of each level, ascending, and their ids
+        for level in range(1, len(self.codebook_sizes) + 1):
+            pairs = sorted((code, token) for (l, code), token in ids.items() if l == level)
+            self._by_code.append(tuple(torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T.contiguous()))
         self._on_device: dict[torch.device, Tensor] = {}
 
     @classmethod
@@ -210,13 +215,12 @@ class SIDVocabulary:
         if codes.shape[-1] != len(self.codebook_sizes):
             raise ValueError(f"codes has shape {tuple(codes.shape)}; the last is the {len(self.codebook_sizes)} levels")
         ids = torch.full_like(codes, -1, dtype=torch.int64)
-        for l in range(codes.shape[-1]):
-            known = sorted((code, token) for (level, code), token in self._ids.items() if level == l + 1)
-            if known and codes.numel():
-                known_codes, tokens = codes.new_tensor(known, dtype=torch.int64).unbind(1)
+        for l, (known, tokens) in enumerate(self._by_code):
+            if len(known) and codes.numel():
+                known, tokens = known.to(codes.device), tokens.to(codes.device)
                 wanted = codes[..., l].long().contiguous()
-                place = torch.searchsorted(known_codes.contiguous(), wanted).clamp(max=len(known) - 1)
-                ids[..., l] = torch.where(known_codes[place] == wanted, tokens[place], -1)
+                place = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
+                ids[..., l] = torch.where(known[place] == wanted, tokens[place], -1)
         if bool((ids < 0).any()):
             where = (ids < 0).nonzero()[0].tolist()
             raise ValueError(
@@ -226,8 +230,7 @@ class SIDVocabulary:
 
     def decode(self, ids: Tensor) -> Tensor:
         """Codes, int64 ``[..., L]``, of token ids ``[..., L]``; -1 where the token is none of its level."""
-        table = torch.cat([self.token_table(ids.device), self.table.new_zeros(1, 2).to(ids.device)])
-        level, code = table[torch.where((ids >= 0) & (ids < len(table)), ids, -1).long()].long().unbind(-1)
+        level, code = token_entries(ids, self.token_table(ids.device))
         levels = torch.arange(1, len(self.codebook_sizes) + 1, device=ids.device)
         return torch.where(level == levels, code, -1)
 
@@ -239,7 +242,22 @@ class SIDVocabulary:
         """
         if not self.names:
             raise ValueError("this vocabulary was made without a tokenizer and does not know the tokens' text")
-        return "".join(self.names[int(token)] for token in self.encode(torch.as_tensor(codes)))
+        tokens = [self._ids.get(entry) for entry in enumerate(torch.as_tensor(codes).tolist(), start=1)]
+        if None in tokens or len(tokens) != len(self.codebook_sizes):
+            self.encode(torch.as_tensor(codes))  # says which code has none
+        return "".join(self.names[token] for token in tokens)
+
+    def check_codebooks(self, spec: AddressSpec) -> None:
+        """Compare with an encoder's spec.
+
+        Raises:
+            ValueError: the codebooks differ; the message gives both.
+        """
+        if self.codebook_sizes != spec.codebook_sizes:
+            raise ValueError(
+                f"the vocabulary's codebook_sizes {self.codebook_sizes} differ from the encoder's "
+                f"{spec.codebook_sizes}; build both from the same Semantic IDs"
+            )
 
     def token_table(self, device: torch.device | str) -> Tensor:
         """`table` on a device; copied there once."""

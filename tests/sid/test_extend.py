@@ -57,6 +57,10 @@ def test_only_codes_that_occur():
     assert vocabulary.encode(codes).tolist() == [[6, 7], [5, 7], [6, 8]]
     assert torch.equal(vocabulary.decode(vocabulary.encode(codes)), codes)
     assert vocabulary.decode(torch.tensor([[7, 7], [99, -1]])).tolist() == [[-1, 1], [-1, -1]]
+    assert vocabulary.text(torch.tensor([7, 3])) == "<C0_7><C1_3>"
+    for codes, message in (([7, 5], r"codes\[1\] = 5: no token of level 2"), ([7], "the last is the 2 levels")):
+        with pytest.raises(ValueError, match=message):
+            vocabulary.text(codes)
     with pytest.raises(ValueError, match=r"codes\[0, 1\] = 5: no token of level 2 stands for it"):
         vocabulary.encode(torch.tensor([[7, 5]]))
     with pytest.raises(ValueError, match=r"codes\[0\] = -1: no token of level 1"):

@@ -15,7 +15,9 @@ def test_table_and_back():
 
 
 def test_empty():
-    assert SIDVocabulary.from_table({}, (4,)).table.shape == (0, 2)
+    vocabulary = SIDVocabulary.from_table({}, (4,))
+    assert vocabulary.table.shape == (0, 2)
+    assert vocabulary.decode(torch.tensor([[0], [7]])).tolist() == [[-1], [-1]]
 
 
 @pytest.mark.parametrize(
