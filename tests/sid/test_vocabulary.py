@@ -51,3 +51,8 @@ def test_a_table_copied_while_serving_can_be_trained_with():
     vocabulary = SIDVocabulary.from_table({7: (1, 3)}, (4,))
     with torch.inference_mode():
         assert not vocabulary.token_table("meta").is_inference()
+
+
+def test_ids_outside_the_table_are_text_where_id_0_is_a_code():
+    vocabulary = SIDVocabulary.from_table({0: (1, 3)}, (4,))
+    assert vocabulary.decode(torch.tensor([[0], [-1], [99]])).tolist() == [[3], [-1], [-1]]
