@@ -16,7 +16,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def save_encoder(
 
     limit = _bytes_of(max_shard_size)
     if vocabulary is not None:
-        vocabulary.check_codebooks(encoder.config.spec)
+        vocabulary.check_codebooks(encoder.config)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     if (path / _CONFIG).is_file() and not _is_ours(path / _CONFIG):
@@ -103,33 +104,39 @@ def load_encoder(
     path: str | Path,
     *,
     hidden_size: int | None = None,
+    active_levels: Sequence[int] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = True,
     **how: Any,
 ) -> PrefixMem:
     """Read what `save_encoder` wrote; see `PrefixMem.from_pretrained`."""
-    from .modules import PrefixMemConfig
-
     folder = _folder(path)
     stored = _read_config(folder)
     try:
-        config = PrefixMemConfig.from_dict(stored["encoder"])
+        config = kind.config_class.from_dict(stored["encoder"])
         fresh = hidden_size is not None and hidden_size != config.hidden_size
         if fresh:
-            config = PrefixMemConfig.from_dict({**config.to_dict(), "hidden_size": hidden_size})
+            config = replace(config, hidden_size=hidden_size)
+        if active_levels is not None:
+            config = config.with_active_levels(active_levels)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / _CONFIG}: {error}") from error
-    names = ["memory.weight"] if fresh else ["memory.weight", "out_proj.weight"]
     if dtype is None:
-        dtype = getattr(torch, stored["tensors"]["memory.weight"]["dtype"])
+        dtype = getattr(torch, stored["tensors"]["out_proj.weight"]["dtype"])
     with torch.inference_mode(False), torch.no_grad():  # loaded while serving, it can still be trained
         made = kind(config, device="meta", dtype=dtype, **how)
         encoder = made.to_empty(device=device or torch.get_default_device())
+        names = [name for name, _ in encoder.named_parameters() if not (fresh and name == "out_proj.weight")]
         _copy_weights(encoder, folder, stored, names, verify)
         if fresh:
             encoder.reset_output()
     return encoder
+
+
+def kind_of_encoder(path: str | Path) -> str:
+    """ "prefixmem" or "sid-transformer": what the folder of an encoder, or of a model saved with one, holds."""
+    return _read_config(_folder(path))["encoder"].get("kind", "prefixmem")
 
 
 def load_weights(encoder: PrefixMem, path: str | Path) -> None:
@@ -141,14 +148,15 @@ def load_weights(encoder: PrefixMem, path: str | Path) -> None:
     folder = _folder(path)
     stored = _read_config(folder)
     own = encoder.config.to_dict()
-    names = [name for name in ("memory_dim", "hidden_size", "spec") if stored["encoder"].get(name) != own[name]]
+    free = ("memory_init_std", "output_init_std")  # how weights started does not matter any more
+    names = [name for name in own if name not in free and stored["encoder"].get(name) != own[name]]
     if names:
         raise CheckpointError(
             f"{folder / _CONFIG} is of another encoder: it differs in {', '.join(names)}\n"
             f"  checkpoint: { {name: stored['encoder'].get(name) for name in names} }\n"
             f"  encoder:    { {name: own[name] for name in names} }"
         )
-    _copy_weights(encoder, folder, stored, ["memory.weight", "out_proj.weight"], verify=True)
+    _copy_weights(encoder, folder, stored, [name for name, _ in encoder.named_parameters()], verify=True)
 
 
 def save_vocabulary(vocabulary: SIDVocabulary, path: str | Path) -> None:
@@ -249,16 +257,16 @@ def _shards(
 def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    _write(file, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    write_file(file, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:
     values = {**values, "digest": _digest(values)}
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
-    _write(file, lambda temporary: Path(temporary).write_text("{\n" + lines + "\n}\n", encoding="utf-8"))
+    write_file(file, lambda temporary: Path(temporary).write_text("{\n" + lines + "\n}\n", encoding="utf-8"))
 
 
-def _write(file: Path, write: Any) -> None:
+def write_file(file: Path, write: Any) -> None:
     """All of a file, or none of it: written under another name first."""
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     os.close(handle)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +68,18 @@ class PrefixMemConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} = {value!r} is not a finite number of 0 or more")
+
+    def with_active_levels(self, active_levels: Sequence[int]) -> PrefixMemConfig:
+        """The same tables, read at other levels."""
+        return replace(self, spec=replace(self.spec, active_levels=tuple(active_levels)))
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        return self.spec.codebook_sizes
+
+    @property
+    def levels(self) -> int:
+        return self.spec.levels
 
     @property
     def row_width(self) -> int:
@@ -209,10 +222,14 @@ class PrefixMem(nn.Module):
     Args:
         config: with `hidden_size` set.
         backend, grad, deterministic: see `PrefixMemory`.
+        dropout: in training, share of the tokens whose memory is left out; the others are scaled by 1 / (1 - dropout).
+            Not in the paper; it keeps a model of a small catalogue from leaning on rows it has learnt by heart.
 
     Raises:
-        ValueError: the config has no `hidden_size`.
+        ValueError: the config has no `hidden_size`, or `dropout` is not one of 0 <= p < 1.
     """
+
+    config_class = PrefixMemConfig
 
     def __init__(
         self,
@@ -221,6 +238,7 @@ class PrefixMem(nn.Module):
         backend: str = "auto",
         grad: str = "dense",
         deterministic: bool = False,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -228,7 +246,9 @@ class PrefixMem(nn.Module):
         _check_config(config)
         if config.hidden_size is None:
             raise ValueError("hidden_size = None; give the width of the model's embeddings in PrefixMemConfig")
-        self.config = config
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout = {dropout!r}; allowed are 0 <= p < 1")
+        self.config, self.dropout = config, dropout
         self.memory = PrefixMemory(
             config, backend=backend, grad=grad, deterministic=deterministic, device=device, dtype=dtype
         )
@@ -260,12 +280,14 @@ class PrefixMem(nn.Module):
         path: str | Path,
         *,
         hidden_size: int | None = None,
+        active_levels: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         verify: bool = True,
         backend: str = "auto",
         grad: str = "dense",
         deterministic: bool = False,
+        dropout: float = 0.0,
     ) -> PrefixMem:
         """Read an encoder from its folder, or from that of a model or adapters saved with it attached.
 
@@ -274,21 +296,26 @@ class PrefixMem(nn.Module):
         Args:
             path: the folder.
             hidden_size: where it differs from the stored one, W_out starts afresh at this width.
+            active_levels: prefix lengths at which the memory is read, where they are to differ from the stored ones;
+                the rows are the same.
             device, dtype: of the parameters; by default the stored dtype, on the default device.
             verify: compare the SHA-256 of each tensor with the stored one; one more pass over the files.
-            backend, grad, deterministic: see `PrefixMemory`.
+            backend, grad, deterministic, dropout: see `PrefixMem`.
 
         Raises:
             FileNotFoundError: no encoder is there.
             CheckpointError: a ValueError; a file is damaged, cut or missing, or of another version.
         """
-        how = {"backend": backend, "grad": grad, "deterministic": deterministic}
-        return load_encoder(cls, path, hidden_size=hidden_size, device=device, dtype=dtype, verify=verify, **how)
+        how = {"backend": backend, "grad": grad, "deterministic": deterministic, "dropout": dropout}
+        return load_encoder(
+            cls, path, hidden_size=hidden_size, active_levels=active_levels, device=device, dtype=dtype, verify=verify,
+            **how,
+        )  # fmt: skip
 
     def forward(self, codes: Tensor) -> Tensor:
         """m of every level: integer ``[..., L]`` to ``[..., L, hidden_size]``, zero at inactive levels."""
         spec = self.config.spec
-        encoded = self.out_proj(self.memory(codes))  # [..., A, hidden]
+        encoded = self.out_proj(self._drop(self.memory(codes)))  # [..., A, hidden]
         if len(spec.active_levels) == spec.levels:
             return encoded
         by_level = dict(zip(spec.active_levels, encoded.unbind(-2), strict=True))
@@ -316,4 +343,9 @@ class PrefixMem(nn.Module):
             of broken SIDs.
         """
         S = self.memory.read_tokens(input_ids, vocabulary, segment_ids)
-        return self.out_proj(S if new_tokens is None else S[:, S.shape[1] - new_tokens :])
+        return self.out_proj(self._drop(S if new_tokens is None else S[:, S.shape[1] - new_tokens :]))
+
+    def _drop(self, S: Tensor) -> Tensor:
+        if not self.training or not self.dropout:
+            return S
+        return S * nn.functional.dropout(S.new_ones(*S.shape[:-1], 1), self.dropout)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..backends import BackendError
-from . import demo, info, verify
+from . import demo, evaluate, info, pretrain, train, verify
 
-COMMANDS = {"info": info, "verify": verify, "demo": demo}
+COMMANDS = {"info": info, "verify": verify, "pretrain": pretrain, "train": train, "evaluate": evaluate, "demo": demo}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

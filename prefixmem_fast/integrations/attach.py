@@ -11,13 +11,14 @@ from torch import nn
 
 from ..modules import PrefixMem
 from ..sid import SIDVocabulary
+from ..sid_transformer import SIDTransformer
 from .files import leave_files, watch_files
 from .hooks import NAME, Attachment, parameters_of, places_of, unwrapped
 
 _OTHER_PASTS = ("cache_params", "mems", "state")  # what models without a KV cache call their past
 
 
-def attach(model: nn.Module, encoder: PrefixMem, vocabulary: SIDVocabulary) -> nn.Module:
+def attach(model: nn.Module, encoder: PrefixMem | SIDTransformer, vocabulary: SIDVocabulary) -> nn.Module:
     """Add an encoder to a causal LM or an encoder-decoder of transformers, in place.
 
     From then on the encoder is the model's module `prefixmem`: its parameters train, move and are saved with the
@@ -27,7 +28,7 @@ def attach(model: nn.Module, encoder: PrefixMem, vocabulary: SIDVocabulary) -> n
 
     Args:
         model: a model of transformers, or a PeftModel around one; not yet compiled.
-        encoder: as wide as the model's embeddings. With ``output_init_std=0`` the model's logits stay as they are.
+        encoder: as wide as the model's embeddings; a `SIDTransformer` may take its place. With ``output_init_std=0`` the model's logits stay as they are.
         vocabulary: which token ids are which codes.
 
     Returns:
@@ -47,7 +48,7 @@ def attach(model: nn.Module, encoder: PrefixMem, vocabulary: SIDVocabulary) -> n
     return model
 
 
-def detach(model: nn.Module) -> PrefixMem:
+def detach(model: nn.Module) -> PrefixMem | SIDTransformer:
     """Undo `attach`: the model is what it was, trained weights aside.
 
     Returns:
@@ -79,15 +80,15 @@ def _base_of(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check(base: nn.Module, encoder: PrefixMem, vocabulary: SIDVocabulary) -> None:
-    if not isinstance(encoder, PrefixMem):
+def _check(base: nn.Module, encoder: PrefixMem | SIDTransformer, vocabulary: SIDVocabulary) -> None:
+    if not isinstance(encoder, (PrefixMem, SIDTransformer)):
         raise TypeError(f"encoder is a {type(encoder).__name__}; give a PrefixMem")
     if not isinstance(vocabulary, SIDVocabulary):
         raise TypeError(f"vocabulary is a {type(vocabulary).__name__}; give a SIDVocabulary")
     hooks = (hook for module in base.modules() for hook in module._forward_hooks.values())
     if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in hooks):
         raise ValueError(f"an encoder is attached to this {type(base).__name__} already; detach it first")
-    vocabulary.check_codebooks(encoder.config.spec)
+    vocabulary.check_codebooks(encoder.config)
     weight = base.get_input_embeddings().weight
     rows, width = weight.shape
     if width != encoder.config.hidden_size:
@@ -95,10 +96,10 @@ def _check(base: nn.Module, encoder: PrefixMem, vocabulary: SIDVocabulary) -> No
             f"the encoder has hidden_size = {encoder.config.hidden_size} and the model's embeddings have {width} "
             f"columns; give PrefixMemConfig(hidden_size={width})"
         )
-    if weight.device != encoder.memory.weight.device:
+    device = encoder.out_proj.weight.device
+    if weight.device != device:
         raise ValueError(
-            f"the encoder is on {encoder.memory.weight.device} and the model's embeddings are on {weight.device}; "
-            "move one of them first"
+            f"the encoder is on {device} and the model's embeddings are on {weight.device}; move one of them first"
         )
     if len(vocabulary.table) > rows:
         raise ValueError(

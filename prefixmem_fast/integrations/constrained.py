@@ -156,7 +156,7 @@ def generate_items(
     given = inputs["input_ids"] if decoder_only else inputs.get("decoder_input_ids")
     prompt_length = 1 if given is None else given.shape[1]
     processors = [*generation.pop("logits_processor", ()), SIDLogitsProcessor(trie, prompt_length, eos)]
-    with _neutral(model):
+    with neutral_generation(model):
         found = model.generate(
             **inputs,
             **{"do_sample": False, **generation},
@@ -193,7 +193,7 @@ def _check_inputs(inputs: Mapping[str, Tensor], decoder_only: bool) -> None:
 
 
 @contextmanager
-def _neutral(model: nn.Module) -> Iterator[None]:
+def neutral_generation(model: nn.Module) -> Iterator[None]:
     """A generation config that says which tokens are special, and nothing else."""
     models = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
     with _TAKING_TURNS:

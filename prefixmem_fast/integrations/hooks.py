@@ -197,7 +197,7 @@ class Attachment:
 
     @property
     def _window(self) -> int:
-        return max(self.encoder.config.spec.levels - 1, 1)
+        return max(self.encoder.config.levels - 1, 1)
 
     def _past(self, cache: Any, tokens: Tensor) -> Tensor:
         """The last tokens ``[B, <= window]`` that the cache has seen before `tokens`."""
@@ -237,7 +237,7 @@ class Attachment:
 
 def unwrapped(encoder: nn.Module) -> PrefixMem:
     """The encoder itself where PEFT's modules_to_save has put a wrapper around it and trains a copy."""
-    if isinstance(encoder, PrefixMem):
+    if not hasattr(encoder, "modules_to_save"):
         return encoder
     return encoder.modules_to_save[encoder.active_adapters[0]]
 

@@ -247,8 +247,8 @@ class SIDVocabulary:
             self.encode(torch.as_tensor(codes))  # says which code has none
         return "".join(self.names[token] for token in tokens)
 
-    def check_codebooks(self, spec: AddressSpec) -> None:
-        """Compare with an encoder's spec.
+    def check_codebooks(self, spec: AddressSpec | PrefixMemConfig) -> None:
+        """Compare with an encoder's spec or config.
 
         Raises:
             ValueError: the codebooks differ; the message gives both.

@@ -1,0 +1,45 @@
+"""Pre-train an encoder alone: by a classification head, or in a small Tiger or causal LM, for any model to attach."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from .train import add_run_arguments, config_of, summary
+
+METHODS = ("classification", "tiger", "lm")
+_DEFAULTS = {
+    "classification": {"batch_size": 1024, "steps": 2000, "learning_rate": 2e-3},
+    "tiger": {"model": "tiger"},
+    "lm": {"model": "decoder"},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="(default: %(default)s)")
+    add_run_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    config = config_of(options, **_DEFAULTS[options.method])
+    if config.arm != "prefixmem":
+        raise ValueError(f"arm = {config.arm!r} has no tables to pre-train; give arm = 'prefixmem'")
+    out, how = Path(options.out), {"resume": options.resume, "quiet": options.json}
+    if options.method == "classification":
+        from ..training.classification import pretrain
+
+        report = pretrain(config, out, **how)
+    else:
+        from ..modules import PrefixMem
+        from ..sid import SIDVocabulary
+        from ..training.classification import ENCODER
+        from ..training.run import MODEL, train
+
+        report = train(config, out, **how)
+        encoder, vocabulary = PrefixMem.from_pretrained(out / MODEL), SIDVocabulary.from_pretrained(out / MODEL)
+        encoder.save_pretrained(out / ENCODER, vocabulary)
+    print(json.dumps(report, indent=2) if options.json else summary(report, options.out))
+    if not options.json:
+        print(f"prefixmem train --encoder {out / 'encoder'} ... starts from it")
+    return 0

@@ -1,0 +1,61 @@
+"""Train a recommender on Semantic IDs: any causal LM or T5 of transformers, with the encoder or without."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..training.config import RunConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..training.run import train
+
+    report = train(config_of(options), options.out, resume=options.resume, quiet=options.json)
+    print(json.dumps(report, indent=2) if options.json else summary(report, options.out))
+    return 0
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..training.config import add_flags
+
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON with any of the options below; flags come first")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the run is written")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    add_flags(parser)
+
+
+def config_of(options: argparse.Namespace, **defaults: Any) -> RunConfig:
+    from ..training.config import CONFIG, config_from
+
+    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
+        raise ValueError("training needs transformers and accelerate: pip install 'prefixmem_fast[train]'")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading and writing weights; training has its own
+    file = options.config
+    if options.resume and file is None and (Path(options.out) / CONFIG).is_file():
+        file = Path(options.out) / CONFIG
+    return config_from(options, file, **defaults)
+
+
+def summary(report: dict, out: str) -> str:
+    """A line for each validation, and what was written."""
+    rows = report["validation"]
+    names = [name for name in rows[-1] if name.startswith("accuracy_")] if rows else []
+    lines = [f"{'step':>8}{'loss':>9}" + "".join(f"{'level ' + name[9:]:>9}" for name in names)]
+    lines += [f"{r['step']:>8}{r['loss']:>9.3f}" + "".join(f"{r[name]:>9.3f}" for name in names) for r in rows]
+    size = report["parameters"]
+    lines.append(
+        f"{report['steps']} steps, {report['seconds']:.0f} s, {size['model']:,} parameters and {size['encoder']:,} of the "
+        f"encoder; best at step {report['best_step']}; written to {out}"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,95 @@
+"""An endless, numbered stream of sequences: number i is always the same, so a run goes on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .sequences import Sequences
+
+_BLOCK = 4096  # numbers whose kinds are drawn together
+_BATCHES = 16  # batches whose rows are sorted together
+
+
+class SequenceStream(Dataset):
+    """Kinds of sequences mixed by weight; each kind is gone through in a new random order again and again.
+
+    Args:
+        kinds: for each name its sequences and its weight, above 0.
+        length: how many rows the stream has.
+        seed: of order, mixture and windows.
+        pack: sequences a row; more than 1 needs kinds without parts.
+        batch: rows that are read together: within 16 batches, rows of like length stand in one, so that little is
+            padded.
+    """
+
+    def __init__(
+        self, kinds: Mapping[str, tuple[Sequences, float]], length: int, *, seed: int = 0, pack: int = 1, batch: int = 1
+    ) -> None:
+        self.sequences = [sequences for sequences, _ in kinds.values()]
+        weights = np.array([weight for _, weight in kinds.values()], dtype=np.float64)
+        self.weights = weights / weights.sum()
+        self.length, self.seed, self.pack, self.batch = length, seed, pack, batch
+        self._before = [np.zeros(len(self.sequences), dtype=np.int64)]  # of each kind, before each block
+        self._block = lru_cache(maxsize=4)(self._draw_block)
+        self._order = lru_cache(maxsize=2 * len(self.sequences))(self._draw_order)
+        self._pool = lru_cache(maxsize=2)(self._draw_pool)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        """input_ids and position_ids that start again with each packed sequence; or input_ids and labels."""
+        if not 0 <= row < self.length:
+            raise IndexError(row)
+        pool, place = divmod(row, self.batch * _BATCHES)
+        made = self._pool(pool)[place]
+        if self.sequences[0].parts:
+            source, target = made[0]
+            return {"input_ids": torch.tensor(source), "labels": torch.tensor(target)}
+        return {
+            "input_ids": torch.tensor([token for _, ids in made for token in ids]),
+            "position_ids": torch.cat([torch.arange(len(ids)) for _, ids in made]),
+        }
+
+    def _draw_pool(self, pool: int) -> list[list[tuple[list[int], list[int]]]]:
+        """Rows that are sorted together: batches of like length, in random order."""
+        count = self.batch * _BATCHES
+        rows = [
+            [self._sequence(row * self.pack + i) for i in range(self.pack)]
+            for row in range(pool * count, (pool + 1) * count)
+        ]
+        if self.batch == 1:
+            return rows
+        rows.sort(key=lambda row: sum(len(source) + len(target) for source, target in row))
+        order = np.random.default_rng([self.seed, 3, pool]).permutation(_BATCHES)
+        return [row for i in order for row in rows[i * self.batch : (i + 1) * self.batch]]
+
+    def _sequence(self, number: int) -> tuple[list[int], list[int]]:
+        block, place = divmod(number, _BLOCK)
+        kind, visit = (int(drawn[place]) for drawn in self._block(block))
+        sequences = self.sequences[kind]
+        turn, position = divmod(visit, len(sequences))
+        return sequences.make(int(self._order(kind, turn)[position]), np.random.default_rng([self.seed, 2, number]))
+
+    def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Kind of each number of a block, and how many of that kind came before it."""
+        for i in range(len(self._before), block + 1):
+            self._before.append(self._before[-1] + np.bincount(self._kinds(i - 1), minlength=len(self.sequences)))
+        kinds = self._kinds(block)
+        visits = np.empty_like(kinds)
+        for kind, before in enumerate(self._before[block]):
+            mine = kinds == kind
+            visits[mine] = before + np.arange(mine.sum())
+        return kinds, visits
+
+    def _kinds(self, block: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, 0, block]).choice(len(self.weights), size=_BLOCK, p=self.weights)
+
+    def _draw_order(self, kind: int, turn: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, 1, kind, turn]).permutation(len(self.sequences[kind]))

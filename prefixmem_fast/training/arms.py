@@ -1,0 +1,91 @@
+"""What is added to the embeddings of Semantic IDs, and the optimizer that trains it: the arms that a study compares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import optim
+from ..integrations.attach import attach
+from ..modules import PrefixMem, PrefixMemConfig
+from ..sid import SIDVocabulary
+from ..sid_transformer import SIDTransformer, SIDTransformerConfig
+from ..spec import AddressSpec
+from .config import RunConfig
+
+_ROWS = {"adagrad": optim.RowWiseAdagrad, "adam": optim.RowWiseAdam, "lazy-adam": optim.LazyAdam, "sgd": optim.SGD}
+
+
+def active_levels(config: RunConfig, levels: int) -> tuple[int, ...]:
+    """The paper's "active at levels 4 and 5" of five: the two prefix lengths before the whole SID."""
+    return tuple(config.active_levels or (l for l in (levels - 2, levels - 1) if l >= 1) or (1,))
+
+
+def build_encoder(
+    config: RunConfig, codebook_sizes: tuple[int, ...], hidden_size: int
+) -> PrefixMem | SIDTransformer | None:
+    """The encoder of a run; None for the plain arm.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: an option is wrong, or the pre-trained encoder is of other codebooks.
+    """
+    levels = active_levels(config, len(codebook_sizes))
+    if config.arm == "plain":
+        return None
+    if config.arm == "sid-transformer":
+        return SIDTransformer(
+            SIDTransformerConfig(
+                codebook_sizes, hidden_size, config.sid_width, config.sid_layers, active_levels=levels,
+                output_init_std=config.output_init_std,
+            )
+        )  # fmt: skip
+    how = {"grad": config.grad, "dropout": config.memory_dropout}
+    if config.encoder is not None:
+        encoder = PrefixMem.from_pretrained(config.encoder, hidden_size=hidden_size, active_levels=levels, **how)
+        if encoder.config.codebook_sizes != codebook_sizes:
+            raise ValueError(
+                f"encoder {config.encoder} has codebook_sizes {encoder.config.codebook_sizes}, the index "
+                f"{codebook_sizes}; pre-train it on this index, or give the codebook_sizes it was trained with"
+            )
+        encoder.reset_output()
+        return encoder
+    order = min(config.max_order, max(levels) if config.mode != "full" else len(codebook_sizes))
+    spec = AddressSpec(
+        codebook_sizes, max_order=order, heads=config.heads, table_rows=config.table_rows, mode=config.mode,
+        addressing=config.addressing, active_levels=levels, seed=config.address_seed,
+    )  # fmt: skip
+    return PrefixMem(
+        PrefixMemConfig(spec, config.memory_dim, hidden_size, output_init_std=config.output_init_std), **how
+    )
+
+
+def add_arm(model: nn.Module, config: RunConfig, vocabulary: SIDVocabulary) -> None:
+    """Attach the encoder of a run to its model."""
+    encoder = build_encoder(config, vocabulary.codebook_sizes, model.get_input_embeddings().weight.shape[1])
+    if encoder is not None:
+        attach(model, encoder, vocabulary)
+
+
+def optimizer_for(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW for the model; the encoder at a multiple of its learning rate, its rows by an optimizer of their own."""
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.arm == "prefixmem":
+        return optim.for_model(
+            model, **options, encoder_lr_multiple=config.encoder_lr_multiple, rows=_ROWS[config.row_optimizer],
+            row_options={"weight_decay": config.row_weight_decay},
+        )  # fmt: skip
+    encoders = [module for module in model.modules() if isinstance(module, SIDTransformer)]
+    fast = {id(p) for encoder in encoders for p in encoder.parameters()}
+    groups = []
+    for in_encoder, multiple in ((True, config.encoder_lr_multiple), (False, 1.0)):
+        for decayed in (True, False):
+            chosen = [
+                p for p in model.parameters()
+                if p.requires_grad and (id(p) in fast) == in_encoder and (p.dim() >= 2) == decayed
+            ]  # fmt: skip
+            if chosen:
+                decay = config.weight_decay if decayed else 0.0
+                groups.append({"params": chosen, "lr": config.learning_rate * multiple, "weight_decay": decay})
+    return torch.optim.AdamW(groups, config.learning_rate)
