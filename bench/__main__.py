@@ -227,6 +227,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["quality"]:
+        from .quality.__main__ import main as quality
+
+        sys.exit(quality(sys.argv[2:]))
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one tiny workload: whether everything runs")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps a provider (default: %(default)s)")

@@ -55,7 +55,7 @@ def summary(report: dict, out: str) -> str:
     lines += [f"{r['step']:>8}{r['loss']:>9.3f}" + "".join(f"{r[name]:>9.3f}" for name in names) for r in rows]
     size = report["parameters"]
     lines.append(
-        f"{report['steps']} steps, {report['seconds']:.0f} s, {size['model']:,} parameters and {size['encoder']:,} of the "
-        f"encoder; best at step {report['best_step']}; written to {out}"
+        f"{report['steps']} steps, {report['seconds']:.0f} s, {size['model']:,} parameters and {size['encoder']:,} of "
+        f"the encoder; best at step {report['best_step']}; written to {out}"
     )
     return "\n".join(lines)

@@ -302,8 +302,8 @@ def _read_targets(rows: Iterable[tuple[str, dict[str, Any]]], builder: _Builder)
             known.extend(before)
         elif known[len(known) - len(before) :] != before:
             raise ValueError(
-                f"{where}: the history of user {user!r} does not end as the rows before it; rows in time order, files in "
-                "the order train, valid, test were expected"
+                f"{where}: the history of user {user!r} does not end as the rows before it; rows in time order, files "
+                "in the order train, valid, test were expected"
             )
         known.append(builder.row(row["item_id"], where))
 

@@ -15,10 +15,14 @@ from ..sid.catalogue import Catalogue
 from .interactions import Histories
 
 LEVELS, CODES, DIMENSIONS = 5, 32, 24
-_COLOURS = ["amber", "blue", "coral", "dusty", "emerald", "frosted", "golden", "hazel", "ivory", "jade", "khaki", "lilac", "mint", "navy", "olive", "pearl"]
+_COLOURS = (
+    "amber", "blue", "coral", "dusty", "emerald", "frosted", "golden", "hazel", "ivory", "jade", "khaki", "lilac",
+    "mint", "navy", "olive", "pearl",
+)  # fmt: skip
 _THINGS = (
-    ["lamp", "chair", "brush", "kettle", "scarf", "drum", "tent", "clock", "puzzle", "mirror", "basket", "ladder", "camera", "pillow", "bottle", "guitar"]
-)
+    "lamp", "chair", "brush", "kettle", "scarf", "drum", "tent", "clock", "puzzle", "mirror", "basket", "ladder",
+    "camera", "pillow", "bottle", "guitar",
+)  # fmt: skip
 
 
 @dataclass

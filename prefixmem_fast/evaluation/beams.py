@@ -90,8 +90,8 @@ def _mask(sees: Tensor, length: int, like: Tensor) -> Tensor:
 def _grow(
     beams: Beams, logits: Tensor, nodes: Tensor, num_beams: int, trie: SIDTrie | None
 ) -> tuple[Beams, Tensor, Tensor]:
-    """The best continuations of beams ``[B, K]`` by one token, from logits ``[B, K, V]``; their nodes; what they go on."""
-    batch, count, size = logits.shape
+    """The best continuations of beams ``[B, K]`` by one token, from logits ``[B, K, V]``; nodes; what each goes on."""
+    _, count, size = logits.shape
     scores = beams.scores[..., None] + logits.float().log_softmax(-1)  # [B, K, V]
     if trie is not None:
         place = trie.allowed(nodes.flatten(), size)

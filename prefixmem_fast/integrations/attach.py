@@ -28,7 +28,8 @@ def attach(model: nn.Module, encoder: PrefixMem | SIDTransformer, vocabulary: SI
 
     Args:
         model: a model of transformers, or a PeftModel around one; not yet compiled.
-        encoder: as wide as the model's embeddings; a `SIDTransformer` may take its place. With ``output_init_std=0`` the model's logits stay as they are.
+        encoder: as wide as the model's embeddings; a `SIDTransformer` may take its place. With ``output_init_std=0``
+            the model's logits stay as they are.
         vocabulary: which token ids are which codes.
 
     Returns:

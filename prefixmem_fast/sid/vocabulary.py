@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference import token_entries
-from ..spec import AddressSpec, check_codebook_sizes, integer, integers
+from ..spec import check_codebook_sizes, integer, integers
 from .formats import KNOWN_FORMATS, TokenFormat, recognise
 
 if TYPE_CHECKING:
@@ -247,8 +247,8 @@ class SIDVocabulary:
             self.encode(torch.as_tensor(codes))  # says which code has none
         return "".join(self.names[token] for token in tokens)
 
-    def check_codebooks(self, spec: AddressSpec | PrefixMemConfig) -> None:
-        """Compare with an encoder's spec or config.
+    def check_codebooks(self, spec: Any) -> None:
+        """Compare with an encoder's spec or config, by `codebook_sizes`.
 
         Raises:
             ValueError: the codebooks differ; the message gives both.

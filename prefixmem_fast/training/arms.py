@@ -20,7 +20,7 @@ _ROWS = {"adagrad": optim.RowWiseAdagrad, "adam": optim.RowWiseAdam, "lazy-adam"
 
 def active_levels(config: RunConfig, levels: int) -> tuple[int, ...]:
     """The paper's "active at levels 4 and 5" of five: the two prefix lengths before the whole SID."""
-    return tuple(config.active_levels or (l for l in (levels - 2, levels - 1) if l >= 1) or (1,))
+    return tuple(config.active_levels or (level for level in (levels - 2, levels - 1) if level >= 1))
 
 
 def build_encoder(

@@ -1,4 +1,4 @@
-"""The model that reads Semantic IDs: of random weights by name or configuration, or a pre-trained one with its tokenizer."""
+"""The model that reads Semantic IDs: of random weights by name or configuration, or a pre-trained one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..sid import Catalogue, SIDVocabulary
@@ -45,8 +46,9 @@ def build_backbone(
         tokenizer = _load_tokenizer(config.tokenizer) if config.tokenizer else make_tokenizer(text)
         vocabulary = _vocabulary(tokenizer, None, catalogue, config)
         ids = {
-            "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
-            "bos_token_id": tokenizer.bos_token_id, "decoder_start_token_id": tokenizer.pad_token_id,
+            "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id,
+            "decoder_start_token_id": tokenizer.pad_token_id,
         }  # fmt: skip
         description = {**description, **ids, **(config.model_options or {})}
         kind = description.pop("model_type")
@@ -59,6 +61,8 @@ def build_backbone(
         model = _class_of(made).from_pretrained(pretrained, config=made)
         tokenizer = _load_tokenizer(config.tokenizer or pretrained)
         vocabulary = _vocabulary(tokenizer, model, catalogue, config)
+    if config.precision == "bfloat16" and not torch.cuda.is_available():
+        _attend_in_float32(model)
     if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model, tokenizer, vocabulary
@@ -96,6 +100,27 @@ def make_tokenizer(text: Sequence[str] | None) -> Any:
         )
         tokenizer.train_from_iterator(text, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **_SPECIAL)
+
+
+def _attend_in_float32(model: nn.Module) -> None:
+    """On a CPU the backward pass of bfloat16 attention takes longer than everything else together."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    if getattr(model.config, "_attn_implementation", None) != "sdpa":
+        return
+
+    def attend(module, query, key, value, attention_mask, **options):
+        with torch.autocast("cpu", enabled=False):
+            out, weights = sdpa_attention_forward(
+                module, query.float(), key.float(), value.float(), attention_mask, **options
+            )
+        return out.to(query.dtype), weights
+
+    AttentionInterface.register("sdpa_float32", attend)
+    AttentionMaskInterface.register("sdpa_float32", sdpa_mask)
+    model.set_attn_implementation("sdpa_float32")
 
 
 def longest_input(model: nn.Module) -> int | None:

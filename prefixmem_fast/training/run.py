@@ -99,8 +99,8 @@ def prepare(config: RunConfig, data: Data) -> Run:
     limit, needed = longest_input(model), config.max_items * tokens.levels + tokens.levels + 1
     if limit is not None and needed > limit:
         raise ValueError(
-            f"max_items = {config.max_items} items of {tokens.levels} tokens need {needed} positions, the model has {limit}; "
-            "lower max_items"
+            f"max_items = {config.max_items} items of {tokens.levels} tokens need {needed} positions, the model has "
+            f"{limit}; lower max_items"
         )
     return Run(config, data, model, tokenizer, vocabulary, tokens)
 

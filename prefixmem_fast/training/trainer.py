@@ -35,6 +35,8 @@ class RecommenderTrainer(Trainer):
     def __init__(self, *, config: RunConfig, score: Callable[[nn.Module], dict[str, float]], **options: Any) -> None:
         super().__init__(optimizers=(optimizer_for(options["model"], config), None), **options)
         self.config, self.score = config, score
+        self._validating = 0.0  # seconds of this sitting
+        self._before: float | None = None  # seconds of training in earlier ones
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         if not self.args.disable_tqdm:
@@ -45,12 +47,12 @@ class RecommenderTrainer(Trainer):
     def run(self, out: Path, resume: bool) -> dict[str, Any]:
         """Write the options, train from the start or from the last complete checkpoint, and report."""
         write_options(self.config, out / CONFIG)
-        started = time.perf_counter()
+        self._started = time.perf_counter()
         self.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
         return {
             "steps": self.state.global_step,
             "best_step": _best_step(self.state.log_history),
-            "seconds": round(time.perf_counter() - started, 1),
+            "seconds": max((row.get("eval_seconds", 0.0) for row in self.state.log_history), default=0.0),
             "parameters": _parameters(self.model),
             **_curves(self.state.log_history),
         }
@@ -61,8 +63,14 @@ class RecommenderTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """What `score` says of the model, logged."""
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.score(self.model).items()}
+        """What `score` says of the model, logged with the seconds of training up to here."""
+        begun = time.perf_counter()
+        if self._before is None:
+            self._before = max((row.get("eval_seconds", 0.0) for row in self.state.log_history), default=0.0)
+        seconds = self._before + begun - self._started - self._validating
+        found = {"seconds": round(seconds, 1), **self.score(self.model)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self._validating += time.perf_counter() - begun
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

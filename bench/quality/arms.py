@@ -1,0 +1,85 @@
+"""The arms of the study and the one recipe that all of them share.
+
+What an arm changes beside the recipe is all that differs from the others: same data, same order of sequences, same
+steps, learning rate and schedule; the checkpoint with the lowest validation loss is the one that is tested.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefixmem_fast.training.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What differs from the recipe.
+
+    Attributes:
+        options: of RunConfig.
+        pretraining: "classification" or "tiger": the encoder is pre-trained so first.
+        permuted: whether prefixes are exchanged, see `control.py`.
+        what: a line for tables.
+    """
+
+    what: str
+    options: dict[str, Any] = field(default_factory=dict)
+    pretraining: str | None = None
+    permuted: bool = False
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """An index and its histories, below the data folder, and what is known of its splits."""
+
+    items: str
+    interactions: str
+    published: str
+
+
+SETS = {
+    "beauty-mql4grec": DataSet(
+        "beauty/mql4grec.index.json",
+        "beauty/interactions.json",
+        "published R@10 / N@10: TIGER .0648/.0384, LETTER .0672/.0364, SASRec tuned .0740/.0423, LC-Rec .0791/.0438; "
+        "TIGER in cornac .0634/.0338",
+    ),
+    "beauty-rqvae_zcr": DataSet("beauty/rqvae_zcr.index.json", "beauty/interactions.json", ""),
+    "scientific-rqvae_zcr": DataSet("scientific/rqvae_zcr.index.json", "scientific/interactions.json", ""),
+    "scientific-rkmeans_zcr": DataSet("scientific/rkmeans_zcr.index.json", "scientific/interactions.json", ""),
+}
+
+RECIPE: dict[str, Any] = {
+    "model": "decoder",
+    "codebook_sizes": [256] * 4,
+    "steps": 2500,
+}
+PRETRAINING: dict[str, dict[str, Any]] = {
+    "classification": {"steps": 1000, "batch_size": 1024, "learning_rate": 2e-3, "eval_every": 100, "warmup_steps": 50},
+    "tiger": {"model": "tiger", "steps": 1000, "eval_every": 250},
+}
+
+ARMS = {
+    "plain": Arm("token embeddings alone", {"arm": "plain"}),
+    "wide": Arm("plain, widened to as many parameters", {"arm": "plain"}),
+    "permuted": Arm("PrefixMem of exchanged prefixes (control)", permuted=True),
+    "prefixmem": Arm("PrefixMem"),
+    "prefixmem-large": Arm("PrefixMem, 8 x the rows", {"table_rows": 262_144}),
+    "paper": Arm("PrefixMem without dropout on memory", {"memory_dropout": 0.0}),
+    "pretrained": Arm("PrefixMem, pre-trained by classification", pretraining="classification"),
+    "tiger-pretrained": Arm("PrefixMem, pre-trained in Tiger", pretraining="tiger"),
+    "sid-transformer": Arm("SID-Transformer in the same slot", {"arm": "sid-transformer"}),
+    "suffix": Arm("PrefixMem, suffix orders", {"mode": "suffix"}),
+    "full": Arm("PrefixMem, one hash of the whole prefix", {"mode": "full"}),
+    "all-levels": Arm("PrefixMem, active at every level", {"active_levels": [1, 2, 3, 4], "max_order": 4}),
+}
+FIRST = ("plain", "prefixmem", "permuted", "pretrained")  # what the study is not complete without
+
+
+def config_of(arm: str, data_set: str, data: Path, seed: int, **changes: Any) -> RunConfig:
+    """The options of one run of the study."""
+    files = SETS[data_set]
+    options = {**RECIPE, **ARMS[arm].options, **changes}
+    return RunConfig(items=str(data / files.items), interactions=[str(data / files.interactions)], seed=seed, **options)

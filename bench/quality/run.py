@@ -1,0 +1,148 @@
+"""One run of the study: pre-train if the arm says so, train, test once, and one row of results."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from prefixmem_fast.evaluation.report import evaluate, reachable_by
+from prefixmem_fast.training import classification
+from prefixmem_fast.training.config import CONFIG, RunConfig
+from prefixmem_fast.training.run import load_data, load_run, prepare, train
+
+from ..measure import provenance
+from .arms import ARMS, PRETRAINING, RECIPE, config_of
+from .control import add_permuted
+
+HARD = ("plain", 0)  # the arm and the seed whose test says which examples are reachable
+
+
+def folder_of(runs: Path, data_set: str, arm: str, seed: int) -> Path:
+    return runs / data_set / f"{arm}-{seed}"
+
+
+def run_one(
+    data_set: str, arm: str, seed: int, *, data: Path, runs: Path, beams: int, examples: int | None, quiet: bool
+) -> dict[str, Any]:
+    """Everything of one run; what an interrupted one has done already is not done again."""
+    folder = folder_of(runs, data_set, arm, seed)
+    changes: dict[str, Any] = {}
+    pretraining = ARMS[arm].pretraining
+    report: dict[str, Any] = {}
+    if pretraining:
+        report["pretraining"] = _pretrain(data_set, pretraining, seed, data, folder / "pretraining", quiet)
+        changes["encoder"] = str(folder / "pretraining" / ("encoder" if pretraining == "classification" else "model"))
+    config = config_of(arm, data_set, data, seed, **changes)
+    loaded = load_data(config)
+    add_arm = partial(add_permuted, codes=loaded.catalogue.codes) if ARMS[arm].permuted else None
+    if arm == "wide":
+        config = config.replace(model_options=widened(config, data_set, data, loaded))
+    trained = _train(config, folder / "train", quiet, loaded, add_arm)
+    # The control is no encoder that the library knows, so its weights are put back by hand.
+    run = prepare(config, loaded) if add_arm else load_run(folder / "train")
+    if add_arm:
+        add_arm(run.model, config, run.vocabulary)
+        _load_weights(run.model, folder / "train" / "model")
+    hard = folder_of(runs, data_set, *HARD) / "test.npz"
+    chosen = loaded.split.test.sample(examples)
+    reachable = None
+    if (arm, seed) != HARD and hard.is_file():
+        reachable = reachable_by(hard, chosen.targets)
+    started = time.perf_counter()
+    torch.manual_seed(seed)
+    tested, arrays = evaluate(
+        run.model, loaded.catalogue, run.vocabulary, run.tokens, loaded.split, part="test", num_beams=beams,
+        max_items=config.max_items, examples=examples, reachable=reachable,
+        progress=lambda search, count: tqdm(total=count, desc=search, disable=quiet or None).update,
+    )  # fmt: skip
+    if (arm, seed) == HARD:
+        import numpy as np
+
+        np.savez_compressed(hard, **arrays)
+    for checkpoint in (folder / "train").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return {
+        "set": data_set, "arm": arm, "seed": seed, "what": ARMS[arm].what, "recipe": recipe(arm),
+        "options": {name: value for name, value in config.to_dict().items() if name not in _PLACES},
+        **report, **trained, "test": tested, "test_seconds": round(time.perf_counter() - started, 1), **provenance(),
+    }  # fmt: skip
+
+
+_PLACES = ("items", "interactions", "text", "encoder", "tokenizer")
+
+
+def recipe(arm: str) -> str:
+    """What must not have changed for a stored row to count as this run's."""
+    return json.dumps([RECIPE, ARMS[arm].options, PRETRAINING.get(ARMS[arm].pretraining or "")], sort_keys=True)
+
+
+def widened(config: RunConfig, data_set: str, data: Path, loaded: Any) -> dict[str, Any]:
+    """Options of a plain model with as many parameters as the one of the arm "prefixmem" reads and trains.
+
+    Rows of the tables that no item of the catalogue reads are not counted.
+    """
+    from prefixmem_fast import prefix_rows
+    from prefixmem_fast.training.arms import build_encoder
+
+    encoder = build_encoder(config_of("prefixmem", data_set, data, 0), loaded.catalogue.codebook_sizes, 128)
+    rows = prefix_rows(loaded.catalogue.codes, encoder.config.spec)
+    active = [level - 1 for level in encoder.config.spec.active_levels]
+    live = len(rows[:, active].unique()) * encoder.config.row_width + encoder.out_proj.weight.numel()
+    options = dict(config.model_options or {})
+    aim = sum(p.numel() for p in prepare(config, loaded).model.parameters()) + live
+    for width in range(128, 1025, 32):
+        wide = {**options, **_of_width(width, options)}
+        size = sum(p.numel() for p in prepare(config.replace(model_options=wide), loaded).model.parameters())
+        if size >= aim:
+            return wide
+    return wide
+
+
+def _of_width(width: int, options: dict[str, Any]) -> dict[str, Any]:
+    ratio = options.get("intermediate_size", 384) / options.get("hidden_size", 128)
+    return {"hidden_size": width, "intermediate_size": int(width * ratio), "head_dim": width // 4}
+
+
+def _pretrain(data_set: str, method: str, seed: int, data: Path, out: Path, quiet: bool) -> dict[str, Any]:
+    config = config_of("prefixmem", data_set, data, seed, **PRETRAINING[method])
+    if method == "tiger":
+        return _train(config.replace(model_options=None), out, quiet, None, None)
+    report = _stored(out, config)
+    if report is None:
+        report = classification.pretrain(config, out, resume=(out / CONFIG).is_file(), quiet=quiet)
+    return {name: value for name, value in report.items() if name != "training"}
+
+
+def _train(config: RunConfig, out: Path, quiet: bool, data: Any, add_arm: Any) -> dict[str, Any]:
+    report = _stored(out, config)
+    if report is None:
+        report = train(config, out, resume=(out / CONFIG).is_file(), quiet=quiet, data=data, add_arm=add_arm)
+    return {name: value for name, value in report.items() if name != "training"}
+
+
+def _stored(out: Path, config: RunConfig) -> dict[str, Any] | None:
+    """The report of a finished training; an unfinished one of other options is removed."""
+    from prefixmem_fast.training.config import read_options
+
+    if (out / CONFIG).is_file() and RunConfig(**read_options(out / CONFIG)) != config:
+        shutil.rmtree(out)
+    file = out / "curves.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _load_weights(model: torch.nn.Module, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    left = [name for name in (*missing, *unexpected) if not name.endswith(("_extra_state", "lm_head.weight"))]
+    if left:
+        raise ValueError(f"{folder}: {left[0]} does not fit the model")
+    model.tie_weights()
+    model.eval()
