@@ -9,6 +9,8 @@ version = next(
     if line.startswith("__version__")
 )
 
+train = ["transformers>=4.57", "accelerate", "peft", "pyyaml", "pyarrow", "matplotlib", "sacrebleu"]
+
 setup(
     name="prefixmem_fast",
     version=version,
@@ -19,11 +21,14 @@ setup(
     packages=[
         "prefixmem_fast",
         "prefixmem_fast.cli",
+        "prefixmem_fast.data",
+        "prefixmem_fast.evaluation",
         "prefixmem_fast.examples",
         "prefixmem_fast.integrations",
         "prefixmem_fast.kernels",
         "prefixmem_fast.optim",
         "prefixmem_fast.sid",
+        "prefixmem_fast.training",
     ],
     # A top-level package named "kernels" would shadow the Hugging Face package of that name.
     package_dir={"prefixmem_fast.kernels": "kernels"},
@@ -37,9 +42,9 @@ setup(
     ],
     extras_require={
         "hf": ["transformers>=4.57"],
-        "train": ["transformers>=4.57", "accelerate", "peft"],
+        "train": train,
         "bench": ["nvidia-ml-py"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "transformers>=4.57", "accelerate", "peft"],
+        "test": [*train, "pytest", "pytest-xdist", "hypothesis", "ruff"],
     },
     entry_points={"console_scripts": ["prefixmem = prefixmem_fast.cli:main"]},
     classifiers=[

@@ -123,7 +123,7 @@ def load_encoder(
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / _CONFIG}: {error}") from error
     if dtype is None:
-        dtype = getattr(torch, stored["tensors"]["out_proj.weight"]["dtype"])
+        dtype = getattr(torch, next(iter(stored["tensors"].values()))["dtype"])
     with torch.inference_mode(False), torch.no_grad():  # loaded while serving, it can still be trained
         made = kind(config, device="meta", dtype=dtype, **how)
         encoder = made.to_empty(device=device or torch.get_default_device())

@@ -98,16 +98,15 @@ def widened(config: RunConfig, data_set: str, data: Path, loaded: Any) -> dict[s
     options = dict(config.model_options or {})
     aim = sum(p.numel() for p in prepare(config, loaded).model.parameters()) + live
     for width in range(128, 1025, 32):
-        wide = {**options, **_of_width(width, options)}
+        wide = {**options, **_of_width(width)}
         size = sum(p.numel() for p in prepare(config.replace(model_options=wide), loaded).model.parameters())
         if size >= aim:
             return wide
     return wide
 
 
-def _of_width(width: int, options: dict[str, Any]) -> dict[str, Any]:
-    ratio = options.get("intermediate_size", 384) / options.get("hidden_size", 128)
-    return {"hidden_size": width, "intermediate_size": int(width * ratio), "head_dim": width // 4}
+def _of_width(width: int) -> dict[str, Any]:
+    return {"n_embd": width, "n_inner": 8 * width}
 
 
 def _pretrain(data_set: str, method: str, seed: int, data: Path, out: Path, quiet: bool) -> dict[str, Any]:

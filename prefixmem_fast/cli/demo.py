@@ -1,111 +1,163 @@
-"""Train a next-code classifier on synthetic Semantic IDs with and without the encoder, and print both accuracies."""
+"""The whole path on a synthetic catalogue: pre-train, train with and without the encoder, evaluate, draw the curves."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from .train import check_libraries
 
-from ..modules import PrefixMem, PrefixMemConfig
-from ..spec import AddressSpec
+if TYPE_CHECKING:
+    from ..training.config import RunConfig
+    from ..training.run import Data
 
-LEVELS, CODES, ITEMS, HIDDEN = 4, 64, 4000, 64
+REPORT = "demo.json"
+PLAIN, WITH = "token embeddings alone", "with PrefixMem"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=400, help="training steps of each model (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data and models (default: %(default)s)")
+    parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="training steps of each model (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.steps < 1:
-        raise ValueError(f"--steps = {options.steps}; give 1 or more")
-    torch.manual_seed(options.seed)
-    catalogue, popularity = synthetic_catalogue()
-    spec = AddressSpec((CODES,) * LEVELS, table_rows=20_000, active_levels=tuple(range(1, LEVELS)))
-    rows = {}
-    for name, encoder in (
-        ("embeddings alone", None),
-        ("with PrefixMem", PrefixMem(PrefixMemConfig(spec, memory_dim=32, hidden_size=HIDDEN))),
-    ):
-        torch.manual_seed(options.seed)
-        started = time.perf_counter()
-        model = NextCode(encoder)
-        _train(model, catalogue, popularity, options, name)
-        rows[name] = {
-            "accuracy": _accuracy(model, catalogue, popularity),
-            "seconds": round(time.perf_counter() - started, 1),
-        }
-    if options.json:
-        print(
-            json.dumps({"data": "synthetic", "items": len(catalogue), "steps": options.steps, "models": rows}, indent=2)
-        )
-        return 0
-    print(f"synthetic catalogue: {len(catalogue)} items, {LEVELS} levels of {CODES} codes")
-    print("teacher-forced accuracy of each level")
-    print(f"{'':<20}" + "".join(f"{f'level {level}':>10}" for level in range(2, LEVELS + 1)) + f"{'seconds':>10}")
-    for name, row in rows.items():
-        print(f"{name:<20}" + "".join(f"{value:>10.3f}" for value in row["accuracy"]) + f"{row['seconds']:>10.1f}")
+    if options.steps < 20:
+        raise ValueError(f"--steps = {options.steps}; give 20 or more")
+    check_libraries("matplotlib")
+    from ..evaluation.plots import plot_curves
+    from ..training.classification import pretrain
+    from ..training.config import RunConfig
+    from ..training.run import load_data, train
+
+    out, quiet = _folder(options.out), options.json
+    say = (lambda *_: None) if quiet else print
+    every = max(options.steps // 12, 1)
+    config = RunConfig(
+        synthetic=True, steps=options.steps, log_every=every, eval_every=every, eval_users=500, batch_size=32,
+        learning_rate=2e-3, warmup_steps=options.steps // 20, table_rows=20_000, memory_dim=64, seed=options.seed,
+    )  # fmt: skip
+    data = load_data(config)
+    say(f"synthetic catalogue: {len(data.catalogue)} items, {data.catalogue.codes.shape[1]} levels, "
+        f"{data.split.train.interactions} interactions to train on")  # fmt: skip
+
+    say("1/4  pre-train the encoder by a classification head, without a transformer")
+    shorter = config.replace(steps=200, log_every=50, eval_every=50, batch_size=1024, warmup_steps=20)
+    pretrain(shorter, out / "pretraining", quiet=quiet, data=data)
+    arms = {PLAIN: {"arm": "plain"}, WITH: {"encoder": str(out / "pretraining" / "encoder")}}
+    curves, reports = {}, {}
+    for i, (name, changes) in enumerate(arms.items(), start=2):
+        say(f"{i}/4  train a small decoder, {name}")
+        folder = out / ("plain" if name == PLAIN else "prefixmem")
+        curves[name] = train(config.replace(**changes), folder, quiet=quiet, data=data)["validation"]
+    say("4/4  evaluate on the test items, and time a training step")
+    for name, folder in ((PLAIN, out / "plain"), (WITH, out / "prefixmem")):
+        reports[name] = _evaluate(folder, quiet)
+    milliseconds = step_times(config, data)
+
+    picture = out / "curves.png"
+    plot_curves({name: [rows] for name, rows in curves.items()}, picture, "synthetic catalogue, validation",
+                floors=reports[PLAIN]["count_table_accuracy"])  # fmt: skip
+    found = {"data": "synthetic", "curves": curves, "test": reports, "step_ms": milliseconds, "picture": str(picture)}
+    (out / REPORT).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=1) if options.json else _table(found))
     return 0
 
 
-class NextCode(nn.Module):
-    """Predicts c_{l+1} from the token embedding of c_l, the mean of those before it and, if given, m_l."""
+def step_times(config: RunConfig, data: Data, steps: int = 8) -> dict[str, float]:
+    """Median milliseconds of a training step at T = 200,000: without the encoder, with it, and in plain PyTorch.
 
-    def __init__(self, encoder: PrefixMem | None) -> None:
-        super().__init__()
-        self.embeddings = nn.ModuleList(nn.Embedding(CODES, HIDDEN) for _ in range(LEVELS))
-        self.encoder = encoder
-        self.mixers = nn.ModuleList(
-            nn.Sequential(nn.Linear(2 * HIDDEN, 2 * HIDDEN), nn.GELU(), nn.Linear(2 * HIDDEN, CODES))
-            for _ in range(LEVELS - 1)
-        )
+    Plain PyTorch is the reference implementation, a dense gradient and AdamW on the tables. The three take turns.
+    """
+    import statistics
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """Logits ``[M, L - 1, K]`` of the codes of levels 2 .. L."""
-        tokens = torch.stack([embed(codes[:, l]) for l, embed in enumerate(self.embeddings)], dim=1)
-        if self.encoder is not None:
-            tokens = tokens + self.encoder(codes)
-        before = tokens.cumsum(1) / torch.arange(1, LEVELS + 1, device=codes.device)[:, None]
-        state = torch.cat([tokens, before], dim=-1)
-        return torch.stack([mixer(state[:, l]) for l, mixer in enumerate(self.mixers)], dim=1)
+    import torch
 
+    from ..training.arms import add_arm, optimizer_for
+    from ..training.run import prepare, stream_of
 
-def synthetic_catalogue() -> tuple[Tensor, Tensor]:
-    """Distinct SIDs ``[ITEMS, L]`` from residual quantisation of clustered vectors, and their Zipf popularity."""
-    centres = torch.randn(60, 16)
-    vectors = centres[torch.randint(0, 60, (4 * ITEMS,))] + 0.4 * torch.randn(4 * ITEMS, 16)
-    codes = []
-    for _ in range(LEVELS):
-        book = vectors[torch.randperm(len(vectors))[:CODES]]
-        nearest = torch.cdist(vectors, book).argmin(-1)
-        codes.append(nearest)
-        vectors = vectors - book[nearest]
-    sids = torch.stack(codes, dim=1).unique(dim=0)
-    sids = sids[torch.randperm(len(sids))[:ITEMS]]
-    popularity = 1.0 / torch.arange(1, len(sids) + 1) ** 0.8
-    return sids, popularity / popularity.sum()
-
-
-def _train(model: NextCode, sids: Tensor, popularity: Tensor, options: argparse.Namespace, name: str) -> None:
-    slow = [p for n, p in model.named_parameters() if not n.startswith("encoder.")]
-    fast = [p for n, p in model.named_parameters() if n.startswith("encoder.")]
-    # The paper trains the encoder at five times the model's learning rate.
-    groups = [{"params": slow, "lr": 2e-3}] + ([{"params": fast, "lr": 1e-2}] if fast else [])
-    optimizer = torch.optim.Adam(groups)
-    for _ in tqdm(range(options.steps), desc=name, unit="step", disable=options.json or None):
-        batch = sids[torch.multinomial(popularity, 512, replacement=True)]
-        loss = nn.functional.cross_entropy(model(batch).flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    made = {}
+    for name, changes, backend in (
+        ("no encoder", {"arm": "plain"}, None),
+        ("PrefixMem", {}, "auto"),
+        ("PrefixMem in plain PyTorch, dense AdamW", {"grad": "dense"}, "reference"),
+    ):
+        run = prepare(config.replace(table_rows=200_000, **changes), data)
+        add_arm(run.model, run.config, run.vocabulary)
+        if backend:
+            run.model.prefixmem.memory.backend = backend
+        stream, collate = stream_of(run)
+        rows = [stream[i] for i in range(config.batch_size)]
+        made[name] = (run.model.train(), collate(rows), optimizer_for(run.model, run.config), [])
+    for turn in range(steps + 1):
+        for model, batch, optimizer, times in made.values():
+            started = time.perf_counter()
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:
+                times.append(1e3 * (time.perf_counter() - started))
+    return {name: round(statistics.median(times), 1) for name, (_, _, _, times) in made.items()}
 
 
-@torch.no_grad()
-def _accuracy(model: NextCode, sids: Tensor, popularity: Tensor) -> list[float]:
-    right = (model(sids).argmax(-1) == sids[:, 1:]).float()
-    return [round(value, 3) for value in (right * popularity[:, None]).sum(0).tolist()]
+def _folder(out: str) -> Path:
+    """A folder for the demo; an earlier demo in it is replaced, and nothing else is."""
+    folder = Path(out)
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / REPORT).is_file() and not (folder / "pretraining").is_dir():
+            raise ValueError(f"--out = {out} holds something that is no demo; give another folder")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _evaluate(folder: Path, quiet: bool) -> dict[str, Any]:
+    from ..evaluation.report import evaluate
+    from ..training.run import load_run
+    from .evaluate import progress_bar
+
+    run = load_run(folder)
+    report, _ = evaluate(
+        run.model, run.data.catalogue, run.vocabulary, run.tokens, run.data.split, examples=1000,
+        progress=partial(progress_bar, quiet=quiet),
+    )  # fmt: skip
+    return report
+
+
+def _table(found: dict[str, Any]) -> str:
+    from ..evaluation.plots import rows_at
+
+    reports, curves = found["test"], found["curves"]
+    levels = range(1, len(reports[PLAIN]["teacher_forcing"]["accuracy"]) + 1)
+    head = "".join(f"{f'level {level}':>9}" for level in levels)
+    lines = ["", f"synthetic catalogue, teacher-forced accuracy{'':<2}{head}"]
+    for share, what in ((1 / 3, "a third of the steps, validation"), (1.0, "all steps, validation")):
+        for name, rows in curves.items():
+            row = rows_at(rows, share)
+            values = "".join(f"{row[f'accuracy_{level}']:>9.3f}" for level in levels)
+            lines.append(
+                f"{name + ', ' + what:<46}{values}" if len(name + what) < 44 else f"{name}\n  {what:<44}{values}"
+            )
+    for name, report in reports.items():
+        values = "".join(f"{value:>9.3f}" for value in report["teacher_forcing"]["accuracy"])
+        lines.append(f"{name}\n  {'all steps, test':<44}{values}")
+    values = "".join(f"{value:>9.3f}" for value in reports[PLAIN]["count_table_accuracy"])
+    lines.append(f"{'count table of prefixes, test':<46}{values}")
+    lines += ["", f"{'next item, test':<46}{'R@10':>9}{'N@10':>9}{'hit rate':>10}"]
+    for name, report in reports.items():
+        for search, row in report["searches"].items():
+            figures = f"{row['recall@10']:>9.4f}{row['ndcg@10']:>9.4f}{row['hit_rate'][-1]:>10.3f}"
+            lines.append(f"{name + ', ' + search:<46}{figures}")
+    for name, row in reports[PLAIN]["floors"].items():
+        lines.append(f"{name:<46}{row['recall@10']:>9.4f}{row['ndcg@10']:>9.4f}")
+    lines += ["", f"{'training step, T = 200,000':<46}{'ms':>9}"]
+    lines += [f"{name:<46}{value:>9.1f}" for name, value in found["step_ms"].items()]
+    lines += ["", f"learning curves: {found['picture']}"]
+    return "\n".join(lines)

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     from ..evaluation.report import evaluate, reachable_by, table
     from ..training.run import load_run
 
-    logging.disable_progress_bar()
+    logging.disable_progressprogress_bar()
     loaded = load_run(options.run)
     part = loaded.data.split.test if options.part == "test" else loaded.data.split.validation
     reachable = None
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         loaded.model, loaded.data.catalogue, loaded.vocabulary, loaded.tokens, loaded.data.split, part=options.part,
         max_items=loaded.config.max_items, num_beams=options.beams, examples=options.examples,
         searches=(options.search,) if options.search else SEARCHES, reachable=reachable,
-        progress=partial(_bar, quiet=options.json),
+        progress=partial(progress_bar, quiet=options.json),
     )  # fmt: skip
     report = {"run": str(options.run), "data": loaded.data.name, "name": loaded.config.arm, **report}
     if options.bleu:
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _bar(search: str, examples: int, *, quiet: bool):
+def progress_bar(search: str, examples: int, *, quiet: bool):
     return tqdm(total=examples, desc=search, unit="user", disable=quiet or None).update
 
 

@@ -36,15 +36,22 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def config_of(options: argparse.Namespace, **defaults: Any) -> RunConfig:
     from ..training.config import CONFIG, config_from
 
-    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
-        raise ValueError("training needs transformers and accelerate: pip install 'prefixmem_fast[train]'")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # of loading and writing weights; training has its own
+    check_libraries()
     file = options.config
     if options.resume and file is None and (Path(options.out) / CONFIG).is_file():
         file = Path(options.out) / CONFIG
     return config_from(options, file, **defaults)
+
+
+def check_libraries(*others: str) -> None:
+    """What only training needs is here, and its own progress bars are the only ones."""
+    missing = [name for name in ("transformers", "accelerate", *others) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{missing[0]} is not installed: pip install 'prefixmem_fast[train]'")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading and writing weights
+    logging.set_verbosity_error()
 
 
 def summary(report: dict, out: str) -> str:

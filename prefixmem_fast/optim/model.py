@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..modules import PrefixMem, PrefixMemory
+from ..sid_transformer import SIDTransformer
 from .rows import RowOptimizer, RowWiseAdagrad, restore_state
 
 
@@ -23,6 +24,8 @@ def for_model(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    muon_lr: float | None = None,
+    encoder_needed: bool = True,
 ) -> ModelOptimizer:
     """The optimizer of a whole model: one torch optimizer, for Hugging Face's Trainer and any other loop.
 
@@ -33,7 +36,10 @@ def for_model(
         rows: optimizer of the tables trained with grad="sparse" or "fused"; with "dense" they go to AdamW too.
         row_options: its arguments beside the learning rate.
         betas, eps: of AdamW.
-        weight_decay: of AdamW, for parameters of two dimensions and more; tables take `row_options`.
+        weight_decay: of AdamW and Muon, for parameters of two dimensions and more; tables take `row_options`.
+        muon_lr: if given, torch.optim.Muon (torch 2.9 or newer) at this rate for the model's matrices but embeddings
+            and the output layer.
+        encoder_needed: False takes a model without an encoder too, for comparisons.
 
     Raises:
         TypeError, ValueError: an argument is not as stated, or the model holds no encoder.
@@ -45,15 +51,20 @@ def for_model(
     for name, value in (("lr", lr), ("encoder_lr_multiple", encoder_lr_multiple)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise ValueError(f"{name} = {value!r} is not a finite number of 0 or more")
-    memories = [module for module in model.modules() if isinstance(module, PrefixMemory)]
-    if not memories:
+    if muon_lr is not None and not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"muon_lr = {muon_lr!r} needs torch 2.9 or newer, this is {torch.__version__}; leave it out")
+    if encoder_needed and not any(isinstance(module, PrefixMemory) for module in model.modules()):
         raise ValueError(f"model, a {type(model).__name__}, holds no PrefixMem; attach one, or use torch.optim.AdamW")
+    memories = [module for module in model.modules() if isinstance(module, PrefixMemory)]
     tables = _trainable(memory.weight for memory in memories if memory.grad != "dense")
-    encoders = [module for module in model.modules() if isinstance(module, (PrefixMem, PrefixMemory))]
+    encoders = [module for module in model.modules() if isinstance(module, (PrefixMem, PrefixMemory, SIDTransformer))]
     taken = {id(table) for table in tables}
     encoder = [p for p in _trainable(p for e in encoders for p in e.parameters()) if id(p) not in taken]
     taken |= {id(p) for p in encoder}
     rest = [p for p in _trainable(model.parameters()) if id(p) not in taken]
+
+    hidden = _hidden_matrices(model, rest) if muon_lr is not None else []
+    rest = [p for p in rest if all(p is not q for q in hidden)]
 
     encoder_lr = lr * encoder_lr_multiple
     groups = [
@@ -62,8 +73,22 @@ def for_model(
         for decayed in (True, False)
         if (group := [p for p in parameters if (p.dim() >= 2) == decayed])
     ]
-    adamw = torch.optim.AdamW(groups, lr, betas, eps) if groups else None
-    return ModelOptimizer(rows(tables, encoder_lr, **(row_options or {})) if tables else None, adamw)
+    parts: list[torch.optim.Optimizer] = []
+    if tables:
+        parts.append(rows(tables, encoder_lr, **(row_options or {})))
+    if groups:
+        parts.append(torch.optim.AdamW(groups, lr, betas, eps))
+    if hidden:
+        parts.append(torch.optim.Muon(hidden, muon_lr, weight_decay))
+    return ModelOptimizer(*parts)
+
+
+def _hidden_matrices(model: nn.Module, among: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Matrices that map hidden states to hidden states."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embeddings |= {id(p) for p in head.parameters()} if head is not None else set()
+    return [p for p in among if p.dim() == 2 and id(p) not in embeddings]
 
 
 def _trainable(parameters) -> list[nn.Parameter]:
@@ -74,11 +99,11 @@ class ModelOptimizer(torch.optim.Optimizer):
     """Several optimizers as one: their groups and their state, in one state_dict, under one schedule.
 
     Args:
-        rows, rest: the optimizers; None leaves one out.
+        parts: the optimizers, at least one.
     """
 
-    def __init__(self, rows: RowOptimizer | None, rest: torch.optim.Optimizer | None) -> None:
-        self._parts = [part for part in (rows, rest) if part is not None]
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self._parts = list(parts)
         if not self._parts:
             raise ValueError("the model has no parameter that requires a gradient")
         self._sizes = [len(part.param_groups) for part in self._parts]
@@ -86,7 +111,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """The parts work on this optimizer's groups and state: a schedule or a loaded state reaches both."""
+        """The parts work on this optimizer's groups and state: a schedule or a loaded state reaches all."""
         start = 0
         for part, size in zip(self._parts, self._sizes, strict=True):
             part.param_groups = self.param_groups[start : start + size]

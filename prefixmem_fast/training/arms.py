@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -69,23 +67,9 @@ def add_arm(model: nn.Module, config: RunConfig, vocabulary: SIDVocabulary) -> N
 
 
 def optimizer_for(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW for the model; the encoder at a multiple of its learning rate, its rows by an optimizer of their own."""
-    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.arm == "prefixmem":
-        return optim.for_model(
-            model, **options, encoder_lr_multiple=config.encoder_lr_multiple, rows=_ROWS[config.row_optimizer],
-            row_options={"weight_decay": config.row_weight_decay},
-        )  # fmt: skip
-    encoders = [module for module in model.modules() if isinstance(module, SIDTransformer)]
-    fast = {id(p) for encoder in encoders for p in encoder.parameters()}
-    groups = []
-    for in_encoder, multiple in ((True, config.encoder_lr_multiple), (False, 1.0)):
-        for decayed in (True, False):
-            chosen = [
-                p for p in model.parameters()
-                if p.requires_grad and (id(p) in fast) == in_encoder and (p.dim() >= 2) == decayed
-            ]  # fmt: skip
-            if chosen:
-                decay = config.weight_decay if decayed else 0.0
-                groups.append({"params": chosen, "lr": config.learning_rate * multiple, "weight_decay": decay})
-    return torch.optim.AdamW(groups, config.learning_rate)
+    """One optimizer for model and encoder, the encoder at a multiple of the learning rate, if there is one."""
+    return optim.for_model(
+        model, config.learning_rate, encoder_lr_multiple=config.encoder_lr_multiple,
+        rows=_ROWS[config.row_optimizer], row_options={"weight_decay": config.row_weight_decay},
+        weight_decay=config.weight_decay, muon_lr=config.muon_lr, encoder_needed=False,
+    )  # fmt: skip

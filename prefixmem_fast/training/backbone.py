@@ -16,9 +16,8 @@ from .config import RunConfig
 # Small enough for a CPU; model_options changes their entries.
 PRESETS: dict[str, dict[str, Any]] = {
     "decoder": {
-        "model_type": "qwen3", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
+        "model_type": "gpt2", "n_embd": 128, "n_layer": 2, "n_head": 4, "n_inner": 1024, "n_positions": 1024,
+        "activation_function": "gelu_pytorch_tanh", "embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.0,
     },
     "tiger": {
         "model_type": "t5", "d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_decoder_layers": 3,

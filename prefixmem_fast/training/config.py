@@ -83,6 +83,7 @@ class RunConfig:
     schedule: str = option("cosine", "of the learning rate", SCHEDULES)
     warmup_steps: int = option(100, "steps of linear warm-up")
     weight_decay: float = option(0.0, "of the model's matrices")
+    muon_lr: float | None = option(None, "learning rate of Muon for the model's inner matrices; AdamW without it")
     max_grad_norm: float = option(1.0, "gradients are clipped to it; 0 does not clip, as grad=fused needs")
     precision: str = option("float32", "of the model's arithmetic", PRECISIONS)
     log_every: int = option(10, "steps between losses")
@@ -109,6 +110,8 @@ class RunConfig:
         for name in ("histories", "interleaved", "pairs", "weight_decay", "row_weight_decay", "max_grad_norm",
                      "warmup_steps", "patience", "learning_rate", "seed"):  # fmt: skip
             _at_least(self, name, 0)
+        if self.muon_lr is not None:
+            _at_least(self, "muon_lr", 0)
         if self.eval_users is not None:
             _at_least(self, "eval_users", 1)
         if not self.histories + self.interleaved + self.pairs:

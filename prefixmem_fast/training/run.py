@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..checkpoint import write_file
@@ -139,7 +140,7 @@ def train(
     _check_processes(config)
     run = prepare(config, load_data(config) if data is None else data)
     (add_arm or add_arm_of_config)(run.model, config, run.vocabulary)
-    stream, collate = _stream(run)
+    stream, collate = stream_of(run)
     examples = run.data.split.validation.last(config.max_items).sample(config.eval_users)
     out.mkdir(parents=True, exist_ok=True)
     trainer = RecommenderTrainer(
@@ -211,7 +212,7 @@ def training_arguments(config: RunConfig, out: Path, quiet: bool) -> Any:
         gradient_accumulation_steps=config.accumulation, learning_rate=config.learning_rate,
         lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
         warmup_steps=config.warmup_steps, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-        bf16=config.precision == "bfloat16", logging_steps=config.log_every, eval_strategy="steps",
+        bf16=config.precision == "bfloat16", use_cpu=not torch.cuda.is_available(), logging_steps=config.log_every, eval_strategy="steps",
         eval_steps=config.eval_every, save_strategy="steps", save_steps=config.eval_every, save_total_limit=2,
         load_best_model_at_end=config.keep_best, metric_for_best_model="eval_loss", greater_is_better=False,
         report_to=[], seed=config.seed, data_seed=config.seed, remove_unused_columns=False, disable_tqdm=quiet,
@@ -219,7 +220,7 @@ def training_arguments(config: RunConfig, out: Path, quiet: bool) -> Any:
     )  # fmt: skip
 
 
-def _stream(run: Run) -> tuple[SequenceStream, Callable]:
+def stream_of(run: Run) -> tuple[SequenceStream, Callable]:
     """The sequences of a run, numbered, and what makes batches of them."""
     config, tokens = run.config, run.tokens
     parts = bool(getattr(run.model.config, "is_encoder_decoder", False))
