@@ -52,22 +52,23 @@ SETS = {
 }
 
 RECIPE: dict[str, Any] = {
-    "model": "decoder",
-    "codebook_sizes": [256] * 4,
-    "steps": 2500,
-}
+    "model": "decoder", "model_options": {"embd_pdrop": 0.05, "resid_pdrop": 0.05}, "codebook_sizes": [256] * 4,
+    "table_rows": 32_768, "heads": 2, "max_order": 3, "memory_dim": 32,
+    "steps": 2400, "batch_size": 32, "learning_rate": 8e-3, "muon_lr": 0.03, "weight_decay": 0.05, "warmup_steps": 100,
+    "precision": "bfloat16", "eval_every": 200, "eval_users": 2000,
+}  # fmt: skip
 PRETRAINING: dict[str, dict[str, Any]] = {
-    "classification": {"steps": 1000, "batch_size": 1024, "learning_rate": 2e-3, "eval_every": 100, "warmup_steps": 50},
-    "tiger": {"model": "tiger", "steps": 1000, "eval_every": 250},
+    "classification": {"steps": 1000, "batch_size": 1024, "learning_rate": 2e-3, "warmup_steps": 50},
+    "tiger": {"model": "tiger", "model_options": None, "learning_rate": 2e-3, "muon_lr": None},
 }
 
 ARMS = {
     "plain": Arm("token embeddings alone", {"arm": "plain"}),
-    "wide": Arm("plain, widened to as many parameters", {"arm": "plain"}),
-    "permuted": Arm("PrefixMem of exchanged prefixes (control)", permuted=True),
+    "wide": Arm("the same, widened to as many parameters", {"arm": "plain"}),
+    "permuted": Arm("control: PrefixMem of exchanged prefixes", permuted=True),
     "prefixmem": Arm("PrefixMem"),
+    "prefixmem-dropout": Arm("PrefixMem, memory dropout .3", {"memory_dropout": 0.3}),
     "prefixmem-large": Arm("PrefixMem, 8 x the rows", {"table_rows": 262_144}),
-    "paper": Arm("PrefixMem without dropout on memory", {"memory_dropout": 0.0}),
     "pretrained": Arm("PrefixMem, pre-trained by classification", pretraining="classification"),
     "tiger-pretrained": Arm("PrefixMem, pre-trained in Tiger", pretraining="tiger"),
     "sid-transformer": Arm("SID-Transformer in the same slot", {"arm": "sid-transformer"}),

@@ -112,7 +112,7 @@ def _of_width(width: int) -> dict[str, Any]:
 def _pretrain(data_set: str, method: str, seed: int, data: Path, out: Path, quiet: bool) -> dict[str, Any]:
     config = config_of("prefixmem", data_set, data, seed, **PRETRAINING[method])
     if method == "tiger":
-        return _train(config.replace(model_options=None), out, quiet, None, None)
+        return _train(config, out, quiet, None, None)
     report = _stored(out, config)
     if report is None:
         report = classification.pretrain(config, out, resume=(out / CONFIG).is_file(), quiet=quiet)

@@ -47,7 +47,9 @@ def run(options: argparse.Namespace) -> int:
         f"{data.split.train.interactions} interactions to train on")  # fmt: skip
 
     say("1/4  pre-train the encoder by a classification head, without a transformer")
-    shorter = config.replace(steps=200, log_every=50, eval_every=50, batch_size=1024, warmup_steps=20)
+    shorter = config.replace(
+        steps=min(options.steps, 200), log_every=50, eval_every=50, batch_size=1024, warmup_steps=20
+    )
     pretrain(shorter, out / "pretraining", quiet=quiet, data=data)
     arms = {PLAIN: {"arm": "plain"}, WITH: {"encoder": str(out / "pretraining" / "encoder")}}
     curves, reports = {}, {}

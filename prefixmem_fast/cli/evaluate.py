@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .train import check_libraries
+
 SEARCHES = ("constrained", "unconstrained")
 
 
@@ -28,14 +30,13 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} = {getattr(options, name)}; give {least} or more")
     if options.examples is not None and options.examples < 1:
         raise ValueError(f"--examples = {options.examples}; give 1 or more")
+    check_libraries()
     import numpy as np
-    from transformers.utils import logging
 
     from ..checkpoint import write_file
     from ..evaluation.report import evaluate, reachable_by, table
     from ..training.run import load_run
 
-    logging.disable_progressprogress_bar()
     loaded = load_run(options.run)
     part = loaded.data.split.test if options.part == "test" else loaded.data.split.validation
     reachable = None

@@ -212,11 +212,11 @@ def training_arguments(config: RunConfig, out: Path, quiet: bool) -> Any:
         gradient_accumulation_steps=config.accumulation, learning_rate=config.learning_rate,
         lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
         warmup_steps=config.warmup_steps, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-        bf16=config.precision == "bfloat16", use_cpu=not torch.cuda.is_available(), logging_steps=config.log_every, eval_strategy="steps",
-        eval_steps=config.eval_every, save_strategy="steps", save_steps=config.eval_every, save_total_limit=2,
-        load_best_model_at_end=config.keep_best, metric_for_best_model="eval_loss", greater_is_better=False,
-        report_to=[], seed=config.seed, data_seed=config.seed, remove_unused_columns=False, disable_tqdm=quiet,
-        dataloader_pin_memory=False,
+        bf16=config.precision == "bfloat16", use_cpu=not torch.cuda.is_available(), logging_steps=config.log_every,
+        eval_strategy="steps", eval_steps=config.eval_every, save_strategy="steps", save_steps=config.eval_every,
+        save_total_limit=2, load_best_model_at_end=config.keep_best, metric_for_best_model="eval_loss",
+        greater_is_better=False, report_to=[], seed=config.seed, data_seed=config.seed, remove_unused_columns=False,
+        disable_tqdm=quiet, dataloader_pin_memory=False,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from prefixmem_fast import Catalogue
 from prefixmem_fast.data import load_item_text
 
 
-@pytest.fixture()
+@pytest.fixture
 def load(tmp_path):
     catalogue = Catalogue(["2", "a", "1"], torch.arange(3)[:, None])
 

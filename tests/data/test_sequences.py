@@ -62,7 +62,7 @@ class TestCausal:
     @pytest.mark.parametrize("kind", ["histories", "interleaved"])
     def test_windows_of_long_histories(self, kind):
         whole = [0, 1, 3, 2, 1]
-        made = sequences(kind, [whole, [0, 1, 3]], max_items=3)
+        made = sequences(kind, [whole, [0, 1, 3], [2, 0, 1, 3]], max_items=3)
         write = tokens().history if kind == "histories" else tokens().interleaved
         windows = [([], [START, *write(np.array(whole[i : i + 3]))]) for i in range(3)]
         random = np.random.default_rng(0)
@@ -70,6 +70,9 @@ class TestCausal:
         assert all(one in windows for one in found)
         assert all(found.count(window) > 15 for window in windows)  # 30 of each
         assert made.make(0, np.random.default_rng(7)) == made.make(0, np.random.default_rng(7))
+        assert {tuple(made.make(2, random)[1]) for _ in range(20)} == {
+            (START, *write(np.array(own))) for own in ([2, 0, 1], [0, 1, 3])
+        }
         assert all(made.make(1, random) == ([], [START, *write(np.array([0, 1, 3]))]) for _ in range(5))
 
 
@@ -121,18 +124,18 @@ class TestNothingToTrainOn:
             sequences(kind, [[0], [1]], parts=True)
 
     def test_without_a_word_of_text(self):
-        with pytest.raises(ValueError, match="no sequence 'pairs' to train on: no .*text"):
+        with pytest.raises(ValueError, match=r"no sequence 'pairs' to train on: no .*text"):
             sequences("pairs", texts=[[], [], [], []])
 
 
 class TestTokensOf:
     WORDS = ("<pad>", "<s>", "</s>", "<unk>", "What", "Which", "is", "item", "?", ";", "red", "blue", "lamp")
 
-    @pytest.fixture()
+    @pytest.fixture
     def catalogue(self):
         return Catalogue(["a", "b", "c"], torch.tensor([[1, 0], [0, 1], [1, 1]]))
 
-    @pytest.fixture()
+    @pytest.fixture
     def vocabulary(self):
         return SIDVocabulary.from_table({50: (1, 0), 51: (1, 1), 61: (2, 0), 60: (2, 1)}, (2, 2))
 
@@ -168,5 +171,5 @@ class TestTokensOf:
         with pytest.raises(ValueError, match="the tokenizer has no eos_token; set one"):
             tokens_of(catalogue, vocabulary, self.tokenizer(pad_token="<pad>"))
         without = SIDVocabulary.from_table({50: (1, 0), 51: (1, 1), 61: (2, 0)}, (2, 2))
-        with pytest.raises(ValueError, match=r"codes\(1, 1\) = 1: no token of level 2 stands for it"):
+        with pytest.raises(ValueError, match=r"codes\[1, 1\] = 1: no token of level 2 stands for it"):
             tokens_of(catalogue, without, self.tokenizer(eos_token="</s>"))

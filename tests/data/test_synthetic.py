@@ -51,10 +51,6 @@ def test_histories(items):
     made = synthetic(items, 200, seed=0)
     assert made.histories.users == [f"user-{i}" for i in range(200)]
     assert made.histories.times is None
-    lengths = [len(own) for own in made.histories.items]
-    assert min(lengths) >= 5
-    assert max(lengths) <= 20
-    assert len(set(lengths)) > 8
     for own in made.histories.items:
         assert own.dtype == np.int64
         assert len(np.unique(own)) == len(own)
@@ -63,15 +59,29 @@ def test_histories(items):
     assert len(leave_two_out(made.histories).test) == 200
 
 
-def test_popularity_falls_like_zipf(made):
-    counts = np.bincount(np.concatenate(made.histories.items), minlength=400)
-    counts = np.sort(counts)[::-1]
-    assert counts[:40].sum() > 0.25 * counts.sum()  # a tenth of the items; a tenth of the total were they all alike
-    top = np.arange(1, 101)
-    slope = np.polyfit(np.log(top), np.log(counts[:100]), 1)[0]
-    assert -1.2 < slope < -0.3
-    assert counts[:40].argmax() == 0
-    assert np.argmax(np.bincount(np.concatenate(made.histories.items))) != 0  # rank and name have nothing in common
+@pytest.mark.parametrize("items", [64, 400])
+def test_no_history_is_long(items):
+    lengths = [len(own) for own in synthetic(items, 200, seed=0).histories.items]
+    assert max(lengths) == 20
+    assert len(set(lengths)) > 10
+
+
+@pytest.mark.parametrize(("items", "seed"), [(64, 0), (64, 1), (400, 0)])
+def test_no_history_is_short(items, seed):
+    assert min(len(own) for own in synthetic(items, 200, seed).histories.items) >= 5
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_popularity_falls_like_zipf(seed):
+    """Both the tastes and what is chosen by them follow it; without one of them, the bounds do not hold."""
+    made = synthetic(400, 600, seed)
+    by_name = np.bincount(np.concatenate(made.histories.items), minlength=400)
+    counts = np.sort(by_name)[::-1]
+    assert counts[:40].sum() > 0.3 * counts.sum()  # 0.16 were all items as popular
+    assert counts[200:].sum() < 0.25 * counts.sum()  # and 0.36
+    slope = np.polyfit(np.log(np.arange(1, 101)), np.log(counts[:100]), 1)[0]
+    assert -1 < slope < -0.43
+    assert abs(np.corrcoef(np.arange(400), by_name)[0, 1]) < 0.2  # name and popularity have nothing in common
 
 
 def test_users_have_tastes(made):

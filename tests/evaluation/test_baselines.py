@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -55,10 +56,7 @@ def test_markov(world):
     found = markov_ranks(train, chosen, items)
     for history, target, rank in zip(chosen.histories, chosen.targets, found, strict=True):
         followed = Counter(
-            after
-            for own in train.items
-            for before, after in zip(own[:-1], own[1:], strict=True)
-            if before == history[-1]
+            after for own in train.items for before, after in pairwise(own.tolist()) if before == history[-1]
         )
         order = sorted(range(items), key=lambda item: (-followed[item], -counts[item], item))
         assert rank == order.index(target)

@@ -204,8 +204,16 @@ def test_a_history_alone_or_among_others(family):
         torch.testing.assert_close(alone.scores[0], together.scores[row], rtol=1e-4, atol=1e-4)
 
 
+def test_the_mask_shows_the_history_and_the_own_prefix():
+    sees = torch.tensor([[[True, False], [False, True]]])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        mask, least = module._mask(sees, 3, torch.empty(0, dtype=dtype)), torch.finfo(dtype).min
+        assert mask.dtype == dtype, "kernels of a GPU want the dtype of the queries"
+        assert mask.tolist() == [[[[0, 0, 0, 0, least], [0, 0, 0, least, 0]]]]
+
+
 def test_bfloat16():
-    """The mask has the dtype of the model; scores are summed in float32."""
+    """Scores are summed in float32."""
     model = made_model("qwen3", "prefixmem").bfloat16()
     found = beam_search(model, HISTORIES, 3, 7, trie())
     assert found.scores.dtype == torch.float32

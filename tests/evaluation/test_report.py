@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from functools import cache
 
 import numpy as np
 import pytest
@@ -26,9 +27,23 @@ def split(users=30, only=None):
     return leave_two_out(Histories([f"user {i}" for i in range(users)], items))
 
 
+@cache
+def learnt():
+    """A model that has learnt a little, so that some of its predictions are right."""
+    model, data = made_model("qwen3", "prefixmem"), split()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(6):
+        for history in data.train.items:
+            ids = torch.tensor([[1, *tokens().history(history)]])
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model.eval()
+
+
 def evaluated(data, model=None, **options):
     given = {"num_beams": BEAMS, "cutoffs": (1, 5, 6, 10), "max_items": 4, **options}
-    return evaluate(model or made_model("qwen3", "prefixmem"), catalogue(), vocabulary(), tokens(), data, **given)
+    return evaluate(model or learnt(), catalogue(), vocabulary(), tokens(), data, **given)
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +79,9 @@ def test_what_is_promised_is_there(made):
 
 def test_it_is_what_its_parts_say(made):
     data, _, report, arrays = made
-    model, seen = made_model("qwen3", "prefixmem"), data.test.last(4)
+    model, seen = learnt(), data.test.last(4)
     scored = teacher_forced(model, seen, tokens())
+    assert 0 < scored.accuracy[0] < scored.accuracy[1] < 1
     np.testing.assert_array_equal(arrays["target"], data.test.targets)
     np.testing.assert_array_equal(arrays["level_rank"], scored.rank)
     np.testing.assert_array_equal(arrays["level_loss"], scored.loss)
@@ -183,9 +199,9 @@ def test_reachable_by(made, tmp_path):
     _, _, _, arrays = made
     file = save(tmp_path / "test.npz", arrays)
     scored = TeacherForced(arrays["level_rank"], arrays["level_loss"])
-    for top in (1, 10, 40):
+    for top in (1, 2, 4):
         np.testing.assert_array_equal(reachable_by(file, arrays["target"], top), scored.reachable(top))
-    assert len({scored.reachable(top).sum() for top in (1, 10, 40)}) == 3
+    assert len({scored.reachable(top).sum() for top in (1, 2, 4)}) == 3
     np.testing.assert_array_equal(reachable_by(str(file), arrays["target"]), scored.reachable(10))
     for other in (arrays["target"][::-1], arrays["target"][:-1], arrays["target"][:1]):
         with pytest.raises(ValueError, match=rf"baseline {re.escape(str(file))} is of other examples; evaluate it on"):

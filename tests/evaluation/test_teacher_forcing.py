@@ -30,7 +30,9 @@ def tokens(start=START):
 def examples(lengths=(3, 1, 2, 3, 5, 1, 3), seed=0):
     random = np.random.default_rng(seed)
     histories = [random.integers(len(CODES), size=length) for length in lengths]
-    return Examples([f"user {i}" for i in range(len(lengths))], histories, random.integers(len(CODES), size=len(lengths)))
+    return Examples(
+        [f"user {i}" for i in range(len(lengths))], histories, random.integers(len(CODES), size=len(lengths))
+    )
 
 
 def sid_transformer(**options):

@@ -1,0 +1,147 @@
+"""The study as tables and pictures: mean and spread over seeds, at equal steps and at equal time, beside the floors."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefixmem_fast.evaluation.plots import plot_curves, rows_at
+
+from .arms import ARMS, SETS
+from .run import recipe
+
+Row = dict[str, Any]
+
+
+def report(folder: Path) -> int:
+    """Write ``summary.md`` and a picture a set into the folder of the rows, and print the tables."""
+    lines = [
+        "# The study",
+        "",
+        f"Written by `python -m bench quality report` from the rows in this folder. {_METHOD}",
+        "",
+    ]
+    for name in SETS:
+        runs = read_runs(folder, name)
+        if runs:
+            lines += _of_set(name, runs)
+            models = {arm: [row["validation"] for row in rows] for arm, rows in runs.items() if arm in _DRAWN}
+            plot_curves(models, folder / f"{name}.png", f"{name}, validation")
+            lines += [f"![learning curves of {name}]({name}.png)", ""]
+    if len(lines) == 6:
+        print(f"no rows in {folder}; python -m bench quality run writes them")
+        return 2
+    text = "\n".join(lines)
+    (folder / "summary.md").write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+_DRAWN = ("plain", "permuted", "prefixmem", "prefixmem-dropout", "pretrained")
+_METHOD = (
+    "Mean ± standard deviation over seeds. TF-l is the teacher-forced accuracy of level l, c and u are trie-constrained "
+    "and unconstrained beam search. Arms share data, order, steps, learning rate and schedule; the checkpoint of the "
+    "lowest validation loss is tested."
+)
+
+
+def read_runs(folder: Path, data_set: str) -> dict[str, list[Row]]:
+    """Rows of each arm by seed, the last one where a run was repeated; rows of other recipes are left out."""
+    file = folder / f"{data_set}.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    kept = {
+        (row["arm"], row["seed"]): row for row in rows if row["arm"] in ARMS and row["recipe"] == recipe(row["arm"])
+    }
+    found: dict[str, list[Row]] = {}
+    for arm in ARMS:
+        own = [row for (name, _), row in sorted(kept.items()) if name == arm]
+        if own:
+            found[arm] = own
+    return found
+
+
+def _of_set(name: str, runs: dict[str, list[Row]]) -> list[str]:
+    first = next(iter(runs.values()))[0]
+    test = first["test"]
+    levels = range(1, len(test["count_table_accuracy"]) + 1)
+    lines = [f"## {name}", "", f"{test['examples']} test examples, beams of {test['beams']}.", ""]
+    tf = [(f"TF-{l}", lambda row, l=l: row["test"]["teacher_forcing"]["accuracy"][l - 1]) for l in levels]
+    search = [
+        (f"{kind[0]}{short}@{k}", lambda row, s=kind, m=f"{metric}@{k}": row["test"]["searches"][s][m])
+        for kind, metric, short, k in (
+            ("unconstrained", "recall", "R", 10), ("unconstrained", "ndcg", "N", 10), ("unconstrained", "recall", "R", 100),
+            ("constrained", "recall", "R", 10), ("constrained", "ndcg", "N", 10), ("constrained", "recall", "R", 100),
+        )
+    ]  # fmt: skip
+    more = [
+        ("CE", lambda row: sum(row["test"]["teacher_forcing"]["loss"])),
+        ("hit rate", lambda row: row["test"]["searches"]["unconstrained"]["hit_rate"][-1]),
+        ("L1 codes", lambda row: row["test"]["searches"]["unconstrained"]["first_codes"]),
+    ]
+    lines += _table("test", runs, [*tf, *search, *more])
+    counted = [f"{value:.3f}" for value in test["count_table_accuracy"]]
+    lines.append("| count table | | " + " | ".join([*counted, *[""] * (len(search) + len(more))]) + " |")
+    for floor, metrics in test["floors"].items():
+        figures = [f"{metrics[f'{m}@{k}']:.4f}" for m, k in (("recall", 10), ("ndcg", 10), ("recall", 100))]
+        lines.append(f"| {floor} | | " + " | ".join([*[""] * len(tf), *figures, *figures, *[""] * len(more)]) + " |")
+    if SETS[name].published:
+        lines += ["", f"On all test users: {SETS[name].published}."]
+
+    deepest = f"accuracy_{levels[-1]}"
+    time = min(row["validation"][-1]["seconds"] for rows in runs.values() for row in rows)
+    lines += ["", f"Validation, at equal steps and after {time:.0f} s of training, the time of the fastest run:", ""]
+    lines += _table("validation", runs, [
+        (f"TF-{levels[-1]}, a third of the steps", lambda row: rows_at(row["validation"], 1 / 3)[deepest]),
+        (f"TF-{levels[-1]}, all steps", lambda row: row["validation"][-1][deepest]),
+        ("CE, all steps", lambda row: row["validation"][-1]["loss"]),
+        (f"TF-{levels[-1]}, equal time", lambda row: _at_time(row, time)[deepest]),
+        ("CE, equal time", lambda row: _at_time(row, time)["loss"]),
+        ("seconds", lambda row: row["validation"][-1]["seconds"]),
+        ("parameters", lambda row: sum(row["parameters"].values())),
+    ])  # fmt: skip
+    groups: list[tuple[str, Callable]] = []
+    for thirds in ("rare", "medium", "popular"):
+        groups.append((
+            f"TF-{levels[-1]} {thirds}",
+            lambda row, t=thirds: row["test"]["teacher_forcing"]["accuracy_by_popularity"][t][-1],
+        ))  # fmt: skip
+    for group in ("reachable", "unreachable"):
+        groups.append((f"TF-{levels[-1]} {group}", lambda row, g=group: row["test"]["reachable"][g]["accuracy"][-1]))
+        groups.append((f"uR@10 {group}", lambda row, g=group: row["test"]["reachable"][g]["unconstrained_recall@10"]))
+    lines += ["", "Test, by popularity of the prefix, and by what the plain model of seed 0 reaches:", ""]
+    lines += [*_table("test", runs, groups), ""]
+    return lines
+
+
+def _table(head: str, runs: dict[str, list[Row]], columns: Sequence[tuple[str, Callable[[Row], float]]]) -> list[str]:
+    lines = [f"| {head} | seeds | " + " | ".join(name for name, _ in columns) + " |", "|" + "---|" * (len(columns) + 2)]
+    for arm, rows in runs.items():
+        figures = [_figure(rows, value) for _, value in columns]
+        lines.append(f"| {ARMS[arm].what} | {len(rows)} | " + " | ".join(figures) + " |")
+    return lines
+
+
+def _figure(rows: list[Row], value: Callable[[Row], float]) -> str:
+    values = []
+    for row in rows:
+        try:
+            values.append(value(row))
+        except KeyError:  # the run that says what is reachable has no groups of its own
+            continue
+    if not values:
+        return ""
+    mean = statistics.mean(values)
+    if mean >= 100:
+        return f"{mean:,.0f}"
+    digits = 2 if mean >= 1.5 else 4 if mean < 0.2 else 3
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{spread}"
+
+
+def _at_time(row: Row, seconds: float) -> Row:
+    """The last validation that a run had passed after some seconds of training."""
+    passed = [v for v in row["validation"] if v["seconds"] <= seconds]
+    return passed[-1] if passed else row["validation"][0]
