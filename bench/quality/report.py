@@ -41,11 +41,9 @@ def report(folder: Path) -> int:
 
 
 _DRAWN = ("plain", "permuted", "prefixmem", "prefixmem-dropout", "pretrained")
-_METHOD = (
-    "Mean ± standard deviation over seeds. TF-l is the teacher-forced accuracy of level l, c and u are trie-constrained "
-    "and unconstrained beam search. Arms share data, order, steps, learning rate and schedule; the checkpoint of the "
-    "lowest validation loss is tested."
-)
+_METHOD = """Mean ± standard deviation over seeds. TF-l is the teacher-forced accuracy of level l; c and u are beam search
+constrained by the trie and unconstrained. Arms share data, order, steps, learning rate and schedule; the checkpoint
+of the lowest validation loss is tested."""
 
 
 def read_runs(folder: Path, data_set: str) -> dict[str, list[Row]]:
@@ -71,11 +69,9 @@ def _of_set(name: str, runs: dict[str, list[Row]]) -> list[str]:
     tf = [(f"TF-{l}", lambda row, l=l: row["test"]["teacher_forcing"]["accuracy"][l - 1]) for l in levels]
     search = [
         (f"{kind[0]}{short}@{k}", lambda row, s=kind, m=f"{metric}@{k}": row["test"]["searches"][s][m])
-        for kind, metric, short, k in (
-            ("unconstrained", "recall", "R", 10), ("unconstrained", "ndcg", "N", 10), ("unconstrained", "recall", "R", 100),
-            ("constrained", "recall", "R", 10), ("constrained", "ndcg", "N", 10), ("constrained", "recall", "R", 100),
-        )
-    ]  # fmt: skip
+        for kind in ("unconstrained", "constrained")
+        for metric, short, k in (("recall", "R", 10), ("ndcg", "N", 10), ("recall", "R", 100))
+    ]
     more = [
         ("CE", lambda row: sum(row["test"]["teacher_forcing"]["loss"])),
         ("hit rate", lambda row: row["test"]["searches"]["unconstrained"]["hit_rate"][-1]),

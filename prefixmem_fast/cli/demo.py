@@ -94,8 +94,7 @@ def step_times(config: RunConfig, data: Data, steps: int = 8) -> dict[str, float
         if backend:
             run.model.prefixmem.memory.backend = backend
         stream, collate = stream_of(run)
-        rows = [stream[i] for i in range(config.batch_size)]
-        made[name] = (run.model.train(), collate(rows), optimizer_for(run.model, run.config), [])
+        made[name] = (run.model.train(), collate(stream[0]), optimizer_for(run.model, run.config), [])
     for turn in range(steps + 1):
         for model, batch, optimizer, times in made.values():
             started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""An endless, numbered stream of sequences: number i is always the same, so a run goes on where it stopped."""
+"""A numbered stream of batches: number i is always the same, so a run goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -13,28 +13,36 @@ from torch.utils.data import Dataset
 from .sequences import Sequences
 
 _BLOCK = 4096  # numbers whose kinds are drawn together
-_BATCHES = 16  # batches whose rows are sorted together
+_BATCHES = 16  # batches that are drawn together
 
 
 class SequenceStream(Dataset):
-    """Kinds of sequences mixed by weight; each kind is gone through in a new random order again and again.
+    """Kinds of sequences mixed by weight, in batches; each kind is gone through in a new random order again and again.
+
+    Within 16 batches, sequences of like length stand in one, so that little is padded, and as many shorter ones as
+    have the same number of tokens, so that every step weighs the same.
 
     Args:
         kinds: for each name its sequences and its weight, above 0.
-        length: how many rows the stream has.
+        length: how many batches the stream has.
+        batch_size: rows of a batch, on average.
         seed: of order, mixture and windows.
         pack: sequences a row; more than 1 needs kinds without parts.
-        batch: rows that are read together: within 16 batches, rows of like length stand in one, so that little is
-            padded.
     """
 
     def __init__(
-        self, kinds: Mapping[str, tuple[Sequences, float]], length: int, *, seed: int = 0, pack: int = 1, batch: int = 1
+        self,
+        kinds: Mapping[str, tuple[Sequences, float]],
+        length: int,
+        *,
+        batch_size: int = 1,
+        seed: int = 0,
+        pack: int = 1,
     ) -> None:
         self.sequences = [sequences for sequences, _ in kinds.values()]
         weights = np.array([weight for _, weight in kinds.values()], dtype=np.float64)
         self.weights = weights / weights.sum()
-        self.length, self.seed, self.pack, self.batch = length, seed, pack, batch
+        self.length, self.batch_size, self.seed, self.pack = length, batch_size, seed, pack
         self._before = [np.zeros(len(self.sequences), dtype=np.int64)]  # of each kind, before each block
         self._block = lru_cache(maxsize=4)(self._draw_block)
         self._order = lru_cache(maxsize=2 * len(self.sequences))(self._draw_order)
@@ -43,12 +51,14 @@ class SequenceStream(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        """input_ids and position_ids that start again with each packed sequence; or input_ids and labels."""
-        if not 0 <= row < self.length:
-            raise IndexError(row)
-        pool, place = divmod(row, self.batch * _BATCHES)
-        made = self._pool(pool)[place]
+    def __getitem__(self, batch: int) -> list[dict[str, Tensor]]:
+        """Rows: input_ids and position_ids that start again with each packed sequence; or input_ids and labels."""
+        if not 0 <= batch < self.length:
+            raise IndexError(batch)
+        pool, place = divmod(batch, _BATCHES)
+        return [self._row(row) for row in self._pool(pool)[place]]
+
+    def _row(self, made: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
         if self.sequences[0].parts:
             source, target = made[0]
             return {"input_ids": torch.tensor(source), "labels": torch.tensor(target)}
@@ -57,18 +67,22 @@ class SequenceStream(Dataset):
             "position_ids": torch.cat([torch.arange(len(ids)) for _, ids in made]),
         }
 
-    def _draw_pool(self, pool: int) -> list[list[tuple[list[int], list[int]]]]:
-        """Rows that are sorted together: batches of like length, in random order."""
-        count = self.batch * _BATCHES
+    def _draw_pool(self, pool: int) -> list[list[list[tuple[list[int], list[int]]]]]:
+        """Batches of rows, drawn together: of like length within one, of as many tokens, in random order."""
+        count = self.batch_size * _BATCHES
         rows = [
             [self._sequence(row * self.pack + i) for i in range(self.pack)]
             for row in range(pool * count, (pool + 1) * count)
         ]
-        if self.batch == 1:
-            return rows
-        rows.sort(key=lambda row: sum(len(source) + len(target) for source, target in row))
-        order = np.random.default_rng([self.seed, 3, pool]).permutation(_BATCHES)
-        return [row for i in order for row in rows[i * self.batch : (i + 1) * self.batch]]
+        lengths = np.array([sum(len(source) + len(target) for source, target in row) for row in rows])
+        order = np.argsort(lengths, kind="stable")
+        tokens = lengths[order].cumsum()
+        cuts = np.searchsorted(tokens, tokens[-1] * np.arange(1, _BATCHES) / _BATCHES, side="left") + 1
+        # No batch is empty, however long single rows are.
+        cuts = np.minimum(np.maximum(cuts, np.arange(1, _BATCHES)), count - np.arange(_BATCHES - 1, 0, -1))
+        cuts = np.maximum.accumulate(cuts - np.arange(_BATCHES - 1)) + np.arange(_BATCHES - 1)
+        batches = [[rows[i] for i in part] for part in np.split(order, cuts)]
+        return [batches[i] for i in np.random.default_rng([self.seed, 3, pool]).permutation(_BATCHES)]
 
     def _sequence(self, number: int) -> tuple[list[int], list[int]]:
         block, place = divmod(number, _BLOCK)

@@ -71,5 +71,6 @@ def optimizer_for(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     return optim.for_model(
         model, config.learning_rate, encoder_lr_multiple=config.encoder_lr_multiple,
         rows=_ROWS[config.row_optimizer], row_options={"weight_decay": config.row_weight_decay},
-        weight_decay=config.weight_decay, muon_lr=config.muon_lr, encoder_needed=False,
+        betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay, muon_lr=config.muon_lr,
+        encoder_needed=False,
     )  # fmt: skip

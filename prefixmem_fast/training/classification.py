@@ -100,10 +100,8 @@ def pretrain(
     model = NextCode(build_encoder(config, data.catalogue.codebook_sizes, config.memory_dim))
     out.mkdir(parents=True, exist_ok=True)
     validation = codes[torch.from_numpy(data.split.validation.sample(config.eval_users).targets)]
-    arguments = training_arguments(config, out, quiet)
-    arguments.per_device_train_batch_size = 1  # the dataset gives whole batches
     made = RecommenderTrainer(
-        model=model, args=arguments, data_collator=lambda rows: rows[0], config=config,
+        model=model, args=training_arguments(config, out, quiet), data_collator=lambda rows: rows[0], config=config,
         train_dataset=_Batches(
             codes, np.concatenate(data.split.train.items), config.batch_size, config.steps * config.accumulation,
             config.seed,

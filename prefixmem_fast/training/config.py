@@ -76,13 +76,14 @@ class RunConfig:
     sid_width: int = option(128, "width of the SID-Transformer")
     # training
     steps: int = option(1000, "optimizer steps")
-    batch_size: int = option(64, "rows of a batch, a process")
+    batch_size: int = option(64, "rows of a batch, a process, on average: fewer where they are long")
     pack: int = option(1, "sequences packed into a row")
     accumulation: int = option(1, "batches of an optimizer step")
     learning_rate: float = option(1e-3, "peak learning rate of the model")
     schedule: str = option("cosine", "of the learning rate", SCHEDULES)
     warmup_steps: int = option(100, "steps of linear warm-up")
     weight_decay: float = option(0.0, "of the model's matrices")
+    adam_beta2: float = option(0.999, "AdamW's decay of squared gradients; lower suits short runs")
     muon_lr: float | None = option(None, "learning rate of Muon for the model's inner matrices; AdamW without it")
     max_grad_norm: float = option(1.0, "gradients are clipped to it; 0 does not clip, as grad=fused needs")
     precision: str = option("float32", "of the model's arithmetic", PRECISIONS)
@@ -116,6 +117,8 @@ class RunConfig:
             _at_least(self, "eval_users", 1)
         if not self.histories + self.interleaved + self.pairs:
             raise ValueError("histories, interleaved and pairs are all 0; give one of them a weight")
+        if not 0 <= self.adam_beta2 < 1:
+            raise ValueError(f"adam_beta2 = {self.adam_beta2}; allowed are 0 <= beta < 1")
         if not 0 <= self.memory_dropout < 1:
             raise ValueError(f"memory_dropout = {self.memory_dropout}; allowed are 0 <= p < 1")
         if self.eval_every % self.log_every:

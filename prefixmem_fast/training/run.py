@@ -144,7 +144,8 @@ def train(
     examples = run.data.split.validation.last(config.max_items).sample(config.eval_users)
     out.mkdir(parents=True, exist_ok=True)
     trainer = RecommenderTrainer(
-        model=run.model, args=training_arguments(config, out, quiet), data_collator=collate, train_dataset=stream,
+        model=run.model, args=training_arguments(config, out, quiet), train_dataset=stream,
+        data_collator=lambda batches: collate(batches[0]),
         eval_dataset=examples, config=config, score=partial(score_examples, examples=examples, tokens=run.tokens),
     )  # fmt: skip
     if stop_at is not None:
@@ -208,7 +209,7 @@ def training_arguments(config: RunConfig, out: Path, quiet: bool) -> Any:
     from transformers import TrainingArguments
 
     return TrainingArguments(
-        str(out), max_steps=config.steps, per_device_train_batch_size=config.batch_size,
+        str(out), max_steps=config.steps, per_device_train_batch_size=1,  # the stream gives whole batches
         gradient_accumulation_steps=config.accumulation, learning_rate=config.learning_rate,
         lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
         warmup_steps=config.warmup_steps, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
@@ -231,8 +232,8 @@ def stream_of(run: Run) -> tuple[SequenceStream, Callable]:
         for kind in KINDS
         if getattr(config, kind)
     }
-    rows = config.steps * config.batch_size * config.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
-    stream = SequenceStream(kinds, rows, seed=config.seed, pack=config.pack, batch=config.batch_size)
+    batches = config.steps * config.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    stream = SequenceStream(kinds, batches, batch_size=config.batch_size, seed=config.seed, pack=config.pack)
     return stream, partial(parts_batch if parts else causal_batch, pad=tokens.pad)
 
 

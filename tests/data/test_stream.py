@@ -1,6 +1,7 @@
 """The numbered stream, of sequences that tell which they are: their kind, their number, and a random number."""
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from prefixmem_fast.data import Histories, Sequences, SequenceStream, Tokens
 
 
 class Told:
-    """`count` sequences; as long as `lengths` says, at least three tokens."""
+    """`count` sequences of three tokens, and as many more as `lengths` says."""
 
     def __init__(self, kind, count, lengths=None, parts=False):
         self.kind, self.count, self.lengths, self.parts = kind, count, lengths, parts
@@ -23,13 +24,14 @@ class Told:
         self.made += 1
         more = 0 if self.lengths is None else self.lengths[index % len(self.lengths)]
         ids = [self.kind, index, int(random.integers(2**40)), *[9] * more]
-        return ([7, *ids], [8, *ids[:2]]) if self.parts else ([], ids)
+        return ([7, *ids], [8, *ids]) if self.parts else ([], ids)
 
 
 LENGTHS = [int(n) for n in np.random.default_rng(0).integers(0, 60, size=97)]
+POOL = 16  # batches that are drawn together
 
 
-def stream(length=100, sizes=(5, 7), weights=(3.0, 1.0), lengths=None, parts=False, **options):
+def stream(length=160, sizes=(5, 7), weights=(3.0, 1.0), lengths=None, parts=False, **options):
     kinds = {
         str(kind): (Told(kind, size, lengths, parts), weight)
         for kind, (size, weight) in enumerate(zip(sizes, weights, strict=True))
@@ -37,153 +39,197 @@ def stream(length=100, sizes=(5, 7), weights=(3.0, 1.0), lengths=None, parts=Fal
     return SequenceStream(kinds, length, **options)
 
 
-def ids(rows):
-    return [row["input_ids"].tolist() for row in rows]
+def ids(batches, key="input_ids"):
+    """Token ids, by batch and row."""
+    return [[row[key].tolist() for row in batch] for batch in batches]
 
 
-def test_a_row_is_the_same_in_any_order_and_in_a_fresh_stream():
-    length = 9000  # of three blocks
-    forward = ids(stream(length))
+def flat(batches):
+    return [row for batch in batches for row in batch]
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 4, "lengths": LENGTHS}, {"batch_size": 3, "pack": 2}])
+def test_a_batch_is_the_same_in_any_order_and_in_a_fresh_stream(options):
+    length = 9000 // (options.get("batch_size", 1) * options.get("pack", 1))  # of three blocks
+    forward = ids(stream(length, **options))
     assert len(forward) == length
-    backward = stream(length)
-    for row in [*range(length - 1, 0, -451), 0, 4095, 4096, 8191, 8192, 17]:
-        assert backward[row]["input_ids"].tolist() == forward[row]
-    for row in (8999, 4096, 5000, 0):
-        assert stream(length)[row]["input_ids"].tolist() == forward[row]
-    assert ids(stream(20)) == forward[:20]  # the length only says where it ends
-
-
-@pytest.mark.parametrize("options", [{"batch": 4}, {"batch": 3, "pack": 2}, {"pack": 3}])
-def test_so_it_is_with_pools_and_packs(options):
-    forward = ids(stream(300, lengths=LENGTHS, **options))
-    fresh = stream(300, lengths=LENGTHS, **options)
-    for row in (299, 3, 150, 0, 64, 63, 47, 48, 298):
-        assert fresh[row]["input_ids"].tolist() == forward[row]
-        assert stream(300, lengths=LENGTHS, **options)[row]["input_ids"].tolist() == forward[row]
+    backward = stream(length, **options)
+    for number in [*range(length - 1, 0, -451), 0, 15, 16, 17, length // 2, length - 1]:
+        assert ids([backward[number]]) == forward[number : number + 1]
+    for number in (length - 1, length // 2, 16, 0):
+        assert ids([stream(length, **options)[number]]) == forward[number : number + 1]
+    assert ids(stream(20, **options)) == forward[:20]  # the length only says where it ends
 
 
 def test_where_it_ends():
     made = stream(10)
     assert len(made) == 10
     assert len(list(made)) == 10
-    for row in (10, -1, 4096):
+    for number in (10, -1, 4096):
         with pytest.raises(IndexError):
-            made[row]
+            made[number]
 
 
 def test_every_sequence_once_a_turn():
-    found = ids(stream(9000, sizes=(5, 700, 1), weights=(1, 1, 1)))
-    orders = []
-    for kind, size in ((0, 5), (1, 700), (2, 1)):
-        visits = [index for k, index, _ in found if k == kind]
-        assert len(visits) > 2 * size
-        turns = [visits[i : i + size] for i in range(0, len(visits) - size + 1, size)]
-        assert all(sorted(turn) == list(range(size)) for turn in turns)
-        rest = visits[len(turns) * size :]
-        assert len(set(rest)) == len(rest)
-        orders.append({tuple(turn) for turn in turns})
-    assert len(orders[0]) > 60  # of 120: each turn has its own order
-    assert len(orders[1]) > 3
-    same = stream(4000, sizes=(50, 50), weights=(1, 1))
-    first = [[index for k, index, _ in ids(same) if k == kind][:50] for kind in (0, 1)]
-    assert first[0] != first[1]  # and each kind
+    """After any number of pools, no sequence was there twice more often than another of its kind."""
+    sizes = (5, 700, 1)
+    batches = ids(stream(9600, sizes=sizes, weights=(1, 1, 1)))
+    counts = [Counter() for _ in sizes]
+    for start in range(0, len(batches), POOL):
+        for kind, index, _ in flat(batches[start : start + POOL]):
+            counts[kind][index] += 1
+        for kind, size in enumerate(sizes):
+            times = [counts[kind][index] for index in range(size)]
+            assert sum(times) == counts[kind].total()
+            assert max(times) - min(times) <= 1
+    assert min(counts[1].values()) >= 4  # it has been round several times
+
+
+def test_each_turn_and_each_kind_has_its_own_order():
+    """Of a kind with as many sequences as four pools have rows, the pools of each turn hold others together."""
+    alone = ids(stream(64 * 4, sizes=(64,), weights=(1,)))
+    pools = [frozenset(index for _, index, _ in flat(alone[start : start + POOL])) for start in range(0, 256, POOL)]
+    assert all(len(pool) == POOL for pool in pools)
+    assert all(frozenset().union(*pools[i : i + 4]) == frozenset(range(64)) for i in range(0, 16, 4))
+    assert len(set(pools)) == 16
+    both = ids(stream(128, sizes=(2000, 2000), weights=(1, 1)))
+    first, second = ({index for k, index, _ in flat(both) if k == kind} for kind in (0, 1))
+    assert len(first & second) < 30  # of about 64 each
 
 
 def test_each_visit_has_its_own_random_numbers():
-    found = ids(stream(2000))
+    found = flat(ids(stream(2000)))
     assert len({number for _, _, number in found}) == 2000
 
 
 @pytest.mark.parametrize("weights", [(3.0, 1.0), (0.2, 0.2), (1.0, 9.0), (5, 2, 1)])
 def test_the_mixture(weights):
-    count = 8000
-    found = ids(stream(count, sizes=(5,) * len(weights), weights=weights))
+    count = 8192
+    kinds = [k for k, _, _ in flat(ids(stream(count, sizes=(5,) * len(weights), weights=weights)))]
     for kind, weight in enumerate(weights):
         share = weight / sum(weights)
-        times = sum(k == kind for k, _, _ in found)
-        assert abs(times - count * share) < 4 * (count * share * (1 - share)) ** 0.5
-    blocks = [[k for k, _, _ in found[i : i + 100]] for i in range(0, count, 100)]
-    assert len({tuple(block) for block in blocks}) == len(blocks)
-    assert [k for k, _, _ in found[:3904]] != [k for k, _, _ in found[4096:]]  # blocks differ
+        assert abs(kinds.count(kind) - count * share) < 4 * (count * share * (1 - share)) ** 0.5
+    pools = [kinds[start : start + POOL].count(0) for start in range(0, count, POOL)]
+    assert pools[:256] != pools[256:]  # 4096 numbers are drawn together, and the next otherwise
 
 
 def test_one_kind_alone():
-    assert {k for k, _, _ in ids(stream(50, sizes=(4,), weights=(0.3,)))} == {0}
+    assert {k for k, _, _ in flat(ids(stream(50, sizes=(4,), weights=(0.3,))))} == {0}
 
 
 def test_seeds_differ():
-    one, two = ids(stream(400, seed=0)), ids(stream(400, seed=1))
-    assert one == ids(stream(400, seed=0))
-    assert [k for k, _, _ in one] != [k for k, _, _ in two]
-    assert not {number for _, _, number in one} & {number for _, _, number in two}
-    orders = [[i for k, i, _ in found if k == 1][:7] for found in (ids(stream(400, seed=s)) for s in range(6))]
-    assert len({tuple(order) for order in orders}) > 3
-    pools = [[len(row) for row in ids(stream(256, lengths=LENGTHS, batch=16, seed=s))] for s in (0, 1)]
-    longest = [[max(pool[i : i + 16]) for i in range(0, 256, 16)] for pool in pools]
-    assert np.argsort(longest[0]).tolist() != np.argsort(longest[1]).tolist()
+    one, two = (flat(ids(stream(400, seed=seed))) for seed in (0, 1))
+    assert one == flat(ids(stream(400, seed=0)))
+    counts = [[[k for k, _, _ in rows[i : i + POOL]].count(0) for i in range(0, 400, POOL)] for rows in (one, two)]
+    assert counts[0] != counts[1]  # the mixture
+    assert not {number for _, _, number in one} & {number for _, _, number in two}  # the random numbers
+    firsts = [{i for _, i, _ in flat(ids(stream(POOL, (2000,), (1,), seed=seed)))} for seed in (0, 1)]
+    assert len(firsts[0] & firsts[1]) < 4  # the order of sequences
+    pools = [[len(batch[0]) for batch in ids(stream(POOL, lengths=LENGTHS, batch_size=8, seed=s))] for s in (0, 1)]
+    assert np.argsort(pools[0]).tolist() != np.argsort(pools[1]).tolist()  # the order of batches
 
 
-def padding(rows, batch):
-    batches = [[len(row) for row in rows[i : i + batch]] for i in range(0, len(rows), batch)]
-    return sum(max(lengths) * len(lengths) - sum(lengths) for lengths in batches)
+def padding(batches):
+    lengths = [[len(row) for row in batch] for batch in batches]
+    return sum(max(own) * len(own) - sum(own) for own in lengths)
 
 
 @pytest.mark.parametrize("pack", [1, 2])
-def test_pools_hold_the_rows_that_they_would_hold_unsorted(pack):
-    batch, pools = 4, 6
-    plain = ids(stream(64 * pools, (97, 50), lengths=LENGTHS, pack=pack))
-    pooled = ids(stream(64 * pools, (97, 50), lengths=LENGTHS, pack=pack, batch=batch))
-    ascending = 0
-    for start in range(0, 64 * pools, 64):
-        before, after = plain[start : start + 64], pooled[start : start + 64]
-        assert sorted(before) == sorted(after)
-        lengths = [sorted(map(len, after[i : i + batch])) for i in range(0, 64, batch)]
-        rising = sorted(lengths, key=lambda one: (one[0], one[-1]))
-        assert [n for one in rising for n in one] == sorted(map(len, before))
-        ascending += lengths == sorted(lengths)
-    assert ascending == 0  # batches stand in random order
-    orders = [tuple(np.argsort([len(row) for row in pooled[start : start + 64 : batch]])) for start in (0, 64, 128)]
-    assert len(set(orders)) == 3  # of each pool its own
-    assert padding(pooled, batch) < 0.3 * padding(plain, batch)
+def test_batches_of_like_length_and_of_as_many_tokens(pack):
+    size, pools = 8, 6
+    made = ids(stream(POOL * pools, (97, 50), lengths=LENGTHS, pack=pack, batch_size=size))
+    orders = []
+    for start in range(0, POOL * pools, POOL):
+        batches = made[start : start + POOL]
+        assert len(flat(batches)) == POOL * size
+        assert all(batches)
+        lengths = [sorted(map(len, batch)) for batch in batches]
+        rising = sorted(lengths, key=lambda own: (own[0], own[-1]))
+        assert [n for own in rising for n in own] == sorted(map(len, flat(batches)))  # runs of the sorted rows
+        tokens = [sum(own) for own in lengths]
+        assert max(abs(n - np.mean(tokens)) for n in tokens) <= max(map(max, lengths))
+        orders.append(tuple(np.argsort([own[0] for own in lengths])))
+    assert tuple(range(POOL)) not in orders  # in random order
+    assert len(set(orders)) == pools  # of each pool its own
+    assert len({len(batch) for batch in made}) > 3
+    rows = [row for start in range(0, len(made), POOL) for row in sorted(flat(made[start : start + POOL]))]
+    assert padding(made) < 0.3 * padding([rows[i : i + size] for i in range(0, len(rows), size)])
 
 
-def test_rows_of_a_pool_are_made_once():
-    made = stream(128, sizes=(97,), weights=(1,), lengths=LENGTHS, batch=4)
+def test_pools_hold_their_own_numbers():
+    """Which rows are drawn does not depend on how they are batched."""
+    alone, batched = ids(stream(384, lengths=LENGTHS)), ids(stream(96, lengths=LENGTHS, batch_size=4))
+    for start in range(0, 96, POOL):
+        assert sorted(flat(alone[4 * start : 4 * (start + POOL)])) == sorted(flat(batched[start : start + POOL]))
+
+
+def test_rows_of_equal_length_make_batches_of_equal_size():
+    assert {len(batch) for batch in stream(64, batch_size=8)} == {8}
+    assert {len(batch) for batch in stream(64, lengths=LENGTHS)} == {1}
+
+
+@pytest.mark.parametrize("lengths", [[0] * 30 + [4000], [0, 4000], [4000] * 30 + [0]])
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_no_batch_is_empty(lengths, size):
+    made = ids(stream(64, (31,), (1,), lengths=lengths, batch_size=size))
+    assert all(made)
+    assert all(len(flat(made[i : i + POOL])) == POOL * size for i in range(0, 64, POOL))
+
+
+def test_rows_are_made_once():
+    made = stream(32, sizes=(97,), weights=(1,), lengths=LENGTHS, batch_size=4)
     list(made)
     assert made.sequences[0].made == 128
 
 
 def test_parts_are_sorted_by_both():
-    made = stream(192, lengths=LENGTHS, parts=True, batch=4)
-    rows = list(made)
-    assert all(set(row) == {"input_ids", "labels"} for row in rows)
-    assert all(row["input_ids"][0] == 7 and row["labels"][0] == 8 for row in rows)
-    assert all(row["input_ids"][1:3].tolist() == row["labels"][1:].tolist() for row in rows)
-    plain = list(stream(192, lengths=LENGTHS, parts=True))
-    assert padding(ids(rows), 4) < 0.3 * padding(ids(plain), 4)
-    assert rows[0]["input_ids"].dtype == rows[0]["labels"].dtype == torch.int64
+    made = list(stream(48, lengths=LENGTHS, parts=True, batch_size=6))
+    for row in flat(made):
+        assert set(row) == {"input_ids", "labels"}
+        assert row["input_ids"][0] == 7
+        assert row["labels"][0] == 8
+        assert row["input_ids"][1:].tolist() == row["labels"][1:].tolist()
+        assert row["input_ids"].dtype == row["labels"].dtype == torch.int64
+
+    class Uneven(Told):
+        def make(self, index, random):
+            return [1] * (1 + index % 3), [2] * (1 + index)
+
+    mixed = list(SequenceStream({"": (Uneven(0, 90, parts=True), 1.0)}, POOL, batch_size=6))
+    totals = [sorted(len(row["input_ids"]) + len(row["labels"]) for row in batch) for batch in mixed]
+    rising = sorted(totals, key=lambda own: (own[0], own[-1]))
+    assert [n for own in rising for n in own] == sorted(flat(totals))
 
 
 def test_packs_are_neighbours():
-    alone = ids(stream(90, lengths=LENGTHS))
-    for number, row in enumerate(stream(30, lengths=LENGTHS, pack=3)):
-        own = alone[3 * number : 3 * number + 3]
-        assert row["input_ids"].tolist() == list(itertools.chain(*own))
-        assert row["position_ids"].tolist() == [i for one in own for i in range(len(one))]
-        assert row["input_ids"].dtype == row["position_ids"].dtype == torch.int64
+    """Sequences that follow each other in number, of which a pool of single rows holds 16."""
+    alone = ids(stream(96, lengths=LENGTHS))
+    packed = list(stream(32, lengths=LENGTHS, pack=3))
+    for start in (0, POOL):
+        rows = flat(packed[start : start + POOL])
+        found = []
+        for row in rows:
+            places = row["position_ids"].tolist()
+            starts = [i for i, place in enumerate(places) if place == 0]
+            assert len(starts) == 3
+            own = [row["input_ids"][a:b].tolist() for a, b in itertools.pairwise([*starts, len(places)])]
+            assert places == [i for one in own for i in range(len(one))]
+            assert row["input_ids"].dtype == row["position_ids"].dtype == torch.int64
+            found += own
+        assert sorted(found) == sorted(flat(alone[3 * start : 3 * (start + POOL)]))
 
 
 def test_of_real_sequences():
-    """Three users, one of whom has a long history; each is there once in three rows."""
-    tokens = Tokens(np.arange(20).reshape(10, 2) + 10, 1, 2, 0)
-    items = [np.array([0, 1]), np.array([2]), np.arange(3, 10)]
-    kinds = {"histories": (Sequences("histories", tokens, Histories(list("abc"), items), 3), 1.0)}
-    rows = ids(SequenceStream(kinds, 300))
-    assert rows == ids(SequenceStream(kinds, 300))
-    for start in range(0, 300, 3):
-        short, *others = sorted(rows[start : start + 3], key=len)
-        assert short == [1, 14, 15]
-        assert others[0] == [1, 10, 11, 12, 13]
-        assert others[1][1] in (16, 18, 20, 22, 24)
-        assert others[1] == [1, *range(others[1][1], others[1][1] + 6)]
-    assert {max(row) for row in rows if len(row) == 7} == {21, 23, 25, 27, 29}
+    """Four users, one of whom has a long history; each is there once in four rows, so four times a pool."""
+    tokens = Tokens(np.arange(22).reshape(11, 2) + 10, 1, 2, 0)
+    items = [np.array([0, 1]), np.array([2]), np.arange(3, 10), np.array([10])]
+    kinds = {"histories": (Sequences("histories", tokens, Histories(list("abcd"), items), 3), 1.0)}
+    batches = ids(SequenceStream(kinds, 320))
+    assert batches == ids(SequenceStream(kinds, 320))
+    for start in range(0, 320, POOL):
+        rows = flat(batches[start : start + POOL])
+        windows = [row for row in rows if len(row) == 7]
+        rest = Counter(tuple(row) for row in rows if len(row) < 7)
+        assert rest == {(1, 10, 11, 12, 13): 4, (1, 14, 15): 4, (1, 30, 31): 4}
+        assert all(row == [1, *range(row[1], row[1] + 6)] for row in windows)
+    assert {row[1] for row in flat(batches) if len(row) == 7} == {16, 18, 20, 22, 24}

@@ -13,18 +13,22 @@ from prefixmem_fast.evaluation.prompts import prompts_of
 from prefixmem_fast.evaluation.retrieval import NOT_FOUND, ndcg, ranking_metrics, recall, retrieve
 
 from ..integrations.models import sid, tiny_model, vocabulary
-from .test_teacher_forcing import CODES, CPU, catalogue, examples, made_model, tokens
+from .test_teacher_forcing import CODES, CPU, Says, catalogue, examples, made_model, tokens
 
 POPULARITY = np.array([5, 2, 9, 9, 0, 1, 1, 7])
+KNOWN, STUB = tokens(), Says([0.0])  # `STUB` stands where a model does that beams are made up for
 
 
 def trie():
     return SIDTrie(catalogue(), vocabulary())
 
 
+TRIE = trie()
+
+
 def read_by_hand(beams, scores, target, popularity):
     """Rank, hits by level and first codes of the beams of one search, as lists."""
-    sids = [tuple(row) for row in tokens().sids.tolist()]
+    sids = [tuple(row) for row in KNOWN.sids.tolist()]
     real = [tuple(beam) for beam, score in zip(beams, scores, strict=True) if score > -math.inf]
     ranked = []
     for beam in real:
@@ -37,7 +41,7 @@ def read_by_hand(beams, scores, target, popularity):
 @st.composite
 def searches(draw, rows=6):
     """Beams ``[rows, K, 3]``: items, beginnings of items, codes in the wrong order, text; the last ones not there."""
-    known = tokens().sids.tolist()
+    known = KNOWN.sids.tolist()
     beam = st.one_of(
         st.sampled_from(known),
         st.sampled_from(known),
@@ -61,7 +65,7 @@ def test_what_beams_tell(search, targets, by_popularity):
     popularity = POPULARITY if by_popularity else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "beam_search", lambda *given: Beams(sids, scores))
-        found = retrieve(tiny_model(), chosen, tokens(), trie(), popularity=popularity)
+        found = retrieve(STUB, chosen, KNOWN, TRIE, popularity=popularity)
     for row in range(6):
         order = np.zeros(len(CODES)) if popularity is None else popularity
         rank, hits, first = read_by_hand(sids[row].tolist(), scores[row].tolist(), targets[row], order)
@@ -94,7 +98,7 @@ def test_ranks_by_hand(target, beams, popularity, rank, monkeypatch):
     monkeypatch.setattr(module, "beam_search", lambda *given: Beams(torch.tensor([sids]), scores))
     chosen = examples((1,))
     chosen.targets = np.array([target])
-    found = retrieve(tiny_model(), chosen, tokens(), trie(), popularity=popularity)
+    found = retrieve(STUB, chosen, KNOWN, TRIE, popularity=popularity)
     assert found.rank.dtype == np.int64
     assert found.rank.tolist() == [rank]
 
