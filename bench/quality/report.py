@@ -41,8 +41,8 @@ def report(folder: Path) -> int:
 
 
 _DRAWN = ("plain", "permuted", "prefixmem", "prefixmem-dropout", "pretrained")
-_METHOD = """Mean ± standard deviation over seeds. TF-l is the teacher-forced accuracy of level l; c and u are beam search
-constrained by the trie and unconstrained. Arms share data, order, steps, learning rate and schedule; the checkpoint
+_METHOD = """Mean ± standard deviation over seeds. TF-l is the teacher-forced accuracy of level l; c and u are beams
+constrained by the trie and unconstrained ones. Arms share data, order, steps, learning rate and schedule; the checkpoint
 of the lowest validation loss is tested."""
 
 
