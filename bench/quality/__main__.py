@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from .arms import ARMS, FIRST, SETS
+from .arms import ARMS, FIRST, SETS, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "quality"
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0,1,2", help="(default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
     parser.add_argument("--beams", type=int, default=100, help="of the test's searches (default: %(default)s)")
-    parser.add_argument("--examples", type=int, default=4000, help="of the test; 0 for all (default: %(default)s)")
+    parser.add_argument("--examples", type=int, default=3000, help="of the test; 0 for all (default: %(default)s)")
     parser.add_argument(
         "--runs", type=Path, default=ROOT / "runs" / "quality", help="checkpoints (default: %(default)s)"
     )
@@ -109,11 +109,9 @@ def _all(todo: list[tuple[str, str, int]], options: argparse.Namespace) -> int:
 
 
 def _done(out: Path, data_set: str, arm: str, seed: int) -> bool:
-    from .run import recipe
-
     file = out / f"{data_set}.jsonl"
     rows = map(json.loads, file.read_text().splitlines()) if file.is_file() else ()
-    return any((r["arm"], r["seed"], r["recipe"]) == (arm, seed, recipe(arm)) for r in rows)
+    return any((r["arm"], r["seed"], r["recipe"]) == (arm, seed, recipe(arm, data_set)) for r in rows)
 
 
 def _chosen(name: str, given: str, known: dict) -> list[str]:

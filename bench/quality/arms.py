@@ -6,6 +6,7 @@ steps, learning rate and schedule; the checkpoint with the lowest validation los
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,29 +33,36 @@ class Arm:
 
 @dataclass(frozen=True)
 class DataSet:
-    """An index and its histories, below the data folder, and what is known of its splits."""
+    """An index and its histories, below the data folder.
+
+    Attributes:
+        steps: of training; the plain model's validation loss rises again beyond them on the smaller set.
+        published: what is known on its splits.
+    """
 
     items: str
     interactions: str
-    published: str
+    steps: int
+    published: str = ""
 
 
 SETS = {
     "beauty-mql4grec": DataSet(
         "beauty/mql4grec.index.json",
         "beauty/interactions.json",
+        2400,
         "published R@10 / N@10: TIGER .0648/.0384, LETTER .0672/.0364, SASRec tuned .0740/.0423, LC-Rec .0791/.0438; "
         "TIGER in cornac .0634/.0338",
     ),
-    "beauty-rqvae_zcr": DataSet("beauty/rqvae_zcr.index.json", "beauty/interactions.json", ""),
-    "scientific-rqvae_zcr": DataSet("scientific/rqvae_zcr.index.json", "scientific/interactions.json", ""),
-    "scientific-rkmeans_zcr": DataSet("scientific/rkmeans_zcr.index.json", "scientific/interactions.json", ""),
+    "beauty-rqvae_zcr": DataSet("beauty/rqvae_zcr.index.json", "beauty/interactions.json", 2400),
+    "scientific-rqvae_zcr": DataSet("scientific/rqvae_zcr.index.json", "scientific/interactions.json", 1200),
+    "scientific-rkmeans_zcr": DataSet("scientific/rkmeans_zcr.index.json", "scientific/interactions.json", 1200),
 }
 
 RECIPE: dict[str, Any] = {
     "model": "decoder", "model_options": {"embd_pdrop": 0.05, "resid_pdrop": 0.05}, "codebook_sizes": [256] * 4,
     "table_rows": 32_768, "heads": 2, "max_order": 3, "memory_dim": 32,
-    "steps": 2400, "batch_size": 40, "learning_rate": 8e-3, "adam_beta2": 0.99, "muon_lr": 0.03, "weight_decay": 0.05,
+    "batch_size": 40, "learning_rate": 8e-3, "adam_beta2": 0.99, "muon_lr": 0.03, "weight_decay": 0.05,
     "warmup_steps": 100, "precision": "bfloat16", "eval_every": 200, "eval_users": 2000,
 }  # fmt: skip
 PRETRAINING: dict[str, dict[str, Any]] = {
@@ -82,5 +90,11 @@ FIRST = ("plain", "prefixmem", "permuted", "pretrained")  # what the study is no
 def config_of(arm: str, data_set: str, data: Path, seed: int, **changes: Any) -> RunConfig:
     """The options of one run of the study."""
     files = SETS[data_set]
-    options = {**RECIPE, **ARMS[arm].options, **changes}
-    return RunConfig(items=str(data / files.items), interactions=[str(data / files.interactions)], seed=seed, **options)
+    places = {"items": str(data / files.items), "interactions": [str(data / files.interactions)]}
+    return RunConfig(**{**places, "seed": seed, "steps": files.steps, **RECIPE, **ARMS[arm].options, **changes})
+
+
+def recipe(arm: str, data_set: str) -> str:
+    """What must not have changed for a stored row to count as this run's."""
+    pretraining = PRETRAINING.get(ARMS[arm].pretraining or "")
+    return json.dumps([SETS[data_set].steps, RECIPE, ARMS[arm].options, pretraining], sort_keys=True)

@@ -10,8 +10,7 @@ from typing import Any
 
 from prefixmem_fast.evaluation.plots import plot_curves, rows_at
 
-from .arms import ARMS, SETS
-from .run import recipe
+from .arms import ARMS, SETS, recipe
 
 Row = dict[str, Any]
 
@@ -42,7 +41,7 @@ def report(folder: Path) -> int:
 
 _DRAWN = ("plain", "permuted", "prefixmem", "prefixmem-dropout", "pretrained")
 _METHOD = """Mean ± standard deviation over seeds. TF-l is the teacher-forced accuracy of level l; c and u are beams
-constrained by the trie and unconstrained ones. Arms share data, order, steps, learning rate and schedule; the checkpoint
+constrained by the trie and unconstrained. Arms share data, order, steps, learning rate and schedule; the checkpoint
 of the lowest validation loss is tested."""
 
 

@@ -18,7 +18,7 @@ from prefixmem_fast.training.config import CONFIG, RunConfig
 from prefixmem_fast.training.run import load_data, load_run, prepare, train
 
 from ..measure import provenance
-from .arms import ARMS, PRETRAINING, RECIPE, config_of
+from .arms import ARMS, PRETRAINING, config_of, recipe
 from .control import add_permuted
 
 HARD = ("plain", 0)  # the arm and the seed whose test says which examples are reachable
@@ -69,18 +69,13 @@ def run_one(
     for checkpoint in (folder / "train").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return {
-        "set": data_set, "arm": arm, "seed": seed, "what": ARMS[arm].what, "recipe": recipe(arm),
+        "set": data_set, "arm": arm, "seed": seed, "what": ARMS[arm].what, "recipe": recipe(arm, data_set),
         "options": {name: value for name, value in config.to_dict().items() if name not in _PLACES},
         **report, **trained, "test": tested, "test_seconds": round(time.perf_counter() - started, 1), **provenance(),
     }  # fmt: skip
 
 
 _PLACES = ("items", "interactions", "text", "encoder", "tokenizer")
-
-
-def recipe(arm: str) -> str:
-    """What must not have changed for a stored row to count as this run's."""
-    return json.dumps([RECIPE, ARMS[arm].options, PRETRAINING.get(ARMS[arm].pretraining or "")], sort_keys=True)
 
 
 def widened(config: RunConfig, data_set: str, data: Path, loaded: Any) -> dict[str, Any]:

@@ -267,6 +267,7 @@ def test_a_table_of_what_evaluate_returns(made):
     assert "model" in rows_of(text)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_groups_without_examples():
     """One prefix alone, so all examples are in one third; and a baseline that reaches all of them."""
     data = split(10, only=3)

@@ -1,0 +1,138 @@
+"""The study: its arms, its control, one run from start to row, and the report."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.quality import arms, report
+from bench.quality.__main__ import main
+from bench.quality.control import PermutedPrefixMem
+from bench.quality.run import widened
+from prefixmem_fast import AddressSpec, PrefixMem, PrefixMemConfig, SIDVocabulary, prefix_rows
+from prefixmem_fast.training.run import load_data
+
+from .training.small import TINY, write_files
+
+SMALL = {
+    "model_options": TINY, "table_rows": 40, "heads": 2, "max_order": 2, "memory_dim": 8, "batch_size": 8,
+    "eval_every": 3, "log_every": 3, "warmup_steps": 1, "max_items": 5,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_study(tmp_path, monkeypatch):
+    """One small set and a recipe of seconds; returns the arguments that every command needs."""
+    write_files(tmp_path)
+    monkeypatch.setattr(arms, "SETS", {"small": arms.DataSet("items.index.json", "interactions.json", 6)})
+    for module in ("bench.quality.__main__", "bench.quality.report"):
+        monkeypatch.setattr(f"{module}.SETS", arms.SETS)
+    recipe = {**arms.RECIPE, **SMALL, "codebook_sizes": [6, 6, 6]}
+    monkeypatch.setattr(arms, "RECIPE", recipe)
+    short = {"steps": 4, "eval_every": 2, "log_every": 2, "batch_size": 16}
+    monkeypatch.setitem(arms.PRETRAINING, "classification", short)
+    torch.set_num_threads(1)
+    places = {"data": tmp_path, "runs": tmp_path / "runs", "out": tmp_path / "out"}
+    return ["--sets", "small", *(part for name, path in places.items() for part in (f"--{name}", str(path)))]
+
+
+def test_every_arm_has_options_that_are_allowed():
+    for arm in arms.ARMS:
+        config = arms.config_of(arm, "beauty-mql4grec", Path("data"), 1)
+        assert config.seed == 1
+        assert config.steps == 2400
+        assert (config.arm == "plain") == (arm in ("plain", "wide"))
+
+
+def test_runs_are_done_once_and_reported(tmp_path, small_study, capsys):
+    for arm in ("plain", "permuted", "pretrained"):
+        one = ["one", *small_study, "--arms", arm, "--seeds", "0", "--beams", "10", "--examples", "30"]
+        assert main(one) == 0
+    file = tmp_path / "out" / "small.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["arm"] for row in rows] == ["plain", "permuted", "pretrained"]
+    assert "reachable" not in rows[0]["test"]
+    for row in rows[1:]:
+        groups = row["test"]["reachable"]
+        assert groups["reachable"]["examples"] + groups["unreachable"]["examples"] == row["test"]["examples"] == 30
+    assert rows[2]["pretraining"]["steps"] == 4
+    assert str(tmp_path) not in file.read_text()  # rows name no place on a machine
+
+    capsys.readouterr()
+    assert main(["list", *small_study, "--arms", "plain,permuted,prefixmem", "--seeds", "0,1"]) == 0
+    listed = capsys.readouterr().out
+    assert listed.endswith("4 runs to do of 6\n")
+    assert "plain             0" not in listed
+    before = file.read_text()
+    assert main(["one", *small_study, "--arms", "plain", "--seeds", "0"]) == 0
+    assert file.read_text() == before
+
+    monkeypatched = rows[0]["test"]
+    monkeypatched["floors"] = {
+        name: {**floor, "recall@100": 1.0} for name, floor in monkeypatched["floors"].items()
+    }  # beams of 10 give no figure at 100
+    for row in rows:
+        row["test"]["floors"] = monkeypatched["floors"]
+        for search in row["test"]["searches"].values():
+            search["recall@100"] = 1.0
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["report", *small_study]) == 0
+    text = (tmp_path / "out" / "summary.md").read_text()
+    accuracy = rows[0]["test"]["teacher_forcing"]["accuracy"][0]
+    line = next(line for line in text.splitlines() if line.startswith("| token embeddings alone | 1 |"))
+    assert float(line.split("|")[3]) == pytest.approx(accuracy, abs=1e-3)
+    assert "count table" in text
+    assert "markov" in text
+    assert (tmp_path / "out" / "small.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_another_recipe_do_not_count(tmp_path, small_study, monkeypatch):
+    assert main(["one", *small_study, "--arms", "plain", "--seeds", "0", "--beams", "4", "--examples", "9"]) == 0
+    assert report.read_runs(tmp_path / "out", "small")["plain"]
+    monkeypatch.setitem(arms.RECIPE, "learning_rate", 0.5)
+    assert not report.read_runs(tmp_path / "out", "small")
+
+
+def test_missing_data_and_unknown_names(tmp_path, capsys):
+    assert main(["run", "--data", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
+    assert "is not there; --data names" in capsys.readouterr().out
+    assert main(["report", "--out", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="'nothing' is unknown; known are plain"):
+        main(["list", "--arms", "nothing"])
+
+
+def test_the_widened_model_has_as_many_parameters(tmp_path, small_study, monkeypatch):
+    config = arms.config_of("wide", "small", tmp_path, 0)
+    data = load_data(config)
+    options = widened(config, "small", tmp_path, data)
+    assert options["n_inner"] == 8 * options["n_embd"]
+    assert options["n_embd"] >= TINY["n_embd"]
+
+
+def test_the_control_reads_real_prefixes_that_end_in_the_same_code():
+    torch.manual_seed(0)
+    sizes = (4, 5, 6)
+    catalogue = torch.stack([torch.randint(0, size, (40,)) for size in sizes], 1).unique(dim=0)
+    spec = AddressSpec(sizes, table_rows=500, heads=2, max_order=2, active_levels=(1, 2))
+    encoder = PrefixMem(PrefixMemConfig(spec, memory_dim=8, hidden_size=16, output_init_std=1.0), grad="dense")
+    control = PermutedPrefixMem(encoder, catalogue)
+    tokens = {1 + 10 * l + c: (l + 1, c) for l, size in enumerate(sizes) for c in range(size)}
+    vocabulary = SIDVocabulary.from_table(tokens, sizes)
+    stream = vocabulary.encode(catalogue).flatten()[None].repeat(60, 1)
+
+    control.encode_tokens(stream, vocabulary).square().sum().backward()
+    touched = encoder.memory.weight.grad.abs().sum(1).nonzero().squeeze(1)
+    real = prefix_rows(catalogue, spec)[:, :2]
+    assert torch.equal(touched, real[real >= 0].unique())  # no row but those of the catalogue's prefixes, and all
+
+    # At level 1 the prefix is the code itself, so nothing can be exchanged; at level 2 it is.
+    level = vocabulary.table[stream[0], 0]
+    for l, same in ((1, True), (2, False)):
+        m = control.encode_tokens(stream, vocabulary)[:, level == l]
+        assert (m == m[:1]).all() == same
+    assert not control.encode_tokens(stream, vocabulary)[:, level == 3].any()
+    drawn = control._exchange(catalogue, 2)
+    assert torch.equal(drawn[:, 1], catalogue[:, 1])
+    known = {tuple(prefix) for prefix in catalogue[:, :2].tolist()}
+    assert {tuple(prefix) for prefix in drawn[:, :2].tolist()} <= known
