@@ -196,6 +196,27 @@ def test_trainer_accumulation_is_refused_by_fused(tmp_path):
         trainer.train()
 
 
+def test_muon_takes_the_inner_matrices():
+    transformers = pytest.importorskip("transformers")
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
+    optimizer = for_model(model, 0.1, muon_lr=0.02, weight_decay=0.5, encoder_needed=False)
+    inner = [p for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name]
+    muon = optimizer.param_groups[-1]
+    assert [id(p) for p in muon["params"]] == [id(p) for p in inner]
+    assert (muon["lr"], muon["weight_decay"]) == (0.02, 0.5)
+    others = {id(p) for group in optimizer.param_groups[:-1] for p in group["params"]}
+    assert others == {id(p) for p in model.parameters()} - {id(p) for p in inner}
+
+    before = [p.detach().clone() for p in inner]
+    model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+    expected = [torch.nn.Parameter(p.clone()) for p in before]
+    for p, own in zip(expected, inner, strict=True):
+        p.grad = own.grad.clone()
+    torch.optim.Muon(expected, 0.02, 0.5).step()
+    optimizer.step()
+    assert all(torch.equal(p, own) for p, own in zip(expected, inner, strict=True))
+
+
 def test_errors_name_the_argument():
     model = model_with("fused")
     for call, error, message in (
