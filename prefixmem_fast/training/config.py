@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..ops import GRADS
+from ..spec import ADDRESSING, MODES
+
 CONFIG = "config.yaml"  # the options in the folder of a run
 ARMS = ("plain", "prefixmem", "sid-transformer")
 SPLITS = ("leave-two-out", "time")
 ROW_OPTIMIZERS = ("adagrad", "adam", "lazy-adam", "sgd")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
+_SECTIONS = {"synthetic": "data", "model": "model", "encoder": "encoder", "steps": "training"}  # by their first option
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -63,12 +67,12 @@ class RunConfig:
     active_levels: list[int] | None = option(
         None, "prefix lengths at which the memory is read; the two before the last"
     )
-    mode: str = option("prefix", "prefix, suffix or full")
-    addressing: str = option("auto", "auto or hash")
+    mode: str = option("prefix", "which codes an order reads", MODES)
+    addressing: str = option("auto", "exact rows where they fit, or all hashed", ADDRESSING)
     address_seed: int = option(0, "seed of the primes")
     output_init_std: float = option(1e-3, "standard deviation of W_out at its start")
     memory_dropout: float = option(0.0, "share of SID tokens whose memory is left out in training")
-    grad: str = option("sparse", "dense, sparse or fused")
+    grad: str = option("sparse", "where the gradient of the tables goes", GRADS)
     row_optimizer: str = option("adagrad", "optimizer of the rows with grad=sparse and fused", ROW_OPTIMIZERS)
     row_weight_decay: float = option(0.0, "weight decay of the touched rows")
     encoder_lr_multiple: float = option(5.0, "the encoder's learning rate over the model's")
@@ -146,7 +150,10 @@ NAMES = tuple(field.name for field in dataclasses.fields(RunConfig))
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for each option; those not given are None."""
+    group = parser
     for field, kinds in _kinds().items():
+        if field.name in _SECTIONS:
+            group = parser.add_argument_group(_SECTIONS[field.name])
         flag = "--" + field.name.replace("_", "-")
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         text = field.metadata["help"].replace("%", "%%")
@@ -156,10 +163,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             else f" (default: {json.dumps(default) if isinstance(default, list) else default})"
         )
         if kinds == (bool,):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            nargs = "+" if field.name == "interactions" else None
-            parser.add_argument(flag, default=None, nargs=nargs, metavar=_metavar(field, kinds), help=text)
+            several = {"nargs": "+"} if field.name == "interactions" else {}
+            group.add_argument(flag, default=None, metavar=_metavar(field, kinds), help=text, **several)
 
 
 def config_from(options: argparse.Namespace, file: str | Path | None, **defaults: Any) -> RunConfig:
@@ -260,6 +267,8 @@ def _metavar(field: dataclasses.Field, kinds: tuple[Any, ...]) -> str:
     if field.metadata["choices"]:
         return "{" + ",".join(field.metadata["choices"]) + "}"
     kind = kinds[0]
+    if field.name in ("items", "interactions", "text"):
+        return "FILE"
     return {int: "N", float: "X", dict: "JSON"}.get(kind, "A,B,.." if typing.get_args(kind) else "NAME")
 
 
