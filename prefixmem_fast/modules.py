@@ -8,7 +8,6 @@ m_l is added to the input embedding of the token of c_l. There is no gate, no no
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from .checkpoint import load_encoder, save_encoder
 from .ops import check_how, prefix_memory, token_memory
-from .spec import AddressSpec, positive
+from .spec import AddressSpec, not_negative, positive
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,13 +64,11 @@ class PrefixMemConfig:
                 f"{self.spec.total_rows} rows of {self.row_width} do not fit 2^63 elements; lower table_rows"
             )
         for name in ("memory_init_std", "output_init_std"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"{name} = {value!r} is not a finite number of 0 or more")
+            not_negative(name, getattr(self, name))
 
     def with_active_levels(self, active_levels: Sequence[int]) -> PrefixMemConfig:
         """The same tables, read at other levels."""
-        return replace(self, spec=replace(self.spec, active_levels=tuple(active_levels)))
+        return replace(self, spec=replace(self.spec, active_levels=active_levels))
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
@@ -98,6 +95,8 @@ class PrefixMemConfig:
         """
         if not isinstance(values, dict):
             raise TypeError(f"the config is a {type(values).__name__}; give the dict that to_dict() returned")
+        if "kind" in values:
+            raise ValueError(f"it is of a {values['kind']}; a PrefixMem was expected")
         unknown = [key for key in values if key not in cls.__dataclass_fields__]
         if unknown or "spec" not in values:
             what = f"has an unknown entry {unknown[0]!r}" if unknown else "lacks spec"

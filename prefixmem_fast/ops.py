@@ -40,7 +40,7 @@ def prefix_rows(codes: Tensor, spec: AddressSpec, *, backend: str = "auto") -> T
         BackendError: the backend cannot run on these tensors.
     """
     _check_spec(spec)
-    _check_codes(codes, spec)
+    check_codes(codes, spec)
     rows = _prefix_rows(codes.reshape(-1, spec.levels), spec.key, resolve(backend, codes=codes))
     return rows.view(*codes.shape[:-1], *rows.shape[1:])
 
@@ -78,7 +78,7 @@ def prefix_memory(
         BackendError: the backend cannot run on these tensors.
     """
     _check_spec(spec)
-    _check_codes(codes, spec)
+    check_codes(codes, spec)
     _check_weight(weight, spec)
     check_how(backend, grad, deterministic)
     codes_2d, backend = codes.reshape(-1, spec.levels), resolve(backend, codes=codes, weight=weight)
@@ -120,13 +120,13 @@ def token_memory(
         BackendError: the backend cannot run on these tensors.
     """
     _check_spec(spec)
-    _check_tensor("input_ids", input_ids, (torch.int32, torch.int64), 2, "[B, T]")
-    _check_tensor("token_table", token_table, (torch.int32,), 2, "[V, 2]")
+    check_tensor("input_ids", input_ids, (torch.int32, torch.int64), 2, "[B, T]")
+    check_tensor("token_table", token_table, (torch.int32,), 2, "[V, 2]")
     if token_table.shape[1] != 2:
         raise ValueError(f"token_table has shape {tuple(token_table.shape)}; give [V, 2], (level, code) of each id")
     tensors = {"input_ids": input_ids, "token_table": token_table, "weight": weight}
     if segment_ids is not None:
-        _check_tensor("segment_ids", segment_ids, (torch.int32, torch.int64), 2, "[B, T]")
+        check_tensor("segment_ids", segment_ids, (torch.int32, torch.int64), 2, "[B, T]")
         if segment_ids.shape != input_ids.shape:
             raise ValueError(
                 f"segment_ids has shape {tuple(segment_ids.shape)}; give that of input_ids, {tuple(input_ids.shape)}"
@@ -166,8 +166,8 @@ def _check_spec(spec: AddressSpec) -> None:
         raise TypeError(f"spec is a {type(spec).__name__}; give an AddressSpec")
 
 
-def _check_codes(codes: Tensor, spec: AddressSpec) -> None:
-    _check_tensor("codes", codes, _CODE_DTYPES, None, "[..., L]")
+def check_codes(codes: Tensor, spec: AddressSpec) -> None:
+    check_tensor("codes", codes, _CODE_DTYPES, None, "[..., L]")
     if codes.dim() < 1 or codes.shape[-1] != spec.levels:
         raise ValueError(
             f"codes has shape {tuple(codes.shape)}; its last dimension must be the {spec.levels} levels of the spec. "
@@ -176,14 +176,14 @@ def _check_codes(codes: Tensor, spec: AddressSpec) -> None:
 
 
 def _check_weight(weight: Tensor, spec: AddressSpec) -> None:
-    _check_tensor("weight", weight, _WEIGHT_DTYPES, 2, "[R, w]")
+    check_tensor("weight", weight, _WEIGHT_DTYPES, 2, "[R, w]")
     if weight.shape[0] != spec.total_rows or weight.shape[1] < 1:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; the spec needs [{spec.total_rows}, w] with w >= 1")
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(weight).tangent is not None:
         raise NotImplementedError("weight carries a forward-mode tangent; use reverse mode, or torch.func.vjp")
 
 
-def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], dims: int | None, shape: str) -> None:
+def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], dims: int | None, shape: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; give a tensor {shape}")
     if tensor.layout != torch.strided or tensor.is_nested:

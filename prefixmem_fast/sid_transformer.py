@@ -6,7 +6,8 @@ is added to the input embedding of the token of c_l. It computes what PrefixMem 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from .checkpoint import load_encoder, save_encoder
 from .modules import OutputProjection
+from .ops import check_codes, check_tensor
 from .reference import token_codes
-from .spec import AddressSpec, check_codebook_sizes, positive
+from .spec import AddressSpec, check_codebook_sizes, not_negative, positive
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,15 +51,18 @@ class SIDTransformerConfig:
 
     def __post_init__(self) -> None:
         # The checks of codebooks and levels are those of an address spec.
-        spec = AddressSpec(
-            tuple(self.codebook_sizes), table_rows=1, max_order=1, heads=1, active_levels=self.active_levels
-        )
+        spec = AddressSpec(self.codebook_sizes, table_rows=1, max_order=1, heads=1, active_levels=self.active_levels)
         object.__setattr__(self, "codebook_sizes", check_codebook_sizes(self.codebook_sizes))
         object.__setattr__(self, "active_levels", spec.active_levels)
         for name in ("hidden_size", "width", "layers", "heads"):
             object.__setattr__(self, name, positive(name, getattr(self, name)))
         if self.width % self.heads:
             raise ValueError(f"width = {self.width} is no multiple of heads = {self.heads}")
+        not_negative("output_init_std", self.output_init_std)
+
+    def with_active_levels(self, active_levels: Sequence[int]) -> SIDTransformerConfig:
+        """The same transformer, added at other levels."""
+        return replace(self, active_levels=active_levels)
 
     @property
     def memory_dim(self) -> int:
@@ -68,7 +73,8 @@ class SIDTransformerConfig:
         return len(self.codebook_sizes)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "sid-transformer", **asdict(self)}
+        lists = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {"kind": "sid-transformer", **lists}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SIDTransformerConfig:
@@ -114,6 +120,7 @@ class SIDTransformer(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Integer ``[..., L]`` to ``[..., L, hidden_size]``, zero at inactive levels; codes out of range end a SID."""
         config, shape = self.config, codes.shape
+        check_codes(codes, config)
         codes = codes.reshape(-1, config.levels).long()
         sizes = codes.new_tensor(config.codebook_sizes)
         alive = ((codes >= 0) & (codes < sizes)).cumprod(-1).bool()  # [M, L]
@@ -137,17 +144,22 @@ class SIDTransformer(nn.Module):
     ) -> Tensor:
         """Over a token stream, as `PrefixMem.encode_tokens`: ``[B, T, hidden_size]``, zero at text."""
         vocabulary.check_codebooks(self.config)
+        check_tensor("input_ids", input_ids, (torch.int32, torch.int64), 2, "[B, T]")
+        if segment_ids is not None and segment_ids.shape != input_ids.shape:
+            raise ValueError(
+                f"segment_ids has shape {tuple(segment_ids.shape)}; give that of input_ids, {tuple(input_ids.shape)}"
+            )
         table = vocabulary.token_table(input_ids.device)
         codes, level = token_codes(input_ids, table, self.config, segment_ids)
         inside = (level > 0).flatten()
         goes_on = torch.zeros_like(level, dtype=torch.bool)
-        goes_on[:, :-1] = (level[:, 1:] == level[:, :-1] + 1) & (level[:, :-1] > 0)
+        goes_on[:, :-1] = level[:, 1:] == level[:, :-1] + 1
         last = (level > 0) & ~goes_on  # of each SID
         encoded = self(codes[last])  # [M, L, hidden]
         sid = (level == 1).flatten().cumsum(0) - 1
         out = encoded.new_zeros(level.numel(), self.config.hidden_size)
         out[inside] = encoded[sid[inside], level.flatten()[inside] - 1]
-        out = out.view(*level.shape, -1)
+        out = out.view(*level.shape, self.config.hidden_size)
         return out if new_tokens is None else out[:, out.shape[1] - new_tokens :]
 
     def save_pretrained(

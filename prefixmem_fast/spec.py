@@ -279,6 +279,11 @@ def positive(name: str, value: Any) -> int:
     return value
 
 
+def not_negative(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} = {value!r} is not a finite number of 0 or more")
+
+
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} = {value!r} is unknown; allowed are {', '.join(map(repr, allowed))}")

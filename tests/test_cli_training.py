@@ -100,7 +100,9 @@ def test_groups_of_a_baseline(tmp_path, flags, capsys):
     assert run(capsys, "evaluate", "--run", tmp_path / "plain", "--beams", 4, "--search", "constrained")[0] == 0
     code, out, _ = run(capsys, "evaluate", "--run", tmp_path / "with", "--baseline", tmp_path / "plain", "--beams", 4)
     assert code == 0
-    groups = json.loads((tmp_path / "with" / "test.json").read_text())["reachable"]
+    text = (tmp_path / "with" / "test.json").read_text()
+    assert "NaN" not in text
+    groups = json.loads(text)["reachable"]
     assert groups["reachable"]["examples"] + groups["unreachable"]["examples"] == 80
     assert "unreachable, " in out
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
+from ..evaluation.report import PARTS, SEARCHES, as_json
 from .train import check_libraries
-
-SEARCHES = ("constrained", "unconstrained")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", required=True, metavar="FOLDER", help="a folder that prefixmem train wrote")
-    parser.add_argument("--part", choices=("validation", "test"), default="test", help="(default: %(default)s)")
+    parser.add_argument("--part", choices=PARTS, default="test", help="(default: %(default)s)")
     parser.add_argument("--beams", type=int, default=20, help="beams of a search (default: %(default)s)")
     parser.add_argument("--examples", type=int, help="examples, chosen once for all runs (default: all)")
     parser.add_argument("--search", choices=SEARCHES, help="one kind of search alone (default: both)")
@@ -61,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         texts = describe(loaded.model, loaded.tokenizer, loaded.tokens, items)
         report["bleu"] = bleu(texts, [loaded.data.text[item] for item in items])
     folder = Path(options.run)
-    text = json.dumps(report, indent=1)
+    text = as_json(report)
     write_file(folder / f"{options.part}.json", lambda temporary: Path(temporary).write_text(text + "\n"))
     write_file(folder / f"{options.part}.npz", lambda temporary: _savez(temporary, arrays))
     print(text if options.json else table(report))

@@ -47,7 +47,8 @@ def beam_search(model: nn.Module, input_ids: Tensor, levels: int, num_beams: int
         one search a row of `input_ids`.
     """
     config = model.config
-    sliding = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    sliding = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
     if is_encoder_decoder(model) or sliding:
         return _by_generate(model, input_ids, levels, num_beams, trie)
     batch, length = input_ids.shape
@@ -112,8 +113,6 @@ def _by_generate(model: nn.Module, input_ids: Tensor, levels: int, num_beams: in
     from ..integrations.constrained import SIDLogitsProcessor, neutral_generation
 
     prompt = 1 if is_encoder_decoder(model) else input_ids.shape[1]
-    end = model.generation_config.eos_token_id
-    end = end[0] if isinstance(end, (list, tuple)) else end
     with neutral_generation(model):
         found = model.generate(
             input_ids=input_ids,
@@ -124,10 +123,16 @@ def _by_generate(model: nn.Module, input_ids: Tensor, levels: int, num_beams: in
             max_new_tokens=levels,
             length_penalty=0.0,
             eos_token_id=None,
-            logits_processor=[] if trie is None else [SIDLogitsProcessor(trie, prompt, end)],
+            logits_processor=[] if trie is None else [SIDLogitsProcessor(trie, prompt, trie.text_token)],
             output_scores=True,
+            output_logits=num_beams == 1,
             return_dict_in_generate=True,
         )
+    if num_beams == 1:  # greedy: no scores of sequences
+        logp = torch.stack(found.logits, 1).float().log_softmax(-1)  # [B, L, V]
+        tokens = found.sequences[:, prompt:]
+        scores = logp.gather(2, tokens[..., None]).squeeze(2).sum(1, keepdim=True)
+        return Beams(tokens[:, None], scores)
     scores = found.sequences_scores.view(len(input_ids), num_beams).float()
     scores = scores.masked_fill(scores < -1e8, -torch.inf)  # what transformers fills missing beams with
     return Beams(found.sequences[:, prompt:].reshape(len(input_ids), num_beams, levels), scores)

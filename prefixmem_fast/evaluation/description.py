@@ -20,18 +20,24 @@ def describe(
     from ..integrations.constrained import neutral_generation
 
     parts, device, texts = is_encoder_decoder(model), next(model.parameters()).device, []
+    if tokens.texts is None:
+        raise ValueError("tokens holds no text; describe needs a model that was trained with the text of the items")
+    training = model.training
     model.eval()
-    for start in range(0, len(items), batch):
-        begin = [] if parts else tokens.begin
-        prompts = torch.tensor(
-            [begin + tokens.describe(int(item)) for item in items[start : start + batch]], device=device
-        )
-        with neutral_generation(model):
-            found = model.generate(
-                input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
-                max_new_tokens=max_new_tokens, eos_token_id=tokens.end, pad_token_id=tokens.pad,
-            )  # fmt: skip
-        texts += tokenizer.batch_decode(found[:, 0 if parts else prompts.shape[1] :], skip_special_tokens=True)
+    try:
+        for start in range(0, len(items), batch):
+            begin = [] if parts else tokens.begin
+            prompts = torch.tensor(
+                [begin + tokens.describe(int(item)) for item in items[start : start + batch]], device=device
+            )
+            with neutral_generation(model):
+                found = model.generate(
+                    input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
+                    max_new_tokens=max_new_tokens, eos_token_id=tokens.end, pad_token_id=tokens.pad,
+                )  # fmt: skip
+            texts += tokenizer.batch_decode(found[:, 0 if parts else prompts.shape[1] :], skip_special_tokens=True)
+    finally:
+        model.train(training)
     return [" ".join(text.split()) for text in texts]
 
 

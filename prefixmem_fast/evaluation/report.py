@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from .baselines import count_table_accuracy, item_counts, markov_ranks, populari
 from .retrieval import ranking_metrics, recall, retrieve
 from .teacher_forcing import teacher_forced
 
+PARTS, SEARCHES = ("validation", "test"), ("constrained", "unconstrained")
 THIRDS = ("rare", "medium", "popular")
 
 
@@ -30,7 +34,7 @@ def evaluate(
     num_beams: int = 20,
     cutoffs: Sequence[int] = (5, 10, 20, 50, 100),
     examples: int | None = None,
-    searches: Sequence[str] = ("constrained", "unconstrained"),
+    searches: Sequence[str] = SEARCHES,
     reachable: np.ndarray | None = None,
     progress: Callable[[str, int], Callable[[int], object]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -46,6 +50,11 @@ def evaluate(
     Returns:
         the report, and for each example what it is made of: target, rank and loss of each level, rank of each search.
     """
+    if part not in PARTS:
+        raise ValueError(f"part = {part!r}; allowed are {', '.join(PARTS)}")
+    unknown = [name for name in searches if name not in SEARCHES]
+    if unknown:
+        raise ValueError(f"searches names {unknown[0]!r}; allowed are {', '.join(SEARCHES)}")
     chosen = (split.test if part == "test" else split.validation).sample(examples)
     seen = chosen.last(max_items)
     codes, train = catalogue.codes.numpy(), split.train
@@ -107,19 +116,22 @@ def reachable_by(file: str | Path, targets: np.ndarray, top: int = 10) -> np.nda
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"baseline {file} is not there; evaluate the baseline run first, on the same part")
-    with np.load(file) as arrays:
-        if not np.array_equal(arrays["target"], targets):
-            raise ValueError(
-                f"baseline {file} is of other examples; evaluate it on the same part, data and number of them"
-            )
-        return TeacherForced(arrays["level_rank"], arrays["level_loss"]).reachable(top)
+    try:
+        with np.load(file) as stored:
+            arrays = {name: stored[name] for name in ("target", "level_rank", "level_loss")}
+    except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"baseline {file} is damaged, or not what prefixmem evaluate wrote: {error}") from None
+    if not np.array_equal(arrays["target"], targets):
+        raise ValueError(f"baseline {file} is of other examples; evaluate it on the same part, data and number of them")
+    return TeacherForced(arrays["level_rank"], arrays["level_loss"]).reachable(top)
 
 
 def table(report: dict[str, Any]) -> str:
     """A report as text: TF-L by level, recall and NDCG beside the floors, and the groups."""
     scored = report["teacher_forcing"]
     levels = range(1, len(scored["accuracy"]) + 1)
-    lines = [f"{report['data']}, {report['part']}, {report['examples']} examples, beams of {report['beams']}", ""]
+    data = [report["data"]] if "data" in report else []
+    lines = [", ".join([*data, report["part"], f"{report['examples']} examples", f"beams of {report['beams']}"]), ""]
     lines.append(_row("teacher-forced accuracy", [f"level {l}" for l in levels]))
     lines.append(_row(report.get("name", "model"), scored["accuracy"]))
     lines.append(_row("count table", report["count_table_accuracy"]))
@@ -138,6 +150,19 @@ def table(report: dict[str, Any]) -> str:
     if "bleu" in report:
         lines += ["", _row("BLEU, SID to text", [report["bleu"]])]
     return "\n".join(lines)
+
+
+def as_json(report: Any) -> str:
+    """A report as JSON; figures of empty groups are null."""
+    return json.dumps(_finite(report), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _row(name: str, values: Sequence[Any], digits: int = 3) -> str:

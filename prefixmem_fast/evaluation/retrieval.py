@@ -73,7 +73,7 @@ def retrieve(
             for l in range(levels):
                 inside = ((depth > l) & real).sum(1) / real.sum(1).clamp(min=1)
                 found.hits[rows, l] = inside.cpu().numpy()
-            first = torch.where(real, beams.tokens[..., 0], -1).cpu()
+            first = torch.where(real, trie.vocabulary.decode(beams.tokens)[..., 0], -1).cpu()
             found.first_codes[rows] = [len(set(row) - {-1}) for row in first.tolist()]
             found.rank[rows] = shared.ranks(beams.tokens, real, examples.targets[rows])
             if progress is not None:

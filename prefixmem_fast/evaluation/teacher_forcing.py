@@ -17,7 +17,8 @@ class TeacherForced:
     """What a model thinks of each level of each target.
 
     Attributes:
-        rank: int64 ``[N, L]``, tokens that it finds more likely than the true one; 0 is a correct prediction.
+        rank: int64 ``[N, L]``, tokens before the true one: those more likely, and of equal ones those of smaller id; 0
+            is a correct prediction.
         loss: float32 ``[N, L]``, cross-entropy in nats.
     """
 
@@ -58,7 +59,9 @@ def teacher_forced(model: nn.Module, examples: Examples, tokens: Tokens, *, max_
                 logits = model(input_ids=ids, use_cache=False, logits_to_keep=levels).logits[:, -levels:]
             logp = logits.float().log_softmax(-1)
             true = logp.gather(-1, batch.targets[..., None])
-            rank[batch.rows] = (logp > true).sum(-1).cpu().numpy()
+            # Of equal tokens the first one is predicted, as argmax does it; NaN predicts nothing.
+            before = torch.arange(logp.shape[-1], device=device) < batch.targets[..., None]
+            rank[batch.rows] = (~(logp <= true) | (logp == true) & before).sum(-1).cpu().numpy()
             loss[batch.rows] = -true.squeeze(-1).cpu().numpy()
     finally:
         model.train(training)

@@ -69,6 +69,11 @@ class SIDTrie:
         self._items = order
         self._first_item = torch.cat([differs[:, -1].nonzero().squeeze(1), torch.tensor([len(order)])])
 
+    @property
+    def text_token(self) -> int:
+        """An id that stands for no code, for what follows a search in which nothing follows."""
+        return next(token for token in range(len(self.vocabulary.table) + 1) if not self.vocabulary.is_code(token))
+
     def __len__(self) -> int:
         """Number of prefixes, of all lengths."""
         return sum(self.prefixes)
