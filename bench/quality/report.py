@@ -50,7 +50,9 @@ def read_runs(folder: Path, data_set: str) -> dict[str, list[Row]]:
     file = folder / f"{data_set}.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     kept = {
-        (row["arm"], row["seed"]): row for row in rows if row["arm"] in ARMS and row["recipe"] == recipe(row["arm"])
+        (row["arm"], row["seed"]): row
+        for row in rows
+        if row["arm"] in ARMS and row["recipe"] == recipe(row["arm"], data_set)
     }
     found: dict[str, list[Row]] = {}
     for arm in ARMS:
