@@ -17,22 +17,16 @@ Row = dict[str, Any]
 
 def report(folder: Path) -> int:
     """Write ``summary.md`` and a picture a set into the folder of the rows, and print the tables."""
-    lines = [
-        "# The study",
-        "",
-        f"Written by `python -m bench quality report` from the rows in this folder. {_METHOD}",
-        "",
-    ]
-    for name in SETS:
-        runs = read_runs(folder, name)
-        if runs:
-            lines += _of_set(name, runs)
-            models = {arm: [row["validation"] for row in rows] for arm, rows in runs.items() if arm in _DRAWN}
-            plot_curves(models, folder / f"{name}.png", f"{name}, validation")
-            lines += [f"![learning curves of {name}]({name}.png)", ""]
-    if len(lines) == 6:
+    studied = {name: runs for name in SETS if (runs := read_runs(folder, name))}
+    if not studied:
         print(f"no rows in {folder}; python -m bench quality run writes them")
         return 2
+    lines = ["# The study", "", "Written by `python -m bench quality report` from the rows beside it.", "", _METHOD, ""]
+    for name, runs in studied.items():
+        lines += _of_set(name, runs)
+        models = {arm: [row["validation"] for row in rows] for arm, rows in runs.items() if arm in _DRAWN}
+        plot_curves(models, folder / f"{name}.png", f"{name}, validation")
+        lines += [f"![learning curves of {name}]({name}.png)", ""]
     text = "\n".join(lines)
     (folder / "summary.md").write_text(text, encoding="utf-8")
     print(text)
