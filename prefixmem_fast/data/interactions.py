@@ -11,8 +11,10 @@ from __future__ import annotations
 import ast
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,7 @@ def load_interactions(paths: str | Path | Sequence[str | Path], catalogue: Catal
             raise ValueError(f"interactions {path}: its name ends neither in .json nor in .csv nor in .parquet")
         try:
             readers[path.suffix](path, builder)
-        except (UnicodeDecodeError, ValueError) as error:
+        except (UnicodeDecodeError, ValueError, csv.Error) as error:
             raise ValueError(f"interactions {path}: {error}") from None
     if not builder.items:
         raise ValueError(f"interactions {', '.join(map(str, paths))}: no user is in it")
@@ -189,16 +191,15 @@ class _Builder:
         return found
 
     def extend(self, user: str, items: Any, where: str) -> None:
-        if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
+        if not isinstance(items, list):
             raise ValueError(f"{where}: {items!r} is no list; a list of items in time order was expected")
-        self.items.setdefault(user, []).extend(self.row(item, where) for item in items)
+        self.items.setdefault(_user(user, where), []).extend(self.row(item, where) for item in items)
 
     def add(self, user: Any, item: Any, time: Any, where: str) -> None:
-        if user is None or user == "":
-            raise ValueError(f"{where}: the user is empty; a name was expected")
-        self.items.setdefault(str(user), []).append(self.row(item, where))
+        user = _user(user, where)
+        self.items.setdefault(user, []).append(self.row(item, where))
         if time is not None:
-            self.times.setdefault(str(user), []).append(_time(time, where))
+            self.times.setdefault(user, []).append(_time(time, where))
 
     def histories(self) -> Histories:
         users = list(self.items)
@@ -217,9 +218,17 @@ class _Builder:
         )
 
 
+def _user(user: Any, where: str) -> str:
+    if user is None or user == "":
+        raise ValueError(f"{where}: the user is empty; a name was expected")
+    return str(user)
+
+
 def _time(value: Any, where: str) -> float:
     try:
-        found = value.timestamp() if hasattr(value, "timestamp") else float(value)
+        if isinstance(value, datetime):  # one without a zone means the same on every machine
+            value = (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
+        found = float(value)
         if np.isfinite(found):
             return found
     except (TypeError, ValueError):
@@ -228,15 +237,23 @@ def _time(value: Any, where: str) -> float:
 
 
 def _read_json(path: Path, builder: _Builder) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     if not isinstance(content, dict):
         raise ValueError(f'it holds a {type(content).__name__}; {{"user": [item, item, ...]}} was expected')
     for user, items in content.items():
         builder.extend(user, items, f"key {user!r}")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {twice!r} is there twice; one list a user was expected")
+    return found
+
+
 def _read_csv(path: Path, builder: _Builder) -> None:
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or ()
         if "history_item_id" in columns and "item_id" in columns:
@@ -266,13 +283,14 @@ def _read_parquet(path: Path, builder: _Builder) -> None:
     except pyarrow.ArrowException as error:
         raise ValueError(f"it is no Parquet file: {error}") from None
     columns = table.column_names
-    rows = ((f"row {i}", row) for batch in table.to_batches() for i, row in enumerate(batch.to_pylist()))
+    records = (row for batch in table.to_batches() for row in batch.to_pylist())
+    rows = ((f"row {i}", row) for i, row in enumerate(records))
     lists = _column(columns, LIST, "items", optional=True)
     if lists is None:
         return _read_rows(rows, columns, builder)
     user = _column(columns, USER, "user")
     for where, row in rows:
-        builder.extend(str(row[user]), row[lists], where)
+        builder.extend(row[user], row[lists], where)
 
 
 def _read_rows(rows: Iterable[tuple[str, dict[str, Any]]], columns: Sequence[str], builder: _Builder) -> None:
@@ -287,7 +305,7 @@ def _read_targets(rows: Iterable[tuple[str, dict[str, Any]]], builder: _Builder)
     for where, row in rows:
         try:
             history = ast.literal_eval(row["history_item_id"])
-        except (SyntaxError, ValueError):
+        except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
             history = None
         if not isinstance(history, list):
             raise ValueError(
@@ -300,7 +318,7 @@ def _read_targets(rows: Iterable[tuple[str, dict[str, Any]]], builder: _Builder)
         before = [builder.row(item, where) for item in history]
         if not known:
             known.extend(before)
-        elif known[len(known) - len(before) :] != before:
+        elif not before or known[-len(before) :] != before:
             raise ValueError(
                 f"{where}: the history of user {user!r} does not end as the rows before it; rows in time order, files "
                 "in the order train, valid, test were expected"

@@ -136,7 +136,8 @@ class Sequences:
                 dtype=np.int64,
             ).reshape(-1, 2)
         if not len(self._units):
-            raise ValueError(f"there is no sequence {self.kind!r} to train on: no history has {shortest} items")
+            lacks = "no item has a text" if self.kind == "pairs" else f"no history has {shortest} items"
+            raise ValueError(f"there is no sequence {self.kind!r} to train on: {lacks}")
 
     def __len__(self) -> int:
         return len(self._units)

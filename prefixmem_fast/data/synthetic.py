@@ -67,7 +67,9 @@ def synthetic(items: int = 3000, users: int = 3000, seed: int = 0) -> Synthetic:
         taste = random.integers(2, size=length)
         noisy = likes + random.gumbel(size=likes.shape)
         order = np.argsort(-noisy, axis=1)[:, :length]  # what a Gumbel-top-k draws, without replacement
-        chosen = dict.fromkeys(int(order[t, (taste[:i] == t).sum()]) for i, t in enumerate(taste))
+        chosen: dict[int, None] = {}
+        for t in taste:
+            chosen[next(item for item in order[t].tolist() if item not in chosen)] = None
         histories.append(np.array(list(chosen), dtype=np.int64))
     names = [f"user-{i}" for i in range(users)]
     return Synthetic(catalogue, Histories(names, histories), text)

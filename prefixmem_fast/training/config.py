@@ -113,7 +113,7 @@ class RunConfig:
                      "eval_every", "sid_layers", "sid_width"):  # fmt: skip
             _at_least(self, name, 1)
         for name in ("histories", "interleaved", "pairs", "weight_decay", "row_weight_decay", "max_grad_norm",
-                     "warmup_steps", "patience", "learning_rate", "seed"):  # fmt: skip
+                     "warmup_steps", "patience", "learning_rate", "encoder_lr_multiple", "seed"):  # fmt: skip
             _at_least(self, name, 0)
         if self.muon_lr is not None:
             _at_least(self, "muon_lr", 0)
@@ -196,8 +196,9 @@ def read_options(file: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"config {file} is not there; give a YAML or JSON file")
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _Loader())  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text) if file.suffix == ".json" else yaml.load(text, _with_exponents(yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"config {file} is neither YAML nor JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"config {file} holds a {type(values).__name__}; option: value was expected")
@@ -212,22 +213,19 @@ def write_options(config: RunConfig, file: Path) -> None:
 
     from ..checkpoint import write_file
 
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+    dumper = _with_exponents(yaml.SafeDumper)
+    text = yaml.dump(config.to_dict(), Dumper=dumper, sort_keys=False, allow_unicode=True)
     write_file(file, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
-def _Loader() -> Any:
-    """YAML 1.1 reads 1e-3 as a string; this reads it as the number that is meant."""
+def _with_exponents(kind: type) -> type:
+    """A YAML loader or dumper for which 1e-3 is a number, as in YAML 1.2 and JSON; in YAML 1.1 it is a string."""
     import re
 
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
     number = re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
-    return Loader
+    made = type(kind.__name__, (kind,), {})
+    made.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    return made
 
 
 def _kinds() -> dict[dataclasses.Field, tuple[Any, ...]]:
