@@ -35,7 +35,8 @@ def read_by_hand(beams, scores, target, popularity):
         items = sorted((i for i in range(len(sids)) if sids[i] == beam), key=lambda i: (-popularity[i], i))
         ranked += items or ["no item"]
     hits = [sum(any(one[:l] == beam[:l] for one in sids) for beam in real) / max(len(real), 1) for l in (1, 2, 3)]
-    first = {beam[0] for beam in real if TRIE.vocabulary.table[beam[0], 0] == 1}  # text is no code
+    codes = {token for token, (level, _) in enumerate(TRIE.vocabulary.table.tolist()) if level == 1}
+    first = {beam[0] for beam in real} & codes  # text is no code
     return ranked.index(target) if target in ranked else NOT_FOUND, hits, len(first)
 
 
