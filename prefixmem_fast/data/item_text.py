@@ -35,7 +35,7 @@ def load_item_text(path: str | Path, catalogue: Catalogue, field: str = "title")
     texts = []
     for item in catalogue.items:
         entry = content.get(item, "")
-        text = entry.get(field, "") if isinstance(entry, dict) else entry
+        text = (entry.get(field) or "") if isinstance(entry, dict) else entry
         if not isinstance(text, str):
             raise ValueError(
                 f"text {path}: key {item!r} has {text!r}; a string, or an object with {field!r}, was expected"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -110,10 +111,10 @@ class RunConfig:
                 raise ValueError(f"{field.name} = {value!r}; allowed are {', '.join(choices)}")
             object.__setattr__(self, field.name, value)
         for name in ("steps", "batch_size", "pack", "accumulation", "max_items", "max_text_tokens", "log_every",
-                     "eval_every", "sid_layers", "sid_width"):  # fmt: skip
+                     "eval_every", "table_rows", "heads", "max_order", "memory_dim", "sid_layers", "sid_width"):  # fmt: skip
             _at_least(self, name, 1)
         for name in ("histories", "interleaved", "pairs", "weight_decay", "row_weight_decay", "max_grad_norm",
-                     "warmup_steps", "patience", "learning_rate", "encoder_lr_multiple", "seed"):  # fmt: skip
+                     "warmup_steps", "patience", "learning_rate", "encoder_lr_multiple", "output_init_std", "seed"):  # fmt: skip
             _at_least(self, name, 0)
         if self.muon_lr is not None:
             _at_least(self, "muon_lr", 0)
@@ -293,5 +294,5 @@ def _parse(name: str, given: Any, kinds: tuple[Any, ...]) -> Any:
 
 
 def _at_least(config: RunConfig, name: str, least: int) -> None:
-    if not getattr(config, name) >= least:
+    if not least <= getattr(config, name) < math.inf:
         raise ValueError(f"{name} = {getattr(config, name)}; give {least} or more")
