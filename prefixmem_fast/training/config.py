@@ -110,11 +110,15 @@ class RunConfig:
             if choices and value not in choices:
                 raise ValueError(f"{field.name} = {value!r}; allowed are {', '.join(choices)}")
             object.__setattr__(self, field.name, value)
-        for name in ("steps", "batch_size", "pack", "accumulation", "max_items", "max_text_tokens", "log_every",
-                     "eval_every", "table_rows", "heads", "max_order", "memory_dim", "sid_layers", "sid_width"):  # fmt: skip
+        for name in (
+            "steps", "batch_size", "pack", "accumulation", "max_items", "max_text_tokens", "log_every", "eval_every",
+            "table_rows", "heads", "max_order", "memory_dim", "sid_layers", "sid_width",
+        ):  # fmt: skip
             _at_least(self, name, 1)
-        for name in ("histories", "interleaved", "pairs", "weight_decay", "row_weight_decay", "max_grad_norm",
-                     "warmup_steps", "patience", "learning_rate", "encoder_lr_multiple", "output_init_std", "seed"):  # fmt: skip
+        for name in (
+            "histories", "interleaved", "pairs", "weight_decay", "row_weight_decay", "max_grad_norm", "warmup_steps",
+            "patience", "learning_rate", "encoder_lr_multiple", "output_init_std", "seed",
+        ):  # fmt: skip
             _at_least(self, name, 0)
         if self.muon_lr is not None:
             _at_least(self, "muon_lr", 0)
@@ -160,7 +164,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         text = field.metadata["help"].replace("%", "%%")
         text += (
             ""
-            if default in (None, False)
+            if default is None or default is False
             else f" (default: {json.dumps(default) if isinstance(default, list) else default})"
         )
         if kinds == (bool,):
