@@ -13,7 +13,7 @@ test: $(VENV)/ready
 
 demo: $(VENV)/ready
 	$(BIN)/prefixmem info
-	OMP_NUM_THREADS=2 $(BIN)/prefixmem demo
+	OMP_NUM_THREADS=1 $(BIN)/prefixmem demo
 
 bench: $(VENV)/ready
 	$(BIN)/python -m bench

@@ -22,7 +22,7 @@ PLAIN, WITH = "token embeddings alone", "with PrefixMem"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=300, help="training steps of each model (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of each model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")
 
 
