@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ def run(options: argparse.Namespace) -> int:
     from ..training.run import train
 
     report = train(config_of(options), options.out, resume=options.resume, quiet=options.json)
-    print(json.dumps(report, indent=2) if options.json else summary(report, options.out))
+    if int(os.environ.get("RANK", "0")) == 0:  # torchrun starts several
+        print(json.dumps(report, indent=2) if options.json else summary(report, options.out))
     return 0
 
 
