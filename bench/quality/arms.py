@@ -82,6 +82,8 @@ ARMS = {
     "sid-transformer": Arm("SID-Transformer in the same slot", {"arm": "sid-transformer"}),
     "suffix": Arm("PrefixMem, suffix orders", {"mode": "suffix"}),
     "full": Arm("PrefixMem, one hash of the whole prefix", {"mode": "full"}),
+    "plain-long": Arm("token embeddings alone, four times the steps", {"arm": "plain", "steps": 9600}),
+    "prefixmem-long": Arm("PrefixMem, four times the steps", {"steps": 9600}),
     "all-levels": Arm("PrefixMem, active at every level", {"active_levels": [1, 2, 3, 4], "max_order": 4}),
 }
 FIRST = ("plain", "prefixmem", "permuted", "pretrained")  # what the study is not complete without
