@@ -41,8 +41,8 @@ def test_every_arm_has_options_that_are_allowed():
     for arm in arms.ARMS:
         config = arms.config_of(arm, "beauty-mql4grec", Path("data"), 1)
         assert config.seed == 1
-        assert config.steps == 2400
-        assert (config.arm == "plain") == (arm in ("plain", "wide"))
+        assert config.steps == (9600 if arm.endswith("-long") else 2400)
+        assert (config.arm == "plain") == (arm in ("plain", "plain-long", "wide"))
 
 
 def test_runs_are_done_once_and_reported(tmp_path, small_study, capsys):
