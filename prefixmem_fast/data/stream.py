@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ class SequenceStream(Dataset):
         seed: int = 0,
         pack: int = 1,
     ) -> None:
+        self.kinds = dict(kinds)
         self.sequences = [sequences for sequences, _ in kinds.values()]
         weights = np.array([weight for _, weight in kinds.values()], dtype=np.float64)
         self.weights = weights / weights.sum()
@@ -47,6 +49,10 @@ class SequenceStream(Dataset):
         self._block = lru_cache(maxsize=4)(self._draw_block)
         self._order = lru_cache(maxsize=2 * len(self.sequences))(self._draw_order)
         self._pool = lru_cache(maxsize=2)(self._draw_pool)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # caches of bound methods cannot be pickled for a DataLoader's workers
+        made = partial(SequenceStream, batch_size=self.batch_size, seed=self.seed, pack=self.pack)
+        return made, (self.kinds, self.length)
 
     def __len__(self) -> int:
         return self.length
@@ -78,9 +84,8 @@ class SequenceStream(Dataset):
         order = np.argsort(lengths, kind="stable")
         tokens = lengths[order].cumsum()
         cuts = np.searchsorted(tokens, tokens[-1] * np.arange(1, _BATCHES) / _BATCHES, side="left") + 1
-        # No batch is empty, however long single rows are.
-        cuts = np.minimum(np.maximum(cuts, np.arange(1, _BATCHES)), count - np.arange(_BATCHES - 1, 0, -1))
-        cuts = np.maximum.accumulate(cuts - np.arange(_BATCHES - 1)) + np.arange(_BATCHES - 1)
+        # Lengths ascend, so batches can be empty at the end alone, where single rows are longer than a batch's share.
+        cuts = np.minimum(cuts, count - np.arange(_BATCHES - 1, 0, -1))
         batches = [[rows[i] for i in part] for part in np.split(order, cuts)]
         return [batches[i] for i in np.random.default_rng([self.seed, 3, pool]).permutation(_BATCHES)]
 

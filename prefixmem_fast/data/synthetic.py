@@ -80,11 +80,16 @@ def residual_codes(vectors: np.ndarray, levels: int, codes: int, random: np.rand
     residual, found = vectors.copy(), []
     for _ in range(levels):
         centres = residual[random.choice(len(residual), codes, replace=False)]
+        nearest = _nearest(residual, centres)
         for _ in range(8):
-            nearest = ((residual[:, None] - centres) ** 2).sum(-1).argmin(1)
             for code in range(codes):
                 if (nearest == code).any():
                     centres[code] = residual[nearest == code].mean(0)
+            nearest = _nearest(residual, centres)
         found.append(nearest)
         residual = residual - centres[nearest]
     return np.stack(found, axis=1).astype(np.int64)
+
+
+def _nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    return ((vectors[:, None] - centres) ** 2).sum(-1).argmin(1)

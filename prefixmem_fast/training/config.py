@@ -279,7 +279,7 @@ def _parse(name: str, given: Any, kinds: tuple[Any, ...]) -> Any:
     """The value that a flag's string stands for."""
     if not isinstance(given, str):
         return given
-    if type(None) in kinds and given.lower() in ("none", "null", "all"):
+    if type(None) in kinds and given.lower() in ("none", "null", *(["all"] if int in kinds else [])):
         return None
     if dict in kinds and given.lstrip().startswith("{"):
         try:

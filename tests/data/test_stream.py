@@ -1,6 +1,7 @@
 """The numbered stream, of sequences that tell which they are: their kind, their number, and a random number."""
 
 import itertools
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -59,6 +60,12 @@ def test_a_batch_is_the_same_in_any_order_and_in_a_fresh_stream(options):
     for number in (length - 1, length // 2, 16, 0):
         assert ids([stream(length, **options)[number]]) == forward[number : number + 1]
     assert ids(stream(20, **options)) == forward[:20]  # the length only says where it ends
+
+
+def test_a_pickled_stream_goes_on():
+    made = stream(40, batch_size=3, seed=5, pack=2)
+    first = ids(made)
+    assert ids(pickle.loads(pickle.dumps(made))) == first
 
 
 def test_where_it_ends():

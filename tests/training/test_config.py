@@ -48,6 +48,7 @@ FLAGS = [
     ("--schedule", "linear", "linear"),
     ("--precision", "bfloat16", "bfloat16"),
     ("--eval-users", "all", None),
+    ("--tokenizer", "all", "all"),
     ("--eval-users", "50", 50),
     ("--keep-best", None, True),
     ("--no-keep-best", None, False),
