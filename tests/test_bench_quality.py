@@ -79,12 +79,38 @@ def test_runs_are_done_once_and_reported(tmp_path, small_study, capsys):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["report", *small_study]) == 0
     text = (tmp_path / "out" / "summary.md").read_text()
+    assert "equal time" not in text  # before the steps were timed
     accuracy = rows[0]["test"]["teacher_forcing"]["accuracy"][0]
     line = next(line for line in text.splitlines() if line.startswith("| token embeddings alone | 1 |"))
     assert float(line.split("|")[3]) == pytest.approx(accuracy, abs=1e-3)
     assert "count table" in text
     assert "markov" in text
+    (tmp_path / "out" / arms.PACE).write_text('{"set": "small", "arm": "plain", "seconds_per_step": 0.25}\n')
+    assert main(["report", *small_study]) == 0
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert "after the 2 s that the plain model's steps take" in text  # 6 steps
+    assert [line.split("|")[8].strip() for line in text.splitlines() if line.startswith("| token embeddings alone")][
+        1
+    ] == "250"
     assert (tmp_path / "out" / "small.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_equal_time_is_counted_with_the_pace_of_steps(tmp_path, small_study, monkeypatch, capsys):
+    monkeypatch.setattr("bench.quality.pace.STEPS", 2)
+    assert main(["one-pace", *small_study, "--arms", "plain,permuted,pretrained", "--rounds", "2"]) == 0
+    timed = [json.loads(line) for line in (tmp_path / "out" / arms.PACE).read_text().splitlines()]
+    assert [row["arm"] for row in timed] == ["plain", "permuted"]  # the steps of "pretrained" are those of "prefixmem"
+    assert all(len(row["rounds"]) == 2 for row in timed)
+    assert "ms a step" in capsys.readouterr().out
+    assert set(report.read_pace(tmp_path / "out", "small")) == {"plain", "permuted"}
+
+    row = {"arm": "pretrained", "validation": [{"step": 200, "loss": 9.0}, {"step": 400, "loss": 7.0}]}
+    pace = {"plain": 0.1, "prefixmem": 0.125}
+    assert report._at_time(row, 37.5, pace, "loss") == 8.0  # 300 steps
+    assert report._at_time({**row, "pretraining": {"seconds": 6.25}}, 37.5, pace, "loss") == 8.5
+    assert report._at_time({**row, "arm": "plain"}, 99.0, pace, "loss") == 7.0
+    with pytest.raises(KeyError):
+        report._at_time({**row, "arm": "permuted"}, 1.0, pace, "loss")
 
 
 def test_rows_of_another_recipe_do_not_count(tmp_path, small_study, monkeypatch):

@@ -2,6 +2,7 @@
 
     python -m bench quality list
     python -m bench quality run [--sets ...] [--arms ...] [--seeds 0,1,2] [--jobs 2]
+    python -m bench quality pace [--sets ...] [--arms ...]
     python -m bench quality report
 
 Each run is one process of minutes; finished ones are not repeated, interrupted ones go on. Rows are appended to
@@ -18,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from .arms import ARMS, FIRST, SETS, recipe
+from .arms import ARMS, FIRST, PACE, SETS, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "quality"
@@ -26,12 +27,13 @@ RESULTS = ROOT / "bench" / "results" / "quality"
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench quality", description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=("list", "run", "report", "one"), help="what to do")
+    parser.add_argument("action", choices=("list", "run", "pace", "report", "one", "one-pace"), help="what to do")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the two sets")
     parser.add_argument("--sets", default="beauty-mql4grec,scientific-rqvae_zcr", help="(default: %(default)s)")
     parser.add_argument("--arms", default=",".join(FIRST), help=f"of {', '.join(ARMS)} (default: %(default)s)")
     parser.add_argument("--seeds", default="0,1,2", help="(default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of pace: turns of each arm (default: %(default)s)")
     parser.add_argument("--beams", type=int, default=100, help="of the test's searches (default: %(default)s)")
     parser.add_argument("--examples", type=int, default=3000, help="of the test; 0 for all (default: %(default)s)")
     parser.add_argument(
@@ -54,6 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.data.is_dir():
         print(f"{options.data} is not there; --data names the folder of the two sets")
         return 2
+    if options.action == "pace":
+        return max(
+            subprocess.run(_command("one-pace", s, options.arms, "0", options), cwd=ROOT, env=_environment()).returncode
+            for s in sets
+        )
+    if options.action == "one-pace":
+        return _pace(sets, arms, options)
     if options.action == "one":
         (s, a, seed), out = todo[0] if todo else (None, None, None), options.out
         if s is None:
@@ -78,9 +87,39 @@ def _one(data_set: str, arm: str, seed: int, options: argparse.Namespace, out: P
     return 0
 
 
+def _pace(sets: list[str], arms: list[str], options: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from ..measure import append_rows
+    from .pace import measure
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    timed = [arm for arm in arms if not ARMS[arm].steps_of]
+    options.out.mkdir(parents=True, exist_ok=True)
+    for data_set in sets:
+        rows = measure(data_set, timed, options.data, options.rounds)
+        append_rows(options.out / PACE, rows, {})
+        for row in rows:
+            print(f"{data_set:<24}{row['arm']:<18}{row['seconds_per_step'] * 1e3:.0f} ms a step")
+    return 0
+
+
+def _command(action: str, data_set: str, arms: str, seeds: str, options: argparse.Namespace) -> list[str]:
+    command = [sys.executable, "-m", "bench", "quality", action, "--sets", data_set, "--arms", arms, "--seeds", seeds]
+    for name in ("data", "runs", "out", "rounds", "beams", "examples"):
+        command += [f"--{name}", str(getattr(options, name))]
+    return command
+
+
+def _environment() -> dict[str, str]:
+    """One thread a run, and memory that is kept: returning large tensors to the system costs page faults."""
+    settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+    return {**os.environ, **settings}
+
+
 def _all(todo: list[tuple[str, str, int]], options: argparse.Namespace) -> int:
     """Several processes side by side; the runs that say which examples are hard come first."""
-    settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
     under_way: dict[subprocess.Popen, tuple[str, float]] = {}
     failed = 0
     options.runs.mkdir(parents=True, exist_ok=True)
@@ -88,15 +127,9 @@ def _all(todo: list[tuple[str, str, int]], options: argparse.Namespace) -> int:
         while todo and len(under_way) < options.jobs:
             s, a, seed = todo.pop(0)
             name = f"{s} {a} {seed}"
-            command = [
-                sys.executable, "-m", "bench", "quality", "one", "--sets", s, "--arms", a, "--seeds", str(seed),
-                "--data", str(options.data), "--runs", str(options.runs), "--out", str(options.out),
-                "--beams", str(options.beams), "--examples", str(options.examples),
-            ]  # fmt: skip
+            command = _command("one", s, a, str(seed), options)
             with open(options.runs / f"{s}-{a}-{seed}.log", "a") as log:
-                process = subprocess.Popen(
-                    command, cwd=ROOT, env={**os.environ, **settings}, stdout=log, stderr=subprocess.STDOUT
-                )
+                process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=log, stderr=subprocess.STDOUT)
             under_way[process] = (name, time.monotonic())
             print(f"started  {name}", flush=True)
         time.sleep(1)

@@ -22,6 +22,7 @@ class Arm:
         options: of RunConfig.
         pretraining: "classification" or "tiger": the encoder is pre-trained so first.
         permuted: whether prefixes are exchanged, see `control.py`.
+        steps_of: the arm whose training steps are the same work, if it is another.
         what: a line for tables.
     """
 
@@ -29,6 +30,7 @@ class Arm:
     options: dict[str, Any] = field(default_factory=dict)
     pretraining: str | None = None
     permuted: bool = False
+    steps_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,16 @@ ARMS = {
     "prefixmem": Arm("PrefixMem"),
     "prefixmem-dropout": Arm("PrefixMem, memory dropout .3", {"memory_dropout": 0.3}),
     "prefixmem-large": Arm("PrefixMem, 8 x the rows", {"table_rows": 262_144}),
-    "pretrained": Arm("PrefixMem, pre-trained by classification", pretraining="classification"),
-    "tiger-pretrained": Arm("PrefixMem, pre-trained in Tiger", pretraining="tiger"),
+    "pretrained": Arm("PrefixMem, pre-trained by classification", pretraining="classification", steps_of="prefixmem"),
+    "tiger-pretrained": Arm("PrefixMem, pre-trained in Tiger", pretraining="tiger", steps_of="prefixmem"),
     "sid-transformer": Arm("SID-Transformer in the same slot", {"arm": "sid-transformer"}),
     "suffix": Arm("PrefixMem, suffix orders", {"mode": "suffix"}),
     "full": Arm("PrefixMem, one hash of the whole prefix", {"mode": "full"}),
-    "plain-long": Arm("token embeddings alone, four times the steps", {"arm": "plain", "steps": 9600}),
-    "prefixmem-long": Arm("PrefixMem, four times the steps", {"steps": 9600}),
     "all-levels": Arm("PrefixMem, active at every level", {"active_levels": [1, 2, 3, 4], "max_order": 4}),
+    "plain-long": Arm("token embeddings alone, 9,600 steps", {"arm": "plain", "steps": 9600}, steps_of="plain"),
+    "prefixmem-long": Arm("PrefixMem, 9,600 steps", {"steps": 9600}, steps_of="prefixmem"),
 }
+PACE = "pace.jsonl"  # seconds of a step of each arm
 FIRST = ("plain", "prefixmem", "permuted", "pretrained")  # what the study is not complete without
 
 

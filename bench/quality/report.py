@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from prefixmem_fast.evaluation.plots import plot_curves, rows_at
 
-from .arms import ARMS, SETS, recipe
+from .arms import ARMS, PACE, SETS, recipe
 
 Row = dict[str, Any]
 
@@ -23,7 +25,7 @@ def report(folder: Path) -> int:
         return 2
     lines = ["# The study", "", "Written by `python -m bench quality report` from the rows beside it.", "", _METHOD, ""]
     for name, runs in studied.items():
-        lines += _of_set(name, runs)
+        lines += _of_set(name, runs, read_pace(folder, name))
         models = {arm: [row["validation"] for row in rows] for arm, rows in runs.items() if arm in _DRAWN}
         plot_curves(models, folder / f"{name}.png", f"{name}, validation")
         lines += [f"![learning curves of {name}]({name}.png)", ""]
@@ -56,7 +58,14 @@ def read_runs(folder: Path, data_set: str) -> dict[str, list[Row]]:
     return found
 
 
-def _of_set(name: str, runs: dict[str, list[Row]]) -> list[str]:
+def read_pace(folder: Path, data_set: str) -> dict[str, float]:
+    """Seconds a step of each arm that `pace` has timed, the last time."""
+    file = folder / PACE
+    rows = map(json.loads, file.read_text().splitlines()) if file.is_file() else ()
+    return {row["arm"]: row["seconds_per_step"] for row in rows if row["set"] == data_set}
+
+
+def _of_set(name: str, runs: dict[str, list[Row]], pace: dict[str, float]) -> list[str]:
     first = next(iter(runs.values()))[0]
     test = first["test"]
     levels = range(1, len(test["count_table_accuracy"]) + 1)
@@ -82,17 +91,26 @@ def _of_set(name: str, runs: dict[str, list[Row]]) -> list[str]:
         lines += ["", f"On all test users: {SETS[name].published}."]
 
     deepest = f"accuracy_{levels[-1]}"
-    time = min(row["validation"][-1]["seconds"] for rows in runs.values() for row in rows)
-    lines += ["", f"Validation, at equal steps and after {time:.0f} s of training, the time of the fastest run:", ""]
-    lines += _table("validation", runs, [
+    columns = [
         (f"TF-{levels[-1]}, a third of the steps", lambda row: rows_at(row["validation"], 1 / 3)[deepest]),
         (f"TF-{levels[-1]}, all steps", lambda row: row["validation"][-1][deepest]),
         ("CE, all steps", lambda row: row["validation"][-1]["loss"]),
-        (f"TF-{levels[-1]}, equal time", lambda row: _at_time(row, time)[deepest]),
-        ("CE, equal time", lambda row: _at_time(row, time)["loss"]),
-        ("seconds", lambda row: row["validation"][-1]["seconds"]),
+        ("steps", lambda row: row["steps"]),
         ("parameters", lambda row: sum(row["parameters"].values())),
-    ])  # fmt: skip
+    ]
+    compared = "Validation, at equal steps:"
+    if "plain" in runs and "plain" in pace:
+        time = runs["plain"][0]["steps"] * pace["plain"]
+        compared = (
+            f"Validation, at equal steps, and after the {time:.0f} s that the plain model's steps take on one thread, "
+            "pre-training included, from the steps' times in pace.jsonl and interpolated between validations:"
+        )
+        columns[3:3] = [
+            (f"TF-{levels[-1]}, equal time", lambda row: _at_time(row, time, pace, deepest)),
+            ("CE, equal time", lambda row: _at_time(row, time, pace, "loss")),
+            ("ms a step", lambda row: 1e3 * pace[_timed(row["arm"])]),
+        ]
+    lines += ["", compared, "", *_table("validation", runs, columns)]
     groups: list[tuple[str, Callable]] = []
     for thirds in ("rare", "medium", "popular"):
         groups.append((
@@ -120,19 +138,24 @@ def _figure(rows: list[Row], value: Callable[[Row], float]) -> str:
     for row in rows:
         try:
             values.append(value(row))
-        except KeyError:  # the run that says what is reachable has no groups of its own
+        except KeyError:  # an arm that was not timed; the run that says what is reachable has no groups of its own
             continue
     if not values:
         return ""
     mean = statistics.mean(values)
-    if mean >= 100:
+    if mean >= 30:
         return f"{mean:,.0f}"
     digits = 2 if mean >= 1.5 else 4 if mean < 0.2 else 3
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean:.{digits}f}{spread}"
 
 
-def _at_time(row: Row, seconds: float) -> Row:
-    """The last validation that a run had passed after some seconds of training."""
-    passed = [v for v in row["validation"] if v["seconds"] <= seconds]
-    return passed[-1] if passed else row["validation"][0]
+def _timed(arm: str) -> str:
+    return ARMS[arm].steps_of or arm
+
+
+def _at_time(row: Row, seconds: float, pace: dict[str, float], metric: str) -> float:
+    """A validation's figure after some seconds of pre-training and training; KeyError where no step was timed."""
+    steps = (seconds - row.get("pretraining", {}).get("seconds", 0.0)) / pace[_timed(row["arm"])]
+    passed = [(validation["step"], validation[metric]) for validation in row["validation"]]
+    return float(np.interp(steps, *zip(*passed, strict=True)))

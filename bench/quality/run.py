@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from prefixmem_fast.evaluation.report import evaluate, reachable_by
 from prefixmem_fast.training import classification
 from prefixmem_fast.training.config import CONFIG, RunConfig
-from prefixmem_fast.training.run import load_data, load_run, prepare, train
+from prefixmem_fast.training.run import Data, load_data, load_run, prepare, train
 
 from ..measure import provenance
 from .arms import ARMS, PRETRAINING, config_of, recipe
@@ -39,11 +40,7 @@ def run_one(
     if pretraining:
         report["pretraining"] = _pretrain(data_set, pretraining, seed, data, folder / "pretraining", quiet)
         changes["encoder"] = str(folder / "pretraining" / ("encoder" if pretraining == "classification" else "model"))
-    config = config_of(arm, data_set, data, seed, **changes)
-    loaded = load_data(config)
-    add_arm = partial(add_permuted, codes=loaded.catalogue.codes) if ARMS[arm].permuted else None
-    if arm == "wide":
-        config = config.replace(model_options=widened(config, data_set, data, loaded))
+    config, loaded, add_arm = arm_of(arm, data_set, data, seed, **changes)
     trained = _train(config, folder / "train", quiet, loaded, add_arm)
     # The control is no encoder that the library knows, so its weights are put back by hand.
     run = prepare(config, loaded) if add_arm else load_run(folder / "train")
@@ -73,6 +70,15 @@ def run_one(
         "options": {name: value for name, value in config.to_dict().items() if name not in _PLACES},
         **report, **trained, "test": tested, "test_seconds": round(time.perf_counter() - started, 1), **provenance(),
     }  # fmt: skip
+
+
+def arm_of(arm: str, data_set: str, data: Path, seed: int, **changes: Any) -> tuple[RunConfig, Data, Callable | None]:
+    """Options and data of a run, and what attaches its encoder where the library has no such arm."""
+    config = config_of(arm, data_set, data, seed, **changes)
+    loaded = load_data(config)
+    if arm == "wide":
+        config = config.replace(model_options=widened(config, data_set, data, loaded))
+    return config, loaded, partial(add_permuted, codes=loaded.catalogue.codes) if ARMS[arm].permuted else None
 
 
 _PLACES = ("items", "interactions", "text", "encoder", "tokenizer")

@@ -1,0 +1,39 @@
+"""Seconds of a training step of each arm, taken in turns in one process.
+
+Runs of the study share their machine with each other, so their own clocks say little; equal time is counted with these.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from prefixmem_fast.training.run import train
+
+from ..measure import provenance
+from .arms import ARMS
+from .run import arm_of
+
+STEPS = 100  # of warm-up, and as many that are timed
+
+
+def measure(data_set: str, arms: list[str], data: Path, rounds: int) -> list[dict[str, Any]]:
+    """A row an arm: the median of some rounds, in each of which every arm has its turn."""
+    prepared = {arm: arm_of(arm, data_set, data, seed=0) for arm in arms}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for arm in tqdm(arms * rounds, desc=f"pace on {data_set}"):
+        config, loaded, add_arm = prepared[arm]
+        config = config.replace(steps=2 * STEPS, eval_every=STEPS, log_every=STEPS, eval_users=1, keep_best=False)
+        with tempfile.TemporaryDirectory() as folder:
+            report = train(config, Path(folder) / "run", quiet=True, data=loaded, add_arm=add_arm)
+        warm, end = (validation["seconds"] for validation in report["validation"])
+        seconds[arm].append((end - warm) / STEPS)
+    return [
+        {"set": data_set, "arm": arm, "what": ARMS[arm].what, "seconds_per_step": statistics.median(found),
+         "rounds": found, **provenance()}
+        for arm, found in seconds.items()
+    ]  # fmt: skip
