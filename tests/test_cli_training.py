@@ -2,6 +2,9 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -79,6 +82,24 @@ def test_resume_needs_nothing_but_the_folder(tmp_path, flags, capsys):
     code, out, _ = run(capsys, "train", "--out", tmp_path / "run", "--resume", "--json")
     assert code == 0
     assert json.loads(out)["steps"] == 8
+
+
+def test_two_processes_of_torchrun_are_two_batches_a_step(tmp_path, flags, capsys):
+    """Every process takes the next batch of the stream, so two of them are an accumulation of two."""
+    still = json.dumps({**TINY, "embd_pdrop": 0.0, "resid_pdrop": 0.0})
+    arguments = [*flags, "--model-options", still, "--grad", "dense"]
+    alone = run(capsys, "train", *arguments, "--accumulation", "2", "--out", tmp_path / "alone", "--json")
+    assert alone[0] == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+         "prefixmem_fast.cli", "train", *arguments, "--out", str(tmp_path / "two"), "--json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (json.loads(text) for text in (alone[1], done.stdout))  # and printed once
+    for curve, name in (("validation", "loss"), ("training", "loss"), ("validation", "accuracy_3")):
+        assert [row[name] for row in two[curve]] == pytest.approx([row[name] for row in one[curve]], rel=1e-3)
+    assert (tmp_path / "two" / "model").is_dir()
 
 
 def test_a_file_and_flags(tmp_path, flags, capsys):

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .train import add_run_arguments, config_of, summary
+from .train import add_run_arguments, config_of, is_first_process, summary
 
 METHODS = ("classification", "tiger", "lm")
 _DEFAULTS = {
@@ -37,6 +37,8 @@ def run(options: argparse.Namespace) -> int:
         from ..training.run import MODEL, train
 
         report = train(config, out, **how)
+        if not is_first_process():
+            return 0
         encoder, vocabulary = PrefixMem.from_pretrained(out / MODEL), SIDVocabulary.from_pretrained(out / MODEL)
         encoder.save_pretrained(out / ENCODER, vocabulary)
     print(json.dumps(report, indent=2) if options.json else summary(report, options.out))

@@ -21,9 +21,14 @@ def run(options: argparse.Namespace) -> int:
     from ..training.run import train
 
     report = train(config_of(options), options.out, resume=options.resume, quiet=options.json)
-    if int(os.environ.get("RANK", "0")) == 0:  # torchrun starts several
+    if is_first_process():
         print(json.dumps(report, indent=2) if options.json else summary(report, options.out))
     return 0
+
+
+def is_first_process() -> bool:
+    """True outside of torchrun too."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

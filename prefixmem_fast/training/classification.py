@@ -7,6 +7,7 @@ Each interaction of the training histories is one Semantic ID to learn from, so 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ def pretrain(
     """
     from transformers import set_seed
 
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"pre-training by classification works in one process, and there are {processes}: no torchrun")
     out = Path(out)
     check_folder(config, out, resume)
     data = load_data(config) if data is None else data

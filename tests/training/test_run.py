@@ -15,6 +15,7 @@ import torch
 from prefixmem_fast import PrefixMem
 from prefixmem_fast.evaluation.teacher_forcing import teacher_forced
 from prefixmem_fast.sid_transformer import SIDTransformer
+from prefixmem_fast.training import classification
 from prefixmem_fast.training import run as runs
 from prefixmem_fast.training.trainer import COMPLETE, last_checkpoint
 
@@ -211,6 +212,9 @@ def test_encoders_of_other_codebooks_are_refused(tmp_path):
 def test_several_processes_need_a_dense_gradient(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(tmp_path, "grad = 'sparse' works in one process, and there are 2; give grad = 'dense'")
+    with pytest.raises(ValueError, match="works in one process, and there are 2"):
+        classification.pretrain(options(tmp_path), tmp_path / "pretraining", quiet=True)
+    assert not (tmp_path / "pretraining").exists()
 
 
 def test_training_sees_neither_validation_nor_test_items(tmp_path):
