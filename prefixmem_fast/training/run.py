@@ -217,7 +217,7 @@ def training_arguments(config: RunConfig, out: Path, quiet: bool) -> Any:
         eval_strategy="steps", eval_steps=config.eval_every, save_strategy="steps", save_steps=config.eval_every,
         save_total_limit=2, load_best_model_at_end=config.keep_best, metric_for_best_model="eval_loss",
         greater_is_better=False, report_to=[], seed=config.seed, data_seed=config.seed, remove_unused_columns=False,
-        disable_tqdm=quiet, dataloader_pin_memory=False,
+        disable_tqdm=quiet, dataloader_pin_memory=False, log_level_replica="error",
     )  # fmt: skip
 
 
