@@ -16,9 +16,12 @@ def python(*arguments):
     return done.stdout
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(t, marks=pytest.mark.xdist_group(t)) for t in ("sm_80", "sm_90", "sm_100", "gfx942")],
+)
 def compiled(request):
-    """Every kernel, dtype and mode for one architecture, by the command that users run."""
+    """Every kernel, dtype and mode for one architecture, by the command that users run; once, in one test process."""
     report = python("-m", "prefixmem_fast.cli", "verify", "--compile", "--json", "--targets", request.param)
     return json.loads(report)["kernels"]
 
