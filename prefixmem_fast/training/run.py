@@ -208,6 +208,8 @@ def training_arguments(config: RunConfig, out: Path, quiet: bool) -> Any:
     """The options as transformers names them."""
     from transformers import TrainingArguments
 
+    # transformers 4.57 writes it for bfloat16 and reads it for the next run of the process, whose options may differ.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = {"float32": "no", "bfloat16": "bf16"}[config.precision]
     return TrainingArguments(
         str(out), max_steps=config.steps, per_device_train_batch_size=1,  # the stream gives whole batches
         gradient_accumulation_steps=config.accumulation, learning_rate=config.learning_rate,

@@ -209,6 +209,16 @@ def test_encoders_of_other_codebooks_are_refused(tmp_path):
     refused(tmp_path, r"codebook_sizes \(6, 6, 6\), the index \(9, 9, 9\)", encoder=folder, codebook_sizes=[9, 9, 9])
 
 
+def test_the_options_say_the_precision(tmp_path, monkeypatch):
+    """Not what an earlier run of the process has left behind."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    found = []
+    for name, precision in (("first", "float32"), ("rounded", "bfloat16"), ("again", "float32")):
+        config = options(tmp_path, precision=precision)
+        found.append(losses(train(config, tmp_path / name, quiet=True)))
+    assert found[0] == found[2] != found[1]
+
+
 def test_several_processes_need_a_dense_gradient(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(tmp_path, "grad = 'sparse' works in one process, and there are 2; give grad = 'dense'")
