@@ -8,7 +8,7 @@ GPU_PYTHON = $(shell $(PYTHON) -c "import $(GPU_NEEDS)" 2>/dev/null && echo $(PY
 .PHONY: test demo bench gpu lint format clean
 
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 tests
 	@$(MAKE) --no-print-directory lint
 
 demo: $(VENV)/ready

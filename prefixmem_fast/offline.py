@@ -229,7 +229,7 @@ def _read_sass(kernel: Any) -> dict[str, Any]:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
         usage = _run("cuobjdump", "-res-usage", cubin)
-        sass = _run("nvdisasm", "-c", cubin)
+        sass = _run("nvdisasm", "-c", "-ndf", cubin)
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL"))
     accesses = _SASS_ACCESS.findall(sass)
     return {
