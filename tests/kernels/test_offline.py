@@ -16,7 +16,7 @@ def python(*arguments):
     return done.stdout
 
 
-def of(compiled, kernel, mode="prefix", dtype="bfloat16"):
+def of(compiled, kernel, mode="prefix", dtype="float16"):
     return next(k for k in compiled if (k["kernel"], k["mode"], k["dtype"]) == (kernel, mode, dtype))
 
 
@@ -26,28 +26,34 @@ def widths(counts):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_kernel(target):
-    """Every kernel and mode for one architecture, by the command that users run; of sm_90 in every dtype."""
-    dtypes = ("bfloat16", "float16", "float32", "float64") if target == "sm_90" else ("bfloat16",)
+    """Every kernel for one architecture, by the command that users run; for sm_90 in every dtype and mode.
+
+    The others in two dtypes: the rest takes minutes, and bench/results/ holds it.
+    """
+    dtypes = ("bfloat16", "float16", "float32", "float64") if target == "sm_90" else ("float16", "float32")
     chosen = ("--targets", target, "--dtypes", ",".join(dtypes))
     compiled = json.loads(python("-m", "prefixmem_fast.cli", "verify", "--compile", "--json", *chosen))["kernels"]
     assert {k["dtype"] for k in compiled} == set(dtypes)
+    assert {k["mode"] for k in compiled} == ({"prefix", "suffix", "full"} if target == "sm_90" else {"prefix"})
     neither_spills_nor_local_memory(compiled)
-    rows_of_64_bfloat16_load_16_bytes_at_once(compiled)
+    rows_of_64_halves_load_16_bytes_at_once(compiled)
     gradients_leave_in_vector_reductions(compiled)
     forward_registers_leave_room_for_many_warps(compiled)
 
 
 def neither_spills_nor_local_memory(compiled):
-    assert {k["kernel"] for k in compiled} == {
+    kernels = {
         "prefix_memory_fwd", "token_memory_fwd", "prefix_memory_bwd", "token_memory_bwd", "prefix_rows", "token_codes",
         "pack_codes", "prefixes", "mark_shared", "nested_sum", "segment_sum", "token_step",
     }  # fmt: skip
-    assert {k["mode"] for k in compiled} == {"prefix", "suffix", "full"}
+    if compiled[0]["target"] != "sm_90":
+        kernels.remove("token_codes")  # goes with a gradient in bfloat16
+    assert {k["kernel"] for k in compiled} == kernels
     dirty = [(k["kernel"], k["mode"], k["dtype"]) for k in compiled if k["spills"] or k["local_bytes"]]
     assert not dirty
 
 
-def rows_of_64_bfloat16_load_16_bytes_at_once(compiled):
+def rows_of_64_halves_load_16_bytes_at_once(compiled):
     """What is not a 16-byte row load is an 8-byte code; outputs leave in 16-byte stores."""
     kernel = of(compiled, "prefix_memory_fwd")
     loads = widths(kernel["loads"])
