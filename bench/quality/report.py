@@ -38,7 +38,8 @@ def report(folder: Path) -> int:
 _DRAWN = ("plain", "permuted", "prefixmem", "prefixmem-dropout", "pretrained")
 _METHOD = """Mean ± standard deviation over seeds. TF-l is the teacher-forced accuracy of level l; c and u are beams
 constrained by the trie and unconstrained. Arms share data, order, steps, learning rate and schedule; the checkpoint
-of the lowest validation loss is tested."""
+of the lowest validation loss is tested. The widened model has as many parameters as the plain one and the rows that
+PrefixMem reads for the catalogue's items, which are a part of its tables."""
 
 
 def read_runs(folder: Path, data_set: str) -> dict[str, list[Row]]:
@@ -138,7 +139,7 @@ def _figure(rows: list[Row], value: Callable[[Row], float]) -> str:
     for row in rows:
         try:
             values.append(value(row))
-        except KeyError:  # an arm that was not timed; the run that says what is reachable has no groups of its own
+        except KeyError:  # no equal time; the run that says what is reachable has no groups of its own
             continue
     if not values:
         return ""
@@ -155,7 +156,12 @@ def _timed(arm: str) -> str:
 
 
 def _at_time(row: Row, seconds: float, pace: dict[str, float], metric: str) -> float:
-    """A validation's figure after some seconds of pre-training and training; KeyError where no step was timed."""
+    """A validation's figure after some seconds of pre-training and training.
+
+    KeyError where no step was timed, and where another number of steps stretches the learning rate's schedule.
+    """
+    if "steps" in ARMS[row["arm"]].options:
+        raise KeyError("steps")
     steps = (seconds - row.get("pretraining", {}).get("seconds", 0.0)) / pace[_timed(row["arm"])]
     passed = [(validation["step"], validation[metric]) for validation in row["validation"]]
     return float(np.interp(steps, *zip(*passed, strict=True)))
