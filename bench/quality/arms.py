@@ -81,7 +81,10 @@ ARMS = {
     "prefixmem-large": Arm("PrefixMem, 8 x the rows", {"table_rows": 262_144}),
     "pretrained": Arm("PrefixMem, pre-trained by classification", pretraining="classification", steps_of="prefixmem"),
     "tiger-pretrained": Arm("PrefixMem, pre-trained in Tiger", pretraining="tiger", steps_of="prefixmem"),
-    "sid-transformer": Arm("SID-Transformer in the same slot", {"arm": "sid-transformer"}),
+    # At the tables' rate of .04 a transformer does not learn; 1e-3 is an ordinary one for AdamW.
+    "sid-transformer": Arm(
+        "SID-Transformer in the same slot", {"arm": "sid-transformer", "encoder_lr_multiple": 0.125}
+    ),
     "suffix": Arm("PrefixMem, suffix orders", {"mode": "suffix"}),
     "full": Arm("PrefixMem, one hash of the whole prefix", {"mode": "full"}),
     "all-levels": Arm("PrefixMem, active at every level", {"active_levels": [1, 2, 3, 4], "max_order": 4}),
