@@ -76,7 +76,7 @@ class RunConfig:
     grad: str = option("sparse", "where the gradient of the tables goes", GRADS)
     row_optimizer: str = option("adagrad", "optimizer of the rows with grad=sparse and fused", ROW_OPTIMIZERS)
     row_weight_decay: float = option(0.0, "weight decay of the touched rows")
-    encoder_lr_multiple: float = option(5.0, "the encoder's learning rate over the model's; a SID-Transformer wants about 1")
+    encoder_lr_multiple: float = option(5.0, "the encoder's learning rate over the model's; 1 for a SID-Transformer")
     sid_layers: int = option(4, "layers of the SID-Transformer")
     sid_width: int = option(128, "width of the SID-Transformer")
     # training
