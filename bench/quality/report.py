@@ -35,7 +35,7 @@ def report(folder: Path) -> int:
     return 0
 
 
-_DRAWN = ("plain", "permuted", "prefixmem", "prefixmem-dropout", "pretrained")
+_DRAWN = ("plain", "permuted", "prefixmem", "pretrained", "sid-transformer")
 _METHOD = """Mean ± standard deviation over seeds. TF-l is the teacher-forced accuracy of level l; c and u are beams
 constrained by the trie and unconstrained. Arms share data, order, steps, learning rate and schedule; the checkpoint
 of the lowest validation loss is tested. The widened model has as many parameters as the plain one and the rows that
