@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,9 +90,8 @@ def test_runs_are_done_once_and_reported(tmp_path, small_study, capsys):
     assert main(["report", *small_study]) == 0
     text = (tmp_path / "out" / "summary.md").read_text()
     assert "after the 2 s that the plain model's steps take" in text  # 6 steps
-    assert [line.split("|")[8].strip() for line in text.splitlines() if line.startswith("| token embeddings alone")][
-        1
-    ] == "250"
+    validation = [line for line in text.splitlines() if line.startswith("| token embeddings alone")][1]
+    assert validation.split("|")[8].strip() == "250"  # ms a step
     assert (tmp_path / "out" / "small.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -111,6 +111,15 @@ def test_equal_time_is_counted_with_the_pace_of_steps(tmp_path, small_study, mon
     assert report._at_time({**row, "arm": "plain"}, 99.0, pace, "loss") == 7.0
     with pytest.raises(KeyError):
         report._at_time({**row, "arm": "permuted"}, 1.0, pace, "loss")
+    with pytest.raises(KeyError):
+        report._at_time({**row, "arm": "plain-long"}, 1.0, pace, "loss")  # its schedule is another
+
+
+@pytest.mark.parametrize(("codes", "expected"), [([0, 0], 0), ([-9, 0], 1), ([0, 2], 1)])
+def test_pace_fails_where_a_process_failed(tmp_path, monkeypatch, codes, expected):
+    left = iter(codes)
+    monkeypatch.setattr("subprocess.run", lambda command, **_: SimpleNamespace(returncode=next(left)))
+    assert main(["pace", "--data", str(tmp_path), "--out", str(tmp_path)]) == expected  # two sets
 
 
 def test_rows_of_another_recipe_do_not_count(tmp_path, small_study, monkeypatch):

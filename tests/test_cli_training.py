@@ -96,10 +96,19 @@ def test_two_processes_of_torchrun_are_two_batches_a_step(tmp_path, flags, capsy
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "missing keys" not in done.stderr  # replicas are quiet
     one, two = (json.loads(text) for text in (alone[1], done.stdout))  # and printed once
     for curve, name in (("validation", "loss"), ("training", "loss"), ("validation", "accuracy_3")):
         assert [row[name] for row in two[curve]] == pytest.approx([row[name] for row in one[curve]], rel=1e-3)
     assert (tmp_path / "two" / "model").is_dir()
+
+
+@pytest.mark.parametrize("command", [["train"], ["pretrain", "--method", "lm"]])
+def test_the_other_processes_print_and_save_nothing(tmp_path, flags, capsys, monkeypatch, command):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("prefixmem_fast.training.run.train", lambda *_, **__: {})
+    assert run(capsys, *command, *flags, "--out", tmp_path / "run", "--json") == (0, "", "")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_file_and_flags(tmp_path, flags, capsys):

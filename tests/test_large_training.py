@@ -46,7 +46,9 @@ print(json.dumps({"peak": peak_bytes() - before, "table": table, "state": state,
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from Linux's /proc")
-@pytest.mark.parametrize(("grad", "make"), [("fused", "RowWiseAdagrad"), ("sparse", "RowWiseAdagrad")])
+@pytest.mark.parametrize(
+    ("grad", "make"), [("fused", "RowWiseAdagrad"), ("fused", "SGD"), ("sparse", "RowWiseAdagrad")]
+)
 def test_no_dense_allocation(grad, make):
     """Peak memory is at most tables, optimizer state and three times the touched rows."""
     command = [sys.executable, "-c", SCRIPT, grad, make]

@@ -57,12 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{options.data} is not there; --data names the folder of the two sets")
         return 2
     if options.action == "pace":
-        return max(
-            subprocess.run(_command("one-pace", s, options.arms, "0", options), cwd=ROOT, env=_environment()).returncode
-            for s in sets
-        )
+        commands = [_command("one-pace", s, options.arms, "0", options) for s in sets]
+        codes = [subprocess.run(command, cwd=ROOT, env=_environment()).returncode for command in commands]
+        return int(any(codes))
     if options.action == "one-pace":
-        return _pace(sets, arms, options)
+        return _pace(sets[0], arms, options)
     if options.action == "one":
         (s, a, seed), out = todo[0] if todo else (None, None, None), options.out
         if s is None:
@@ -82,12 +81,11 @@ def _one(data_set: str, arm: str, seed: int, options: argparse.Namespace, out: P
         data_set, arm, seed, data=options.data, runs=options.runs, beams=options.beams,
         examples=options.examples or None, quiet=not sys.stderr.isatty(),
     )  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
     append_rows(out / f"{data_set}.jsonl", [row], {})
     return 0
 
 
-def _pace(sets: list[str], arms: list[str], options: argparse.Namespace) -> int:
+def _pace(data_set: str, arms: list[str], options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from ..measure import append_rows
@@ -96,12 +94,10 @@ def _pace(sets: list[str], arms: list[str], options: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     timed = [arm for arm in arms if not ARMS[arm].steps_of]
-    options.out.mkdir(parents=True, exist_ok=True)
-    for data_set in sets:
-        rows = measure(data_set, timed, options.data, options.rounds)
-        append_rows(options.out / PACE, rows, {})
-        for row in rows:
-            print(f"{data_set:<24}{row['arm']:<18}{row['seconds_per_step'] * 1e3:.0f} ms a step")
+    rows = measure(data_set, timed, options.data, options.rounds)
+    append_rows(options.out / PACE, rows, {})
+    for row in rows:
+        print(f"{data_set:<24}{row['arm']:<18}{row['seconds_per_step'] * 1e3:.0f} ms a step")
     return 0
 
 

@@ -11,16 +11,16 @@ from __future__ import annotations
 import ast
 import csv
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..sid.catalogue import Catalogue
+from ..sid.catalogue import Catalogue, unique_keys
 
 USER, ITEM = ("user_id", "user"), ("item_id", "item", "item_asin", "parent_asin")
 TIME, LIST = ("timestamp", "time"), ("items", "item_ids", "history")
@@ -237,19 +237,11 @@ def _time(value: Any, where: str) -> float:
 
 
 def _read_json(path: Path, builder: _Builder) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=partial(unique_keys, kind="key"))
     if not isinstance(content, dict):
         raise ValueError(f'it holds a {type(content).__name__}; {{"user": [item, item, ...]}} was expected')
     for user, items in content.items():
         builder.extend(user, items, f"key {user!r}")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"key {twice!r} is there twice; one list a user was expected")
-    return found
 
 
 def _read_csv(path: Path, builder: _Builder) -> None:

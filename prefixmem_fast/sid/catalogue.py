@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ class Catalogue:
             elif path.suffix == ".pt":
                 content = torch.load(path, map_location="cpu", weights_only=True)
             elif path.suffix == ".json":
-                content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+                content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
             else:
                 raise ValueError("its name ends neither in .json nor in .npy nor in .pt")
             if isinstance(content, Tensor):
@@ -151,12 +152,13 @@ class Catalogue:
         return f"Catalogue(items={len(self)}, codebook_sizes={self.codebook_sizes}, distinct_sids={distinct})"
 
 
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    _check_unique([key for key, _ in pairs])
+def unique_keys(pairs: list[tuple[str, Any]], kind: str = "item") -> dict[str, Any]:
+    """A JSON object whose keys, items or what else `kind` calls them, are each there once."""
+    _check_unique([key for key, _ in pairs], kind)
     return dict(pairs)
 
 
-def _check_unique(items: Sequence[str]) -> None:
-    if len(set(items)) < len(items):
-        twice = Counter(items).most_common(1)[0][0]
-        raise ValueError(f"item {twice!r} is there twice; name each item once")
+def _check_unique(names: Sequence[str], kind: str = "item") -> None:
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise ValueError(f"{kind} {twice!r} is there twice; name each {kind} once")

@@ -7,7 +7,6 @@ Each interaction of the training histories is one Semantic ID to learn from, so 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.utils.data import Dataset
 from ..modules import PrefixMem
 from .arms import build_encoder
 from .config import RunConfig
-from .run import Data, check_folder, load_data, training_arguments, write_report
+from .run import Data, check_folder, load_data, process_count, training_arguments, write_report
 from .trainer import RecommenderTrainer
 
 ENCODER = "encoder"
@@ -93,7 +92,7 @@ def pretrain(
     """
     from transformers import set_seed
 
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+    if (processes := process_count()) > 1:
         raise ValueError(f"pre-training by classification works in one process, and there are {processes}: no torchrun")
     out = Path(out)
     check_folder(config, out, resume)

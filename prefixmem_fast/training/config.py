@@ -279,7 +279,8 @@ def _parse(name: str, given: Any, kinds: tuple[Any, ...]) -> Any:
     """The value that a flag's string stands for."""
     if not isinstance(given, str):
         return given
-    if type(None) in kinds and given.lower() in ("none", "null", *(["all"] if int in kinds else [])):
+    nothing = ("none", "null", "all") if int in kinds else ("none", "null")
+    if type(None) in kinds and given.lower() in nothing:
         return None
     if dict in kinds and given.lstrip().startswith("{"):
         try:

@@ -234,7 +234,7 @@ def stream_of(run: Run) -> tuple[SequenceStream, Callable]:
         for kind in KINDS
         if getattr(config, kind)
     }
-    batches = config.steps * config.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    batches = config.steps * config.accumulation * process_count()
     stream = SequenceStream(kinds, batches, batch_size=config.batch_size, seed=config.seed, pack=config.pack)
     return stream, partial(parts_batch if parts else causal_batch, pad=tokens.pad)
 
@@ -257,7 +257,12 @@ def check_folder(config: RunConfig, out: Path, resume: bool) -> None:
         )
 
 
+def process_count() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _check_processes(config: RunConfig) -> None:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = process_count()
     if processes > 1 and config.arm == "prefixmem" and config.grad != "dense":
         raise ValueError(f"grad = {config.grad!r} works in one process, and there are {processes}; give grad = 'dense'")

@@ -141,6 +141,18 @@ def test_residual_codes_name_the_nearest_centre():
     assert np.array_equal(np.unique(codes[:, 0])[distances.argmin(1)], codes[:, 0])
 
 
+def test_residual_codes_are_of_the_last_centres():
+    """Where eight rounds do not come to rest, the codes still name the nearest of the centres that they left."""
+    vectors = np.arange(60.0)[:, None] ** 1.5
+    centres = vectors[[0, 1, 2]].copy()
+    for _ in range(8):
+        nearest = np.abs(vectors - centres[:, 0]).argmin(1)
+        centres = np.stack([vectors[nearest == c].mean(0) for c in range(3)])
+    last = np.abs(vectors - centres[:, 0]).argmin(1)
+    assert not np.array_equal(last, nearest)
+    assert np.array_equal(residual_codes(vectors, 1, 3, _Chooses([0, 1, 2]))[:, 0], last)
+
+
 @pytest.mark.parametrize(("items", "users"), [(63, 10), (64, 0), (0, 5)])
 def test_too_few(items, users):
     with pytest.raises(ValueError, match=f"items = {items}, users = {users}; give 64 items or more and 1 user or more"):

@@ -210,13 +210,15 @@ def test_encoders_of_other_codebooks_are_refused(tmp_path):
 
 
 def test_the_options_say_the_precision(tmp_path, monkeypatch):
-    """Not what an earlier run of the process has left behind."""
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    """Not the environment, in which an earlier run of the process or a launcher may have left another."""
     found = []
-    for name, precision in (("first", "float32"), ("rounded", "bfloat16"), ("again", "float32")):
-        config = options(tmp_path, precision=precision)
-        found.append(losses(train(config, tmp_path / name, quiet=True)))
-    assert found[0] == found[2] != found[1]
+    for name, left in (("first", "no"), ("again", "bf16")):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", left)
+        found.append(losses(train(options(tmp_path), tmp_path / name, quiet=True)))
+    assert found[0] == found[1]
+    rounded = losses(train(options(tmp_path, precision="bfloat16"), tmp_path / "rounded", quiet=True))
+    assert rounded != found[0]
+    assert losses(train(options(tmp_path), tmp_path / "last", quiet=True)) == found[0]
 
 
 def test_several_processes_need_a_dense_gradient(tmp_path, monkeypatch):
