@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.quality import arms, report
+from bench.quality import arms, pace, report
 from bench.quality.__main__ import main
 from bench.quality.control import PermutedPrefixMem
 from bench.quality.run import widened
@@ -105,14 +105,23 @@ def test_equal_time_is_counted_with_the_pace_of_steps(tmp_path, small_study, mon
     assert set(report.read_pace(tmp_path / "out", "small")) == {"plain", "permuted"}
 
     row = {"arm": "pretrained", "validation": [{"step": 200, "loss": 9.0}, {"step": 400, "loss": 7.0}]}
-    pace = {"plain": 0.1, "prefixmem": 0.125}
-    assert report._at_time(row, 37.5, pace, "loss") == 8.0  # 300 steps
-    assert report._at_time({**row, "pretraining": {"seconds": 6.25}}, 37.5, pace, "loss") == 8.5
-    assert report._at_time({**row, "arm": "plain"}, 99.0, pace, "loss") == 7.0
+    times = {"plain": 0.1, "prefixmem": 0.125}
+    assert report._at_time(row, 37.5, times, "loss") == 8.0  # 300 steps
+    assert report._at_time({**row, "pretraining": {"seconds": 6.25}}, 37.5, times, "loss") == 8.5
+    assert report._at_time({**row, "arm": "plain"}, 99.0, times, "loss") == 7.0
     with pytest.raises(KeyError):
-        report._at_time({**row, "arm": "permuted"}, 1.0, pace, "loss")
+        report._at_time({**row, "arm": "permuted"}, 1.0, times, "loss")
     with pytest.raises(KeyError):
-        report._at_time({**row, "arm": "plain-long"}, 1.0, pace, "loss")  # its schedule is another
+        report._at_time({**row, "arm": "plain-long"}, 1.0, times, "loss")  # its schedule is another
+
+
+def test_a_pace_is_the_median_after_the_warm_up(tmp_path, small_study, monkeypatch):
+    seconds = iter([(9.0, 11.0), (9.0, 10.0), (2.0, 9.0), (1.0, 2.0), (3.0, 6.0), (0.0, 9.0)])  # arms in turns
+    monkeypatch.setattr(
+        pace, "train", lambda *_, **__: {"validation": [{"seconds": passed} for passed in next(seconds)]}
+    )
+    rows = pace.measure("small", ["plain", "permuted"], tmp_path, 3)
+    assert [row["seconds_per_step"] for row in rows] == [3.0 / pace.STEPS, 1.0 / pace.STEPS]
 
 
 @pytest.mark.parametrize(("codes", "expected"), [([0, 0], 0), ([-9, 0], 1), ([0, 2], 1)])
