@@ -18,7 +18,7 @@ from prefixmem_fast.spec import AddressSpec
 
 from .address import address_of, load_sid_codes, order_rows
 from .tiles import LAUNCH, blocks, column_tile, tile_of, zero_table
-from .tokens import load_token, load_token_codes, rank_tokens, ranked_tokens, token_blocks, token_tile
+from .tokens import load_level, load_token_codes, rank_tokens, ranked_tokens, token_blocks, token_tile
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def token_memory_bwd_kernel(
         p_segments += i_row * T
     o_h, o_w, o_d, m_d = column_tile(tl.program_id(1), H, W, BH, BW)
 
-    b_level, _ = load_token(p_ids, p_table, o_t, o_t < T, V)
+    b_level = load_level(p_ids, p_table, o_t, o_t < T, V)
     m_first = b_level == 1
     b_rank, n_first = rank_tokens(m_first)
     i_rank = 0

@@ -18,7 +18,7 @@ from prefixmem_fast.spec import AddressSpec
 from .address import address_of, load_sid_codes, order_rows
 from .tiles import LAUNCH, blocks, column_tile, tile_of
 from .tokens import (
-    load_token,
+    load_level,
     load_token_codes,
     rank_tokens,
     ranked_tokens,
@@ -146,7 +146,7 @@ def token_memory_fwd_kernel(
         tl.store(p_zero, b_zero, mask=(o_rank < n_zero)[:, None, None] & m_d)
         i_rank += BM
 
-    b_level, _ = load_token(p_ids, p_table, o_t, o_t < T, V)
+    b_level = load_level(p_ids, p_table, o_t, o_t < T, V)
     m_first = b_level == 1
     b_rank, n_first = rank_tokens(m_first)
     i_rank = 0

@@ -75,12 +75,18 @@ def nesting_of(spec: AddressSpec, ranked: bool) -> Nesting:
 
 
 @triton.jit(do_not_specialize=["M"])
-def pack_codes_kernel(p_codes, p_keys, M, nesting: tl.constexpr, address: tl.constexpr, BM: tl.constexpr):
-    """codes [M, L] -> sort keys int64 [words, M], least significant first; ended prefixes before all others."""
+def pack_codes_kernel(p_codes, p_first, p_keys, M, nesting: tl.constexpr, address: tl.constexpr, BM: tl.constexpr):
+    """codes [.., L] of the SIDs first[M], -1 for none -> sort keys int64 [words, M], least significant first.
+
+    Ended prefixes come before all others.
+    """
     DEPTH: tl.constexpr = nesting.depth
     WORDS: tl.constexpr = nesting.n_words
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    b_codes, b_length = load_sid_codes(p_codes, o_m, o_m < M, DEPTH, address)
+    b_sid = o_m
+    if p_first is not None:
+        b_sid = tl.load(p_first + o_m, mask=o_m < M, other=-1)
+    b_codes, b_length = load_sid_codes(p_codes, b_sid, (o_m < M) & (b_sid >= 0), DEPTH, address)
     for word in tl.static_range(WORDS):
         b_key = tl.zeros([BM], tl.int64)
         for i in tl.static_range(DEPTH):
@@ -102,22 +108,26 @@ def prefixes_kernel(
     BM: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """Sorted order [M] -> differs int8 [M + 1], and rows [M, checked, H] of the runs that end at a place, else -1."""
+    """Sorted order [M], -1 for none -> differs int8 [M + 1], and rows [M, checked, H] of the runs that end at a place.
+
+    Where none ends, the rows are -1.
+    """
     H: tl.constexpr = address.heads
     C: tl.constexpr = nesting.n_checked
     J: tl.constexpr = len(nesting.orders)
     DEPTH: tl.constexpr = nesting.depth
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_m = o_m < M
-    b_sid = tl.load(p_order + o_m, mask=m_m, other=0)
-    b_next = tl.load(p_order + o_m + 1, mask=o_m + 1 < M, other=0)
-    b_codes, b_length = load_sid_codes(p_codes, b_sid, m_m, DEPTH, address)
-    b_others, b_other_length = load_sid_codes(p_codes, b_next, o_m + 1 < M, DEPTH, address)
+    b_sid = tl.load(p_order + o_m, mask=m_m, other=-1)
+    b_codes, b_length = load_sid_codes(p_codes, b_sid, b_sid >= 0, DEPTH, address)
+    m_next = (o_m + 1 < M) & (b_length > 0)
+    b_next = tl.load(p_order + o_m + 1, mask=m_next, other=-1)
+    b_others, b_other_length = load_sid_codes(p_codes, b_next, m_next, DEPTH, address)
     b_differs = tl.full([BM], DEPTH + 1, tl.int32)
     for i in tl.static_range(DEPTH - 1, -1, -1):
         m_same = (b_codes[i] == b_others[i]) & ((b_length > i) == (b_other_length > i))
         b_differs = tl.where(m_same, b_differs, i + 1)
-    b_differs = tl.where(o_m + 1 < M, b_differs, 1)
+    b_differs = tl.where(m_next, b_differs, 1)  # nothing is a run by itself: a longer one would leave partial sums
     tl.store(p_differs + o_m + 1, b_differs.to(tl.int8), mask=m_m)
     tl.store(p_differs + o_m, tl.full([BM], 1, tl.int8), mask=o_m == 0)
     o_h = tl.arange(0, BH)
@@ -220,9 +230,9 @@ def nested_sum_kernel(
         b_next = tl.load(p_differs + o_e + 1, mask=m_e & (o_e + 1 < E), other=1).to(tl.int32)
         b_sid = o_e
         if LEAF:
-            b_sid = tl.load(p_order + o_e, mask=m_e, other=0)
-            b_codes, b_length = load_sid_codes(p_codes, b_sid, m_e, nesting.depth, address)
-            m_sid = m_e & (b_length > 0)
+            b_sid = tl.load(p_order + o_e, mask=m_e, other=-1)
+            b_codes, b_length = load_sid_codes(p_codes, b_sid, b_sid >= 0, nesting.depth, address)
+            m_sid = b_length > 0
             b_sums = nested_gradient(p_grad, p_chain, b_sid, m_sid, o_d, m_d, b_sums, W, nesting, address)
         b_kept, m_kept_open, m_kept_any, b_kept_places = (), (), (), ()
         for j in tl.static_range(J):
@@ -282,22 +292,41 @@ def nested_sum_kernel(
 
 
 class Prefixes(NamedTuple):
-    """The SIDs of a batch, sorted."""
+    """The SIDs of a batch, sorted; in a token stream M is a bound on their number."""
 
-    order: Tensor  # int64 [M]
+    order: Tensor  # int64 [M]: which SID, or at which token it begins, -1 for none
     differs: Tensor  # int8 [M + 1]
     rows: Tensor | None  # [M * checked * H] of the runs that end at each place, -1 elsewhere; None if none is checked
 
 
-def sort_prefixes(codes: Tensor, spec: AddressSpec, nesting: Nesting, row_dtype: torch.dtype) -> Prefixes:
-    """Sort contiguous codes ``[M, L]``, M > 0."""
-    M, device = codes.shape[0], codes.device
+def _first_tokens(chain: Tensor, spec: AddressSpec) -> Tensor:
+    """Tokens int64 ``[slots]`` at which a SID begins that reaches an active level, then -1.
+
+    Such a SID takes as many tokens as the first active level is deep, hence the number of slots.
+    """
+    deep = spec.active_levels[0]
+    slots = len(chain) // deep
+    begins = chain >= deep
+    place = torch.where(begins, torch.cumsum(begins, 0) - 1, slots)
+    tokens = torch.full((slots + 1,), -1, dtype=torch.int64, device=chain.device)
+    tokens.scatter_(0, place, torch.arange(len(chain), device=chain.device))
+    return tokens[:slots]
+
+
+def sort_prefixes(
+    codes: Tensor, chain: Tensor | None, spec: AddressSpec, nesting: Nesting, row_dtype: torch.dtype
+) -> Prefixes:
+    """Sort contiguous codes ``[M, L]``, M > 0; in a token stream those of each token, with `chain` of `token_codes`."""
+    first = _first_tokens(chain, spec) if chain is not None else None
+    M, device = len(codes if first is None else first), codes.device
     address = address_of(spec)
     keys = torch.empty((nesting.n_words, M), dtype=torch.int64, device=device)
-    pack_codes_kernel[(blocks(M, 128),)](codes, keys, M, nesting, address, 128, **LAUNCH)
+    pack_codes_kernel[(blocks(M, 128),)](codes, first, keys, M, nesting, address, 128, **LAUNCH)
     order = torch.sort(keys[0], stable=True)[1]
     for key in keys[1:]:
         order = order[torch.sort(key[order], stable=True)[1]]
+    if first is not None:
+        order = first[order]
 
     BH = triton.next_power_of_2(spec.heads)
     BM = max(min(256 // BH, 64), 1)
@@ -326,7 +355,7 @@ def sum_prefixes(
     dtype = accumulator(grad.dtype)
     whole_row = triton.next_power_of_2(W) * dtype.itemsize
     tile = tile_of(spec.heads, W, grad.dtype, BUDGET if rule == STORE else max(BUDGET, whole_row))
-    entries, differs, values, places = codes.shape[0], prefixes.differs, None, None
+    entries, differs, values, places = len(prefixes.order), prefixes.differs, None, None
     block, launch = block_of(entries), roomy_launch(WARPS)
     while True:
         n_blocks = blocks(entries, block)

@@ -37,17 +37,18 @@ def mark_shared_kernel(p_rows, p_order, p_ranks, p_slots, p_keys, E, BE: tl.cons
     o_e = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
     m_e = o_e < E
     b_row = tl.load(p_rows + o_e, mask=m_e, other=-1)
-    m_before = m_e & (o_e > 0)
+    m_row = m_e & (b_row >= 0)
+    m_before = m_row & (o_e > 0)
     m_shared = m_before & (tl.load(p_rows + o_e - 1, mask=m_before, other=-1) == b_row)
-    m_after = o_e + 1 < E
+    m_after = m_row & (o_e + 1 < E)
     m_shared = m_shared | (m_after & (tl.load(p_rows + o_e + 1, mask=m_after, other=-1) == b_row))
     b_key, b_slot = b_row, tl.zeros_like(b_row)
     if p_ranks is not None:
-        b_key = tl.load(p_ranks + o_e, mask=m_e, other=0).to(b_row.dtype)
+        b_key = tl.load(p_ranks + o_e, mask=m_row, other=0).to(b_row.dtype)
         b_slot = b_key
-    b_run = tl.load(p_order + o_e, mask=m_e, other=0)
-    tl.store(p_slots + b_run, tl.where(m_shared, -1, b_slot).to(tl.int32), mask=m_e & (b_row >= 0))
-    tl.store(p_keys + o_e, tl.where(m_shared & (b_row >= 0), b_key, -1), mask=m_e)
+    b_run = tl.load(p_order + o_e, mask=m_row, other=0)
+    tl.store(p_slots + b_run, tl.where(m_shared, -1, b_slot).to(tl.int32), mask=m_row)
+    tl.store(p_keys + o_e, tl.where(m_shared, b_key, -1), mask=m_e)
 
 
 def dense(grad: Tensor, inputs: tuple, spec: AddressSpec) -> Tensor:
@@ -101,10 +102,14 @@ def _run(
 def _run_nested(grad, codes, chain, spec, destination, rule, update):
     ranked = destination is None
     nesting = nesting_of(spec, ranked)
-    M, W, dtype = codes.shape[0], grad.shape[-1] // spec.heads, accumulator(grad.dtype)
+    M, W, dtype = (
+        codes.shape[0] // (spec.active_levels[0] if chain is not None else 1),
+        grad.shape[-1] // spec.heads,
+        accumulator(grad.dtype),
+    )
     if not M or not nesting.orders:
         return _empty(grad, W) if ranked else None
-    prefixes = sort_prefixes(codes, spec, nesting, _row_dtype(spec))
+    prefixes = sort_prefixes(codes, chain, spec, nesting, _row_dtype(spec))
     slots = shared = found = None
     if nesting.n_checked:
         rows, runs = torch.sort(prefixes.rows, stable=True)

@@ -16,7 +16,7 @@ from prefixmem_fast.spec import AddressSpec
 
 from .address import address_of, load_sid_codes, order_rows
 from .tiles import LAUNCH, blocks
-from .tokens import load_token, load_token_codes, token_tile
+from .tokens import load_level, load_token_codes, token_tile
 
 
 @triton.jit
@@ -54,15 +54,18 @@ def prefix_rows_kernel(
 
 @triton.jit(do_not_specialize=["T", "V"])
 def token_codes_kernel(p_ids, p_table, p_segments, p_codes, p_chain, T, V, address: tl.constexpr, BM: tl.constexpr):
-    """ids [B, T] -> codes [B * T, L] of the SID that begins at each token, -1 where none does and past the last active
-    level that has a token, and how many of its tokens follow one another [B * T]. Grid: B * tiles of BM tokens."""
+    """ids [B, T] -> codes [B * T, L] of the SID that begins at each token, -1 past the last active level that has a
+    token, and how many of its tokens follow one another [B * T]. Grid: B * tiles of BM tokens.
+
+    Where no SID begins that reaches an active level, the codes are -1 in suffix mode, else they are not written.
+    """
     L: tl.constexpr = address.levels
     LAST: tl.constexpr = address.last_active
     i_row, o_t = token_tile(T, BM)
     p_ids += i_row * T
     if p_segments is not None:
         p_segments += i_row * T
-    b_level, _ = load_token(p_ids, p_table, o_t, o_t < T, V)
+    b_level = load_level(p_ids, p_table, o_t, o_t < T, V)
     b_codes, b_length, b_chain = load_token_codes(p_ids, p_table, p_segments, o_t, b_level == 1, T, V, address)
     b_read = tl.zeros_like(b_chain)
     for l in tl.static_range(1, LAST + 1):
@@ -70,8 +73,11 @@ def token_codes_kernel(p_ids, p_table, p_segments, p_codes, p_chain, T, V, addre
             b_read = tl.where(b_chain >= l, l, b_read)
     b_read = tl.minimum(b_read, b_length)
     o_m = i_row * T + o_t
+    m_codes = o_t < T
+    if address.mode != "suffix":
+        m_codes = m_codes & (b_chain >= address.first_active)
     for l in tl.static_range(1, LAST + 1):
-        tl.store(p_codes + o_m * L + (l - 1), tl.where(b_read >= l, b_codes[l - 1], -1), mask=o_t < T)
+        tl.store(p_codes + o_m * L + (l - 1), tl.where(b_read >= l, b_codes[l - 1], -1), mask=m_codes)
     tl.store(p_chain + o_m, b_chain, mask=o_t < T)
 
 

@@ -21,6 +21,13 @@ def token_tile(T, BT: tl.constexpr):
 
 
 @triton.jit
+def load_level(p_ids, p_table, o_t, m_t, V):
+    """Levels of tokens, 0 where masked or outside the table."""
+    b_id = tl.load(p_ids + o_t, mask=m_t, other=-1).to(tl.int64)
+    return tl.load(p_table + b_id * 2, mask=(b_id >= 0) & (b_id < V), other=0)
+
+
+@triton.jit
 def load_token(p_ids, p_table, o_t, m_t, V):
     """(level, code) of tokens; level 0 where masked or outside the table."""
     b_id = tl.load(p_ids + o_t, mask=m_t, other=-1).to(tl.int64)
@@ -65,7 +72,7 @@ def load_token_codes(p_ids, p_table, p_segments, o_t, m_t, T, V, address: tl.con
 def stands_at_active_level(p_ids, p_table, p_segments, o_t, m_t, V, address: tl.constexpr):
     """Mask of tokens at an active level of a whole SID: the tokens before them have the levels 1, 2, .. in order."""
     LAST: tl.constexpr = address.last_active
-    b_level, _ = load_token(p_ids, p_table, o_t, m_t, V)
+    b_level = load_level(p_ids, p_table, o_t, m_t, V)
     m_active = tl.zeros_like(m_t)
     for l in tl.static_range(1, LAST + 1):
         if address.slot_of_level[l - 1] >= 0:
@@ -73,7 +80,7 @@ def stands_at_active_level(p_ids, p_table, p_segments, o_t, m_t, V, address: tl.
     m_active = m_active & (b_level <= o_t + 1)
     for back in tl.static_range(1, LAST):
         m_back = same_segment(p_segments, o_t, o_t - back, m_active & (b_level > back))
-        b_before, _ = load_token(p_ids, p_table, o_t - back, m_back, V)
+        b_before = load_level(p_ids, p_table, o_t - back, m_back, V)
         m_active = m_active & ((b_level <= back) | (m_back & (b_before == b_level - back)))
     return m_active
 

@@ -98,7 +98,7 @@ def test_sorts_are_lexicographic_and_stable(largest):
     cut = cpu._cut(codes, spec).codes
     expected = torch.from_numpy(np.lexsort(cut.numpy().T[::-1]))
     assert torch.equal(cpu._argsort_prefixes(cut, spec), expected)
-    found = nested.sort_prefixes(codes, spec, nested.nesting_of(spec, False), torch.int64)
+    found = nested.sort_prefixes(codes, None, spec, nested.nesting_of(spec, False), torch.int64)
     assert torch.equal(found.order, expected)
     sorted_codes = cut[expected]
     for i in range(1, 200):
