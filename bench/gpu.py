@@ -1,9 +1,16 @@
-"""The whole GPU suite in one call: parity on the device, the GPU tests, then the benchmarks.
+"""The whole GPU suite in one call, in under nine minutes: correctness on the device, then the benchmarks.
 
-    python bench/gpu.py [--out FOLDER]
+    python bench/gpu.py [--out FOLDER] [--seconds 530]
 
-Runs in a checkout without installing anything and without a network, with the torch and triton that are there. Each
-part reports as it ends, so a run that is cut off keeps what it had. Without a GPU every part is skipped and says so.
+Runs in a checkout without installing anything and without a network, with the torch and triton that are there.
+
+    info        versions, GPU, backends
+    checks      side by side, as most of their time is compilation: parity of every kernel and dtype over random
+                configurations, the tests of tests/gpu, and compute-sanitizer over a few configurations, if it is there
+    benchmarks  by importance; each row is written as it comes, so that a run that is cut off keeps what it had
+    counters    ncu's reading of the main kernels, if it is there
+
+Without a GPU every part is skipped and says so.
 """
 
 from __future__ import annotations
@@ -14,48 +21,129 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
+CHECKS, PARITY = 170, 130  # seconds after which checks are cut off, and in which parity draws configurations
+COUNTERS = 45  # seconds kept for ncu
+PARITY_PROCESSES = 4  # each with a seed of its own
+KERNELS = "regex:prefix_memory_fwd|nested_sum|prefixes_kernel|mark_shared|sum_kernel"
+
+
+@dataclass
+class Part:
+    """One process of a stage; `absent` says why it does not run."""
+
+    name: str
+    command: list[str]
+    absent: str | None = None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for result rows")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for result rows and logs")
+    parser.add_argument("--seconds", type=float, default=530, help="for everything (default: %(default)s)")
     options = parser.parse_args()
-    out = options.out.resolve()
-
-    parts = [
-        ("info", [sys.executable, "-m", "prefixmem_fast.cli", "info"]),
-        ("parity", [sys.executable, "-m", "prefixmem_fast.cli", "verify", "--backend", "triton", "--cases", "300"]),
-        ("tests", [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", str(ROOT / "tests" / "gpu")]),
-        ("benchmarks", [sys.executable, "-m", "bench", "--out", str(out / "gpu.jsonl")]),
-    ]
+    out, deadline = options.out.resolve(), time.monotonic() + options.seconds
     reason = _no_gpu()
     if reason:
-        for name, _ in parts:
-            print(f"{name:<12}skipped: {reason}")
+        for name in ("info", *(part.name for part in _checks()), "benchmarks", "counters"):
+            print(f"{name:<14}skipped: {reason}")
         return 0
 
     shutil.rmtree(BUILD, ignore_errors=True)
-    # A plain copy of the two packages, laid out as an installation would lay them.
+    # A plain copy of the packages, laid out as an installation would lay them.
     subprocess.run([sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(BUILD)], cwd=ROOT, check=True)
-    paths = [str(BUILD), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    failed = []
-    for name, command in parts:
-        started = time.monotonic()
-        print(f"== {name}", flush=True)
-        # Started from the build folder: the checkout's own prefixmem_fast, which has no kernels/, must not come first.
-        code = subprocess.run(command, cwd=BUILD, env=environment).returncode
-        print(
-            f"== {name}: {'ok' if code == 0 else f'exit code {code}'}, {time.monotonic() - started:.0f} s", flush=True
-        )
-        if code:
-            failed.append(name)
+    out.mkdir(parents=True, exist_ok=True)
+    failed = _stage([Part("info", _module("prefixmem_fast.cli", "info"))], out, 60)
+    failed += _stage(_checks(), out, CHECKS)
+    left = deadline - time.monotonic()
+    seconds = max(left - COUNTERS - 20, 30)
+    benchmarks = Part(
+        "benchmarks", _module("bench", "run", "--seconds", f"{seconds:.0f}", "--out", str(out / "gpu.jsonl"))
+    )
+    failed += _stage([benchmarks], out, left - 15)
+    failed += _stage([_counters()], out, max(deadline - time.monotonic(), 15))
     print(f"failed: {', '.join(failed)}" if failed else "every part passed")
     return 1 if failed else 0
+
+
+def _checks() -> list[Part]:
+    verify = _module("prefixmem_fast.cli", "verify", "--backend", "triton")
+    parity = [
+        Part(f"parity, seed {seed}", [*verify, "--cases", "300", "--seed", str(seed), "--seconds", str(PARITY)])
+        for seed in range(PARITY_PROCESSES)
+    ]
+    workers = ["-n", "6"] if _has("xdist") else []
+    tests = _module("pytest", "-q", "--import-mode=importlib", *workers, str(ROOT / "tests" / "gpu"))
+    sanitizer = shutil.which("compute-sanitizer")
+    memcheck = [sanitizer or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *verify]
+    return [
+        *parity,
+        Part("tests", tests, None if _has("pytest") else f"{sys.executable} has no pytest"),
+        Part(
+            "sanitizer", [*memcheck, "--cases", "20", "--seed", "9", "--seconds", str(PARITY / 2)],
+            None if sanitizer else "compute-sanitizer is not on the PATH",
+        ),
+    ]  # fmt: skip
+
+
+def _counters() -> Part:
+    profiler = shutil.which("ncu")
+    run = _module("bench", "run", "training", "--where", "codes=uniform", "--share", "0.01", "--out", os.devnull)
+    command = [
+        profiler or "ncu", "--clock-control", "none", "-k", KERNELS, "-c", "24", "--section", "SpeedOfLight",
+        "--section", "Occupancy", "--section", "MemoryWorkloadAnalysis", *run,
+    ]  # fmt: skip
+    return Part("counters", command, None if profiler else "ncu is not on the PATH")
+
+
+def _stage(parts: list[Part], out: Path, seconds: float) -> list[str]:
+    """Run parts side by side, each with a log; returns the names of those that failed or were cut off."""
+    paths = [str(BUILD), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    started, deadline = time.monotonic(), time.monotonic() + seconds
+    running: dict[str, tuple[subprocess.Popen, Path]] = {}
+    for part in parts:
+        if part.absent:
+            print(f"== {part.name}: skipped: {part.absent}", flush=True)
+            continue
+        log = out / "logs" / f"{part.name.replace(', ', '-').replace(' ', '-')}.log"
+        log.parent.mkdir(exist_ok=True)
+        with log.open("w") as file:
+            # From the build folder: the checkout's own prefixmem_fast, which has no kernels/, must not come first.
+            process = subprocess.Popen(part.command, cwd=BUILD, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        running[part.name] = (process, log)
+    failed = []
+    while running:
+        time.sleep(0.2)
+        late = time.monotonic() > deadline
+        for name, (process, log) in list(running.items()):
+            if process.poll() is None and not late:
+                continue
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            code = "cut off" if late and process.returncode < 0 else f"exit code {process.returncode}"
+            print(log.read_text().strip())
+            took = f"{time.monotonic() - started:.0f} s"
+            print(f"== {name}: {'ok' if process.returncode == 0 else code}, {took}, log {log}", flush=True)
+            if process.returncode:
+                failed.append(name)
+            del running[name]
+    return failed
+
+
+def _module(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", name, *arguments]
+
+
+def _has(module: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None
 
 
 def _no_gpu() -> str | None:

@@ -1,20 +1,125 @@
-"""Clocks, memory, and what is known of the machine."""
+"""Clocks, quantiles, the ceilings of a machine, and the most memory that something took."""
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
+import itertools
 import statistics
-import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from prefixmem_fast.cli.info import collect
+Mark = Callable[[str], None]  # ends a phase of a step: the time since the phase before is its own
+
+COLD_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}  # written before each step: more than the caches hold
+LONGEST_LEAD = 0.02  # seconds of such writes that may give the host a head start
+
+
+class HostClock:
+    """Times steps on a CPU. Each begins with caches that hold none of its data."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self._cold = torch.zeros(COLD_BYTES["cpu"] // 4)
+
+    def time(self, step: Callable[[Mark], None]) -> dict[str, float]:
+        """Seconds of each phase that the step marks."""
+        self._cold.add_(1)
+        seconds: dict[str, float] = {}
+        last = time.perf_counter()
+
+        def mark(phase: str) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            seconds[phase] = now - last
+            last = now
+
+        step(mark)
+        return seconds
+
+
+class DeviceClock:
+    """Times steps on a GPU by events, from a cold L2 cache.
+
+    The writes that empty the cache are as many as the host took to launch the step the last time, so that the device
+    does not wait for launches between the events. A step that waits for the device itself is timed with its waits.
+    """
+
+    device = "cuda"
+
+    def __init__(self, sample: Callable[[], None] = lambda: None) -> None:
+        self._cold = torch.zeros(COLD_BYTES["cuda"] // 4, device=self.device)
+        self._sample = sample  # reads the state of the device while it works
+        self._lead: dict[int, float] = {}
+        self._one_write = self._seconds_of_a_write()
+
+    def time(self, step: Callable[[Mark], None], key: int = 0) -> dict[str, float]:
+        """Seconds of each phase on the device, and under "host" those of launching them."""
+        writes = 1 + int(min(1.5 * self._lead.get(key, 0.0), LONGEST_LEAD) / self._one_write)
+        for _ in range(writes):
+            self._cold.zero_()
+        events = [("", self._event())]
+        began = time.perf_counter()
+        step(lambda phase: events.append((phase, self._event())))
+        host = time.perf_counter() - began
+        self._lead[key] = host
+        self._sample()
+        torch.cuda.synchronize()
+        seconds = {
+            phase: before.elapsed_time(event) / 1e3 for (_, before), (phase, event) in itertools.pairwise(events)
+        }
+        return {**seconds, "host": host}
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds_of_a_write(self) -> float:
+        self._cold.zero_()
+        first = self._event()
+        for _ in range(10):
+            self._cold.zero_()
+        last = self._event()
+        torch.cuda.synchronize()
+        return max(first.elapsed_time(last) / 1e4, 1e-6)
+
+
+Clock = HostClock | DeviceClock
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Median, 20 % and 80 % quantile, within the range of the values."""
+    if len(values) == 1:
+        return dict.fromkeys(("p50", "p20", "p80"), values[0])
+    low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
+    return {"p50": statistics.median(values), "p20": low, "p80": high}
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written a second by a plain copy."""
+    source = torch.randn((1 << 30 if device == "cuda" else 1 << 26) // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / _median_seconds(device, lambda: target.copy_(source))
+
+
+def matrix_rate(device: str) -> float:
+    """Operations a second of a large matrix product of random values: bfloat16 on a GPU, float32 on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    return 2 * size**3 / _median_seconds(device, lambda: torch.mm(left, right, out=out))
+
+
+def _median_seconds(device: str, work: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(10):
+        began = now(device)
+        work()
+        seconds.append(now(device) - began)
+    return statistics.median(seconds)
 
 
 def now(device: str) -> float:
@@ -24,26 +129,8 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def quantiles(seconds: list[float]) -> dict[str, float]:
-    """Median, 20 % and 80 % quantile in milliseconds."""
-    low, *_, high = statistics.quantiles(seconds, n=5)
-    return {"ms": statistics.median(seconds) * 1e3, "p20": low * 1e3, "p80": high * 1e3}
-
-
-def copy_bandwidth(device: str) -> float:
-    """Bytes read and written a second by a plain copy."""
-    source = torch.randn((1 << 30 if device == "cuda" else 1 << 26) // 4, device=device)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(10):
-        start = now(device)
-        target.copy_(source)
-        times.append(now(device) - start)
-    return 2 * source.numel() * 4 / statistics.median(times)
-
-
 def reset_peak() -> int:
-    """Resident bytes of this process now, from where the peak counts."""
+    """Resident bytes of this process now, from where the peak counts. Linux alone counts it."""
     Path("/proc/self/clear_refs").write_text("5")
     return _resident("VmRSS")
 
@@ -56,38 +143,3 @@ def peak_bytes() -> int:
 def _resident(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
-def machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {**collect(), "cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
-
-
-def provenance() -> dict[str, Any]:
-    """What every row carries: machine, versions, commit, date."""
-    return {
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def append_rows(out: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Append rows, each with `about`, to a file of JSON Lines."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a") as file:
-        file.writelines(json.dumps({**row, **about}) + "\n" for row in rows)
-
-
-def _commit() -> str:
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
-    except FileNotFoundError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"

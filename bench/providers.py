@@ -1,36 +1,52 @@
-"""Who trains the tables: this package's modes, and what one would write or take instead.
+"""Who reads and trains the tables: this package's modes, and what one would write or take instead.
 
-Each provider owns its tables, with the values of the given weight, and takes one training step at a time. All read the
-same rows of hashed tables, and get the same gradient of S.
+Each provider takes the given weight as its tables, and all read the same rows of hashed tables. In a training step all
+get the same gradient of S.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prefixmem_fast import AddressSpec, optim, prefix_memory, prefix_rows, reference
+from prefixmem_fast import AddressSpec, optim, prefix_memory, prefix_rows
 
 LR = 0.01
 
 
 class Provider:
-    """One way to train the tables.
+    """One way to read and to train the tables.
 
     Attributes:
-        name: as it stands in the table.
+        reads, gradient, rule: what reads the rows, what sums their gradient, and the optimizer, for tables; this
+            package's own begin with its name.
+        copies: how many times the bytes of the tables it takes while it is made and trains.
+        first_step: what its optimizer makes of rows ``[U, w]`` with gradients ``[U, w]`` in its first step.
         optimizer: what `update` steps, or None where the backward pass updates.
     """
 
-    name: str
+    reads: str
+    gradient = "dense gradient"
+    rule = "AdamW"
+    copies = 1
     optimizer: torch.optim.Optimizer | None = None
+    first_step: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(self, spec: AddressSpec, weight: Tensor) -> None:
         self.spec = spec
+
+    @classmethod
+    def missing(cls, device: str) -> str | None:
+        """Why it cannot run here, or None."""
+        return None
+
+    @classmethod
+    def trains(cls) -> str:
+        """Its name where it trains."""
+        return f"{cls.reads}, {cls.gradient}, {cls.rule}"
 
     def forward(self, codes: Tensor) -> Tensor:
         """S ``[M, A, H * w]``."""
@@ -44,15 +60,50 @@ class Provider:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-    def held(self) -> list[Tensor]:
-        """Tables and optimizer state, to be counted."""
-        tensors = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return tensors + [s for state in self.optimizer.state.values() for s in state.values() if isinstance(s, Tensor)]
+    def tables(self) -> list[Tensor]:
+        """The tables, in the order of the rows."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def states(self) -> list[Tensor]:
+        """The state of the optimizer."""
+        return [s for state in self.optimizer.state.values() for s in state.values() if isinstance(s, Tensor)]
+
+    def rows(self, chosen: Tensor) -> Tensor:
+        """Values of the rows int64 ``[U]``."""
+        tables = [table.detach() for table in self.tables()]
+        if len(tables) == 1:
+            return tables[0][chosen]
+        ends = torch.tensor([len(table) for table in tables]).cumsum(0).to(chosen.device)
+        of = torch.bucketize(chosen, ends, right=True)
+        out = chosen.new_empty((len(chosen), tables[0].shape[1]), dtype=tables[0].dtype)
+        for i, table in enumerate(tables):
+            here = of == i
+            out[here] = table[chosen[here] - (ends[i] - len(table))]
+        return out
+
+    def held(self) -> int:
+        """Bytes of tables and state."""
+        seen = {tensor.data_ptr(): tensor for tensor in (*self.tables(), *self.states())}
+        return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
+
+
+def adagrad(w: Tensor, g: Tensor) -> Tensor:
+    return w - LR * g / (g.square().mean(1, keepdim=True).sqrt() + 1e-10)
+
+
+def adam(w: Tensor, g: Tensor) -> Tensor:
+    return w - LR * g / (g.abs() + 1e-8)
+
+
+def adamw(w: Tensor, g: Tensor) -> Tensor:
+    return adam(w * (1 - LR * 0.01), g)
 
 
 class Ours(Provider):
-    grad: str
-    make: Callable[..., torch.optim.Optimizer]
+    reads = "prefixmem_fast"
+    grad, backend, deterministic = "dense", "auto", False
+    make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    first_step = staticmethod(adamw)
 
     def __init__(self, spec: AddressSpec, weight: Tensor) -> None:
         super().__init__(spec, weight)
@@ -60,38 +111,61 @@ class Ours(Provider):
         self.optimizer = type(self).make([self.weight], lr=LR)
 
     def forward(self, codes: Tensor) -> Tensor:
-        return prefix_memory(codes, self.weight, self.spec, grad=self.grad)
+        return prefix_memory(
+            codes, self.weight, self.spec, backend=self.backend, grad=self.grad, deterministic=self.deterministic
+        )
 
 
 class FusedAdagrad(Ours):
-    name = "prefixmem_fast, fused row-wise Adagrad"
-    grad, make = "fused", optim.RowWiseAdagrad
+    gradient, rule = "fused", "row-wise Adagrad"
+    grad, make, first_step = "fused", optim.RowWiseAdagrad, staticmethod(adagrad)
 
 
 class FusedLazyAdam(Ours):
-    name = "prefixmem_fast, fused lazy Adam"
-    grad, make = "fused", optim.LazyAdam
+    gradient, rule = "fused", "lazy Adam"
+    grad, make, first_step = "fused", optim.LazyAdam, staticmethod(adam)
+    copies = 3
 
 
 class SparseAdagrad(Ours):
-    name = "prefixmem_fast, sparse gradient, row-wise Adagrad"
-    grad, make = "sparse", optim.RowWiseAdagrad
+    gradient, rule = "sparse gradient", "row-wise Adagrad"
+    grad, make, first_step = "sparse", optim.RowWiseAdagrad, staticmethod(adagrad)
+
+
+class DenseAdamW(Ours):
+    copies = 5
+
+
+class DeterministicAdamW(DenseAdamW):
+    gradient = "dense gradient, deterministic"
+    deterministic = True
+
+    @classmethod
+    def missing(cls, device: str) -> str | None:
+        return None if device == "cuda" else "on a CPU every gradient is deterministic"
+
+
+class Reference(DenseAdamW):
+    reads = "prefixmem_fast, reference"
+    backend = "reference"
 
 
 class EagerTables(Provider):
     """What a user writes first: one nn.Embedding a table, hashes in PyTorch, a sum over orders a level, AdamW."""
 
-    name = "(a) one nn.Embedding a table, AdamW"
+    reads = "eager PyTorch, one nn.Embedding a table"
+    copies = 5
+    first_step = staticmethod(adamw)
 
     def __init__(self, spec: AddressSpec, weight: Tensor) -> None:
         super().__init__(spec, weight)
-        self.tables = {}
+        self.embeddings = {}
         for order in range(1, spec.max_order + 1):
             for head in range(spec.heads):
                 start = spec.offsets[order - 1][head]
-                rows = weight[start : start + spec.rows_per_order[order - 1]].clone()
-                self.tables[order, head] = nn.Embedding.from_pretrained(rows, freeze=False)
-        self.optimizer = torch.optim.AdamW([table.weight for table in self.tables.values()], lr=LR)
+                rows = weight[start : start + spec.rows_per_order[order - 1]]
+                self.embeddings[order, head] = nn.Embedding.from_pretrained(rows, freeze=False)
+        self.optimizer = torch.optim.AdamW([table.weight for table in self.embeddings.values()], lr=LR)
 
     def forward(self, codes: Tensor) -> Tensor:
         spec, out = self.spec, []
@@ -103,7 +177,7 @@ class EagerTables(Provider):
                     index = codes[:, 0] * spec.multipliers[0][head]
                     for i in range(1, order):
                         index = index ^ (codes[:, i] * spec.multipliers[i][head])
-                    heads.append(self.tables[order, head](index % spec.rows_per_order[order - 1]))
+                    heads.append(self.embeddings[order, head](index % spec.rows_per_order[order - 1]))
                 total = total + torch.cat(heads, dim=-1)
             out.append(total)
         return torch.stack(out, dim=1)
@@ -112,8 +186,12 @@ class EagerTables(Provider):
 class FusedTable(Provider):
     """The best plain PyTorch: one table, each row read once a SID, a running sum, sparse gradients, SparseAdam."""
 
-    name = "(b) one fused table, sparse gradient, SparseAdam"
-    sparse, make = True, torch.optim.SparseAdam
+    reads = "plain PyTorch, one fused table"
+    gradient, rule = "sparse gradient", "SparseAdam"
+    copies = 3
+    sparse = True
+    make: Callable[..., torch.optim.Optimizer] = torch.optim.SparseAdam
+    first_step = staticmethod(adam)
 
     def __init__(self, spec: AddressSpec, weight: Tensor) -> None:
         super().__init__(spec, weight)
@@ -121,40 +199,101 @@ class FusedTable(Provider):
         self.optimizer = type(self).make([self.weight], lr=LR)
 
     def forward(self, codes: Tensor) -> Tensor:
-        spec = self.spec
-        index = 0
-        rows = []
+        return self.sums(self.embed(self.hashed(codes)))
+
+    def hashed(self, codes: Tensor) -> Tensor:
+        """Rows int64 ``[M, N, H]``."""
+        spec, index, rows = self.spec, 0, []
         for order in range(1, min(spec.max_order, spec.active_levels[-1]) + 1):
             index = index ^ (codes[:, order - 1, None] * codes.new_tensor(spec.multipliers[order - 1]))
             rows.append(codes.new_tensor(spec.offsets[order - 1]) + index % spec.rows_per_order[order - 1])
-        read = F.embedding(torch.stack(rows, dim=1), self.weight, sparse=self.sparse)  # [M, N, H, w]
+        return torch.stack(rows, dim=1)
+
+    def embed(self, rows: Tensor) -> Tensor:
+        return F.embedding(rows, self.weight, sparse=self.sparse)
+
+    def sums(self, read: Tensor) -> Tensor:
+        """S from the rows' values ``[M, N, H, w]``."""
         sums, done, out = 0, 0, []
-        for level in spec.active_levels:
-            orders = min(level, len(rows))
+        for level in self.spec.active_levels:
+            orders = min(level, read.shape[1])
             sums = sums + read[:, done:orders].sum(1).flatten(1)
             done = orders
             out.append(sums)
         return torch.stack(out, dim=1)
 
 
-class CompiledReference(FusedTable):
-    """torch.compile of this package's reference, dense gradients, AdamW."""
+class DenseTable(FusedTable):
+    """The same with the dense gradient of torch's embedding_dense_backward."""
 
-    name = "(c) torch.compile of the reference, AdamW"
-    make = torch.optim.AdamW
+    gradient, rule = "embedding_dense_backward", "AdamW"
+    copies = 5
+    sparse, make, first_step = False, torch.optim.AdamW, staticmethod(adamw)
+
+
+class AddedTable(DenseTable):
+    """The same with its gradient summed by index_add_."""
+
+    gradient = "index_add_"
+
+    def embed(self, rows: Tensor) -> Tensor:
+        return _IndexAdd.apply(self.weight, rows)
+
+
+class _IndexAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = weight.shape
+        return weight[rows]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_add_(0, rows.flatten(), grad.flatten(0, -2)), None
+
+
+class CompiledTable(DenseTable):
+    reads = "torch.compile of one fused table"
+    gradient = "dense gradient"
 
     def __init__(self, spec: AddressSpec, weight: Tensor) -> None:
         super().__init__(spec, weight)
-        self._forward = torch.compile(lambda codes, weight: reference.prefix_memory(codes, weight, spec))
+        self._compiled = torch.compile(super().forward)
 
     def forward(self, codes: Tensor) -> Tensor:
-        return self._forward(codes, self.weight)
+        return self._compiled(codes)
+
+
+class LigerTable(DenseTable):
+    """One fused table behind Liger's embedding kernels, whose gradient is summed by atomics."""
+
+    reads = "LigerEmbedding over one fused table"
+    gradient = "atomics"
+
+    @classmethod
+    def missing(cls, device: str) -> str | None:
+        if device != "cuda":
+            return "needs a GPU"
+        return _missing_package("liger_kernel.ops", "liger-kernel")
+
+    def embed(self, rows: Tensor) -> Tensor:
+        from liger_kernel.ops import LigerEmbeddingFunction
+
+        return LigerEmbeddingFunction.apply(self.weight, rows)
 
 
 class FbgemmTables(Provider):
     """FBGEMM's table batched embeddings with fused row-wise Adagrad; rows and the sum over orders in PyTorch."""
 
-    name = "(d) FBGEMM table batched embeddings, row-wise Adagrad"
+    reads = "FBGEMM table batched embeddings"
+    gradient, rule = "fused", "row-wise Adagrad"
+    copies = 2
+    first_step = staticmethod(adagrad)
+
+    @classmethod
+    def missing(cls, device: str) -> str | None:
+        return _missing_package("fbgemm_gpu", "fbgemm-gpu" if device == "cuda" else "fbgemm-gpu-cpu")
 
     def __init__(self, spec: AddressSpec, weight: Tensor) -> None:
         super().__init__(spec, weight)
@@ -170,25 +309,33 @@ class FbgemmTables(Provider):
         place = (
             (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if on_gpu else (EmbeddingLocation.HOST, ComputeDevice.CPU)
         )
+        precision = {
+            torch.float32: SparseType.FP32, torch.float16: SparseType.FP16, torch.bfloat16: SparseType.BF16,
+        }[weight.dtype]  # fmt: skip
         tables = [(rows, weight.shape[1], *place) for rows in spec.rows_per_order for _ in range(spec.heads)]
-        self.tables = SplitTableBatchedEmbeddingBagsCodegen(
+        self.embeddings = SplitTableBatchedEmbeddingBagsCodegen(
             tables,
             optimizer=OptimType.EXACT_ROWWISE_ADAGRAD,
             learning_rate=LR,
             eps=1e-10,
             pooling_mode=PoolingMode.SUM,
+            weights_precision=precision,
             output_dtype=SparseType.FP32,
         )
         starts = [start for heads in spec.offsets for start in heads]
-        for table, start in zip(self.tables.split_embedding_weights(), starts, strict=True):
+        for table, start in zip(self.tables(), starts, strict=True):
             table.copy_(weight[start : start + len(table)])
 
     def forward(self, codes: Tensor) -> Tensor:
         spec = self.spec
-        rows = prefix_rows(codes, spec)[:, spec.active_levels[-1] - 1]  # [M, N, H], all of them exist
-        rows = rows - rows.new_tensor(spec.offsets)
+        rows = prefix_rows(codes, spec)[:, spec.active_levels[-1] - 1]  # [M, N, H]
+        orders = len(spec.orders_at(spec.active_levels[-1]))
+        rows = (rows - rows.new_tensor(spec.offsets))[:, :orders]
+        # Bags of one row; tables of orders that no level reads get no bags.
+        empty = (spec.max_order - orders) * spec.heads * len(codes)
         bags = torch.arange(rows.numel() + 1, device=codes.device)
-        read = self.tables(rows.flatten(1).T.flatten(), bags).view(len(codes), spec.max_order, -1)
+        bags = torch.cat([bags, bags[-1:].expand(empty)])
+        read = self.embeddings(rows.flatten(1).T.flatten(), bags).view(len(codes), spec.max_order, -1)
         sums, done, out = 0, 0, []
         for level in spec.active_levels:
             orders = min(level, spec.max_order)
@@ -197,24 +344,29 @@ class FbgemmTables(Provider):
             out.append(sums)
         return torch.stack(out, dim=1)
 
-    def held(self) -> list[Tensor]:
-        return [*self.tables.split_embedding_weights(), *(s for t in self.tables.split_optimizer_states() for s in t)]
+    def backward(self, out: Tensor, grad: Tensor) -> None:
+        out.backward(grad.to(out.dtype))
+
+    def tables(self) -> list[Tensor]:
+        return self.embeddings.split_embedding_weights()
+
+    def states(self) -> list[Tensor]:
+        return [state for states in self.embeddings.split_optimizer_states() for state in states]
 
 
-OURS = (FusedAdagrad, FusedLazyAdam, SparseAdagrad)
-PEERS = (EagerTables, FusedTable, CompiledReference, FbgemmTables)
-
-
-def missing(provider: type[Provider]) -> str | None:
-    """Why a provider cannot run here, or None."""
-    if provider is FbgemmTables:
-        try:
-            import fbgemm_gpu  # noqa: F401
-        except Exception as error:  # its libraries may be there and not fit torch's
-            return f"not installed ({type(error).__name__}); pip install fbgemm-gpu-cpu==1.8.0 adds it"
+def _missing_package(module: str, package: str) -> str | None:
+    try:
+        __import__(module)
+    except Exception as error:  # its libraries may be there and not fit torch's
+        return f"not installed ({type(error).__name__}); pip install {package} adds it"
     return None
 
 
-def bytes_held(provider: Provider) -> int:
-    seen: dict[int, Any] = {t.data_ptr(): t for t in provider.held()}
-    return sum(t.numel() * t.element_size() for t in seen.values())
+READERS = (Ours, Reference, EagerTables, FusedTable, CompiledTable, FbgemmTables, LigerTable)
+SWEEP_READERS = (Ours, EagerTables, FusedTable, FbgemmTables)
+GRADIENTS = (DenseAdamW, DeterministicAdamW, DenseTable, AddedTable, LigerTable)
+TRAINERS = (
+    FusedAdagrad, FusedLazyAdam, SparseAdagrad, DenseAdamW, EagerTables, FusedTable, CompiledTable, FbgemmTables,
+    LigerTable,
+)  # fmt: skip
+SWEEP_TRAINERS = (FusedAdagrad, FusedLazyAdam, SparseAdagrad, FusedTable, FbgemmTables)

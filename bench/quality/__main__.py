@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _one(data_set: str, arm: str, seed: int, options: argparse.Namespace, out: Path) -> int:
     from transformers.utils import logging
 
-    from ..measure import append_rows
+    from ..rows import append_rows
     from .run import run_one
 
     logging.disable_progress_bar()
@@ -88,7 +88,7 @@ def _one(data_set: str, arm: str, seed: int, options: argparse.Namespace, out: P
 def _pace(data_set: str, arms: list[str], options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
-    from ..measure import append_rows
+    from ..rows import append_rows
     from .pace import measure
 
     logging.disable_progress_bar()

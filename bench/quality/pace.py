@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from prefixmem_fast.training.run import train
 
-from ..measure import provenance
+from ..machine import provenance
 from .arms import ARMS
 from .run import arm_of
 

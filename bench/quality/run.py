@@ -18,7 +18,7 @@ from prefixmem_fast.training import classification
 from prefixmem_fast.training.config import CONFIG, RunConfig
 from prefixmem_fast.training.run import Data, load_data, load_run, prepare, train
 
-from ..measure import provenance
+from ..machine import provenance
 from .arms import ARMS, PRETRAINING, config_of, recipe
 from .control import add_permuted
 

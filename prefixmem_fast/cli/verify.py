@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterable
 from dataclasses import asdict
 
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=BACKENDS, default="auto", help="what to hold against the reference (default: all that run)"
     )
     parser.add_argument("--cases", type=int, default=100, help="random configurations (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, help="start no further configuration after so many")
     parser.add_argument("--seed", type=int, default=0, help="seed of the configurations (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile offline instead, and report the machine code")
     for name, known in (("targets", offline.TARGETS), ("dtypes", offline.DTYPES)):
@@ -37,6 +39,8 @@ def _verify(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} goes with --compile; add it, or leave --{name} out")
     if options.cases < 1:
         raise ValueError(f"--cases = {options.cases}; give 1 or more")
+    if options.seconds is not None and not options.seconds > 0:
+        raise ValueError(f"--seconds = {options.seconds}; give more than 0")
     device = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
     skipped = None
     if options.backend == "auto":
@@ -46,10 +50,13 @@ def _verify(options: argparse.Namespace) -> int:
         resolve(options.backend, tensors=torch.empty(0, device=device))
         backends = () if options.backend == "reference" else (options.backend,)
 
+    began = time.monotonic()
     with tqdm(total=options.cases, unit="case", disable=options.json or None) as bar:
         for report in verify(backends, options.cases, options.seed, device):
             bar.update()
             bar.set_postfix(mismatches=len(report.mismatches))
+            if options.seconds is not None and time.monotonic() - began > options.seconds:
+                break
     if options.json:
         print(json.dumps({**asdict(report), "triton_skipped": skipped}, indent=2))
     else:
@@ -57,7 +64,10 @@ def _verify(options: argparse.Namespace) -> int:
         print(f"{' and '.join(report.backends)} on {where}, seed {report.seed}")
         if skipped:
             print(f"triton not checked: {skipped}")
-        print(f"{report.cases} cases, {report.comparisons} comparisons, {len(report.mismatches)} mismatches")
+        print(
+            f"{report.cases} of {options.cases} cases, {report.comparisons} comparisons, "
+            f"{len(report.mismatches)} mismatches"
+        )
         for dtype, worst in sorted(report.worst.items()):
             print(f"{dtype:<10} worst error {worst['absolute']:.3g}, {worst['of_bound']:.2f} of the derived bound")
         for mismatch in report.mismatches[:10]:

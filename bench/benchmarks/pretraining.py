@@ -1,0 +1,106 @@
+"""A whole step of pre-training the encoder alone, by classification: tables, W_out, heads, loss and optimizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefixmem_fast import PrefixMem, PrefixMemConfig
+
+from ..measure import Mark
+from ..providers import EagerTables, FusedAdagrad, FusedTable, Provider, SparseAdagrad
+from ..suite import Case, Contender, benchmark
+from ..workloads import BATCHES, HEADS, WIDTH, Workload
+from .tables import QUICK, vary
+
+HIDDEN = 256
+
+
+def workloads(device: str) -> list[dict[str, Any]]:
+    """Batches of the size that such training takes, not of that at which the tables are all that counts."""
+    return [{**one, "sids": 8192 if device == "cuda" else 1024} for one in vary(device)]
+
+
+class ProviderEncoder(nn.Module):
+    """An encoder around a provider, as `NextCode` takes it: m ``[M, L, hidden]``, zero at inactive levels."""
+
+    def __init__(self, provider: Provider) -> None:
+        super().__init__()
+        self.config = PrefixMemConfig(provider.spec, HEADS * WIDTH, HIDDEN)
+        self.out_proj = nn.Linear(HEADS * WIDTH, HIDDEN, bias=False)
+        self.read = provider.forward
+
+    def forward(self, codes: Tensor) -> Tensor:
+        levels = [level - 1 for level in self.config.spec.active_levels]
+        m = codes.new_zeros((*codes.shape, HIDDEN), dtype=self.out_proj.weight.dtype)
+        m[:, levels] = self.out_proj(self.read(codes).to(m.dtype))
+        return m
+
+
+class Learner:
+    """A provider's tables behind W_out and the heads, and one AdamW for these."""
+
+    def __init__(self, provider: Provider) -> None:
+        from prefixmem_fast.training.classification import NextCode
+
+        device = provider.tables()[0].device
+        torch.manual_seed(0)
+        self.provider = provider
+        self.model = NextCode(ProviderEncoder(provider)).to(device=device, dtype=provider.tables()[0].dtype)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+
+    def loss(self, codes: Tensor) -> Tensor:
+        return self.model(codes)["loss"]
+
+    def update(self) -> None:
+        self.provider.update()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+@benchmark(workloads, QUICK)
+def pretraining(device: str, **given: Any) -> Case:
+    """A step of pre-training by classification: tables, W_out, heads, loss, both optimizers."""
+    workload = Workload(**given)
+    batches = workload.batches(device)
+    weight = workload.weight(device)
+    with torch.no_grad():
+        expected = _library_loss(workload, weight, batches[0])
+    del weight
+
+    def step(one: Learner, turn: int, mark: Mark) -> None:
+        loss = one.loss(batches[turn % BATCHES])
+        mark("forward")
+        loss.backward()
+        mark("backward")
+        one.update()
+        mark("update")
+
+    @torch.no_grad()
+    def check(one: Learner) -> str | None:
+        off = abs(float(one.loss(batches[0])) - expected)
+        return f"its loss is off by {off:.3g} of {expected:.4g}" if not off <= 1e-2 * expected else None
+
+    contenders = [
+        Contender(
+            p.trains(), lambda p=p: Learner(p(workload.spec, workload.weight(device))),
+            needs=p.copies * workload.table_bytes,
+        )
+        for p in (FusedAdagrad, SparseAdagrad, EagerTables, FusedTable)
+    ]  # fmt: skip
+    return Case(contenders, step, check, totals={"step": ("forward", "backward", "update")})
+
+
+def _library_loss(workload: Workload, weight: Tensor, codes: Tensor) -> float:
+    """Of the library's own encoder, with the same W_out and heads."""
+    from prefixmem_fast.training.classification import NextCode
+
+    learner = Learner(FusedTable(workload.spec, weight))
+    encoder = PrefixMem(learner.model.encoder.config, device="meta", dtype=weight.dtype)
+    encoder.memory.weight = nn.Parameter(weight)
+    encoder.out_proj.weight = learner.model.encoder.out_proj.weight
+    model = NextCode(encoder)
+    model.heads = learner.model.heads
+    return float(model(codes)["loss"])

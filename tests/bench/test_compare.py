@@ -1,0 +1,140 @@
+"""When B counts as slower than A."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.cli import main
+from bench.compare import compare
+
+ROOT = Path(__file__).parents[2]
+MACHINE = {"gpus": [], "cpu": "a CPU"}
+
+
+def row(p50, spread=0.05, provider="prefixmem_fast", metric="step", unit="ms", run="1", **workload):
+    return {
+        "benchmark": "training", "provider": provider, "workload": workload, "metric": metric, "unit": unit, "p50": p50,
+        "p20": p50 * (1 - spread), "p80": p50 * (1 + spread), "run": run, "machine": MACHINE, "threads": 2,
+    }  # fmt: skip
+
+
+def verdicts(a, b):
+    return [one.slower for one in compare(a, b)]
+
+
+def test_fifteen_percent_beyond_the_spread_is_slower():
+    assert verdicts([row(1.0)], [row(1.30)]) == [True]
+    assert verdicts([row(1.0)], [row(1.14, spread=0)]) == [False]
+    assert verdicts([row(1.0)], [row(0.5)]) == [False]
+    assert verdicts([row(1.0, spread=0.2)], [row(1.3, spread=0.2)]) == [False], "the quantiles overlap"
+
+
+def test_memory_and_launches_have_no_spread():
+    assert verdicts(
+        [row(100, 0, metric="peak memory", unit="MiB")], [row(116, 0, metric="peak memory", unit="MiB")]
+    ) == [True]
+    assert verdicts(
+        [row(1, 0, metric="launches", unit="launches")], [row(2, 0, metric="launches", unit="launches")]
+    ) == [True]
+
+
+def test_only_our_own_main_figures_count():
+    peer = row(1.0, provider="plain PyTorch")
+    assert compare([peer], [{**peer, "p50": 9.0}]) == []
+    parts = [row(1.0, metric="forward"), row(5.0, metric="step")]
+    assert [one.what for one in compare(parts, parts)] == ["training, prefixmem_fast, step: "]
+    assert compare([row(1.0, sids=1)], [row(1.0, sids=2)]) == []
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return str(path)
+
+
+def test_files_are_compared_by_their_last_run(tmp_path, capsys):
+    a = write(tmp_path / "a.jsonl", [row(9.0, run="0"), row(1.0, run="1")])
+    b = write(tmp_path / "b.jsonl", [row(1.01)])
+    assert main(["compare", a, b]) == 0
+    assert "0 of 1 figures are slower" in capsys.readouterr().err
+    slow = write(tmp_path / "slow.jsonl", [row(1.5)])
+    assert main(["compare", a, slow]) == 1
+    assert capsys.readouterr().out.startswith("SLOWER   +50%  1 to 1.5 ms")
+    assert main(["compare", a, slow, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["slower"] is True
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
+    a = write(tmp_path / "a.jsonl", [row(1.0)])
+    other = write(tmp_path / "b.jsonl", [{**row(1.0), "threads": 1}])
+    assert main(["compare", a, other]) == 2
+    assert "not to be compared" in capsys.readouterr().err
+    nothing = write(tmp_path / "c.jsonl", [row(1.0, sids=3)])
+    assert main(["compare", a, nothing]) == 2
+    assert "no figure of prefixmem_fast in common" in capsys.readouterr().err
+    assert main(["compare", a, "HEAD"]) == 2
+    assert "two files of rows, or two git revisions" in capsys.readouterr().err
+
+
+def git(folder, *arguments):
+    command = ["git", "-c", "user.name=A", "-c", "user.email=a@example.org", *arguments]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """This tree as a commit, then one whose token streams wait: tagged fast and slow."""
+    folder = tmp_path_factory.mktemp("revisions") / "checkout"
+    folder.mkdir()
+    for name in ("prefixmem_fast", "kernels", "bench"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    git(folder, "init", "-q")
+    git(folder, "add", ".")
+    git(folder, "commit", "-q", "-m", "fast")
+    git(folder, "tag", "fast")
+    ops = folder / "prefixmem_fast" / "ops.py"
+    text = ops.read_text()
+    assert "    backend = resolve(backend, **tensors)\n" in text
+    ops.write_text(
+        text.replace(
+            "    backend = resolve(backend, **tensors)\n",
+            "    backend = resolve(backend, **tensors)\n    import time; time.sleep(0.05)\n",
+        )
+    )
+    git(folder, "commit", "-q", "-a", "-m", "slow")
+    git(folder, "tag", "slow")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("b", "code", "rounds"), [("slow", 1, "1"), ("fast", 0, "2")], ids=["a planted slow-down", "the same again"]
+)
+def test_revisions_run_in_turns(repository, b, code, rounds):
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "compare",
+        "fast",
+        b,
+        "--names",
+        "tokens",
+        "--quick",
+        "--rounds",
+        rounds,
+        "--json",
+    ]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr[-2000:]
+    (found,) = [json.loads(line) for line in done.stdout.splitlines()]
+    assert found["what"].startswith("tokens, prefixmem_fast, forward")
+    if code:
+        assert found["b"] - found["a"] == pytest.approx(50, abs=25)
+
+
+def test_an_unknown_revision_is_refused(repository, capsys):
+    assert main(["compare", "HEAD", "no-such-revision"]) == 2
+    assert "'no-such-revision' is neither" in capsys.readouterr().err
