@@ -16,7 +16,7 @@ demo: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/prefixmem demo
 
 bench: $(VENV)/ready
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench run --seconds 300 --report
 
 gpu:
 	@test "$(GPU_PYTHON)" = "$(PYTHON)" || { echo "$(PYTHON) cannot import all of $(GPU_NEEDS): using $(VENV)"; $(MAKE) $(VENV)/ready; }

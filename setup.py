@@ -20,6 +20,8 @@ setup(
     license="Apache-2.0",
     packages=[
         "prefixmem_fast",
+        "prefixmem_fast.bench",
+        "prefixmem_fast.bench.benchmarks",
         "prefixmem_fast.cli",
         "prefixmem_fast.data",
         "prefixmem_fast.evaluation",
@@ -30,8 +32,8 @@ setup(
         "prefixmem_fast.sid",
         "prefixmem_fast.training",
     ],
-    # A top-level package named "kernels" would shadow the Hugging Face package of that name.
-    package_dir={"prefixmem_fast.kernels": "kernels"},
+    # A top-level package named "kernels" would shadow the Hugging Face package of that name, one named "bench" any other.
+    package_dir={"prefixmem_fast.kernels": "kernels", "prefixmem_fast.bench": "bench"},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -43,7 +45,7 @@ setup(
     extras_require={
         "hf": ["transformers>=4.57"],
         "train": train,
-        "bench": ["nvidia-ml-py"],
+        "bench": [*train, "nvidia-ml-py"],
         "test": [*train, "pytest", "pytest-xdist", "hypothesis", "ruff"],
     },
     entry_points={"console_scripts": ["prefixmem = prefixmem_fast.cli:main"]},

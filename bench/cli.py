@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|run|report|compare|traffic|scale")
 
     def add(name: str, summary: str) -> argparse.ArgumentParser:
-        action = actions.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        action = actions.add_parser(name, help=summary.replace("%", "%%"), description=summary, allow_abbrev=False)
         action.add_argument("--json", action="store_true", help="print JSON, one object a line")
         return action
 
@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     measure.add_argument("--seconds", type=float, help="start no further workload after so many")
     measure.add_argument("--share", type=float, default=0.5, help="seconds a provider and workload (default: 0.5)")
+    measure.add_argument("--report", action="store_true", help="then write tables and plots, as `report` does")
     measure.add_argument("--commit", help="name of the library's revision, where it is not a checkout's")
     report = add("report", "Markdown tables and plots from a file of rows.")
     report.add_argument("rows", type=Path, help="file of rows")
@@ -173,18 +174,23 @@ def _run(options: argparse.Namespace) -> int:
                 print(f"\n{one.name}: {describe(workload)}\n\n{table(rows)}", flush=True)
     if left:
         print(f"{left} workloads left out: the {options.seconds:g} seconds of --seconds were over", file=sys.stderr)
+    if options.report and out.is_file():
+        _print_report(out, out.with_suffix(""), options.json)
     if wrong:
         print(f"{wrong} providers were wrong or failed, see above", file=sys.stderr)
     return 1 if wrong else 0
 
 
 def _report(options: argparse.Namespace) -> int:
+    _print_report(options.rows, options.out or options.rows.with_suffix(""), options.json)
+    return 0
+
+
+def _print_report(rows: Path, folder: Path, as_json: bool) -> None:
     from .report import write_report
 
-    written = write_report(options.rows, options.out or options.rows.with_suffix(""))
-    for path in written:
-        print(json.dumps({"file": str(path)}) if options.json else path)
-    return 0
+    for path in write_report(rows, folder):
+        print(json.dumps({"file": str(path)}) if as_json else path)
 
 
 def _compare(options: argparse.Namespace) -> int:

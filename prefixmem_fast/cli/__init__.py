@@ -8,9 +8,12 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..backends import BackendError
-from . import demo, evaluate, info, pretrain, train, verify
+from . import bench, demo, evaluate, info, pretrain, train, verify
 
-COMMANDS = {"info": info, "verify": verify, "pretrain": pretrain, "train": train, "evaluate": evaluate, "demo": demo}
+COMMANDS = {
+    "info": info, "verify": verify, "bench": bench, "pretrain": pretrain, "train": train, "evaluate": evaluate,
+    "demo": demo,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, module in COMMANDS.items():
         summary = module.__doc__.strip().splitlines()[0]
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        command.add_argument("--json", action="store_true", help="print one JSON object for machines")
+        if module is not bench:  # its actions have their own
+            command.add_argument("--json", action="store_true", help="print one JSON object for machines")
         module.add_arguments(command)
     options = parser.parse_args(arguments)
     try:

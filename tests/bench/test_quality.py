@@ -14,7 +14,7 @@ from bench.quality.run import widened
 from prefixmem_fast import AddressSpec, PrefixMem, PrefixMemConfig, SIDVocabulary, prefix_rows
 from prefixmem_fast.training.run import load_data
 
-from .training.small import TINY, write_files
+from ..training.small import TINY, write_files
 
 SMALL = {
     "model_options": TINY, "table_rows": 40, "heads": 2, "max_order": 2, "memory_dim": 8, "batch_size": 8,
