@@ -32,7 +32,7 @@ setup(
         "prefixmem_fast.sid",
         "prefixmem_fast.training",
     ],
-    # A top-level package named "kernels" would shadow the Hugging Face package of that name, one named "bench" any other.
+    # Top-level packages named "kernels" and "bench" would shadow others; the Hugging Face package "kernels" is one.
     package_dir={"prefixmem_fast.kernels": "kernels", "prefixmem_fast.bench": "bench"},
     python_requires=">=3.10",
     install_requires=[

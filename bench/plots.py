@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from .report import OURS, main_metric
+from .report import OURS, main_metric, short
 from .rows import Row, describe, workload_key
 
 COLOURS = {
@@ -65,8 +65,8 @@ def _speed_up(rows: list[Row], plt):
     if not found:
         return None
     figure, axes = plt.subplots(
-        len(found), 1, figsize=(9, 0.55 + sum(0.27 * len(here) + 0.5 for here in found.values())),
-        gridspec_kw={"height_ratios": [len(here) + 1.5 for here in found.values()], "hspace": 0.75},
+        len(found), 1, layout="constrained", figsize=(9, 0.55 + sum(0.27 * len(here) + 0.5 for here in found.values())),
+        gridspec_kw={"height_ratios": [len(here) + 1.5 for here in found.values()]},
     )  # fmt: skip
     for axis, (name, here) in zip([axes] if len(found) == 1 else axes, found.items(), strict=True):
         ours = next((row for row in here if row["provider"].startswith(OURS)), here[0])
@@ -77,12 +77,14 @@ def _speed_up(rows: list[Row], plt):
         axis.set_xscale("log")
         axis.set_xlim(min(0.5, *ratios) * 0.8, max(2.0, *ratios) * 2.5)
         axis.axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
+        axis.set_xticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if tick < axis.get_xlim()[1]])
+        axis.set_xlim(left=min(0.5, *ratios) * 0.8)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         axis.minorticks_off()
         for i, (row, ratio) in enumerate(zip(here, ratios, strict=True)):
-            axis.text(ratio, i, f"  {ratio:.2g}x, {row['p50']:.3g} ms", va="center", fontsize=8)
+            axis.text(ratio, i, f"  {short(ratio)}x, {short(row['p50'])} ms", va="center", fontsize=8)
         axis.set_title(f"{name}: {describe(here[0]['workload'])}", loc="left", fontsize=9, fontweight="bold")
-    figure.suptitle("Time, as a multiple of the first line's (log scale)", y=0.99, fontsize=10)
+    axis.set_xlabel("time, as a multiple of the first line's")
     return figure
 
 
@@ -146,8 +148,8 @@ def _floor(rows: list[Row], plt):
     if not bars:
         return None
     figure, axes = plt.subplots(
-        len(bars), 1, figsize=(8.5, 0.9 + sum(0.3 * len(here) + 0.5 for here in bars.values())),
-        gridspec_kw={"height_ratios": [len(here) for here in bars.values()], "hspace": 0.4},
+        len(bars), 1, layout="constrained", figsize=(8.5, 0.9 + sum(0.3 * len(here) + 0.5 for here in bars.values())),
+        gridspec_kw={"height_ratios": [len(here) for here in bars.values()]},
     )  # fmt: skip
     for axis, (metric, here) in zip([axes] if len(bars) == 1 else axes, bars.items(), strict=True):
         places = range(len(here))
@@ -155,16 +157,12 @@ def _floor(rows: list[Row], plt):
         axis.barh(places, [one[1] for one in here], color="#0b6e4f", height=0.4, label="distinct bytes")
         axis.set_yticks(places, [one[0] for one in here])
         axis.invert_yaxis()
-        axis.set_xlabel("% of the copy bandwidth of the same run")
-        axis.set_title(
-            f"{metric}, fused row-wise Adagrad" if "update" in metric else metric,
-            loc="left",
-            fontweight="bold",
-            fontsize=9,
-        )
+        title = f"{metric}, fused, row-wise Adagrad" if "update" in metric else metric
+        axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
         for i, one in enumerate(here):
             axis.text(max(one[1:]), i, f"  {one[1]:.2g}", va="center", fontsize=8)
-        axis.legend(fontsize=7, frameon=False, loc="lower right")
+        axis.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    axis.set_xlabel("% of the copy bandwidth of the same run")
     return figure
 
 
@@ -174,9 +172,10 @@ def _memory(rows: list[Row], plt):
     groups = {key: [r for r in peaks if workload_key(r) == key] for key in dict.fromkeys(map(workload_key, peaks))}
     if not groups:
         return None
+    height = 0.6 + sum(0.3 * len(here) + 0.7 for here in groups.values())
     figure, axes = plt.subplots(
-        len(groups), 1, figsize=(8.5, 0.6 + sum(0.3 * len(here) + 0.7 for here in groups.values())),
-        gridspec_kw={"height_ratios": [len(here) + 1 for here in groups.values()], "hspace": 0.6},
+        len(groups), 1, layout="constrained", figsize=(8.5, height),
+        gridspec_kw={"height_ratios": [len(here) + 1 for here in groups.values()]},
     )  # fmt: skip
     for axis, (key, here) in zip([axes] if len(groups) == 1 else axes, groups.items(), strict=True):
         held = [row["held_mib"] for row in here]

@@ -34,7 +34,7 @@ def table(rows: list[Row]) -> str:
     for name in names:
         first, here = found.get((names[0], main)), found.get((name, main))
         line = [name, *(_number(found.get((name, metric))) for metric in metrics)]
-        line += [f"{_short(here['p20'])} to {_short(here['p80'])}", f"{here['p50'] / first['p50']:.2f}"]
+        line += [f"{short(here['p20'])} to {short(here['p80'])}", f"{here['p50'] / first['p50']:.2f}"]
         line += [_floor(found.get((name, metric))) for metric in with_floor]
         for metric in extra:
             row = found.get((name, metric))
@@ -113,12 +113,12 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join([written(head), rule, *map(written, lines)]) + "\n"
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _number(row: Row | None) -> str:
-    return _short(row["p50"]) if row else ""
+    return short(row["p50"]) if row else ""
 
 
 def _floor(row: Row | None) -> str:

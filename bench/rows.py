@@ -60,8 +60,11 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 def describe(workload: dict[str, Any]) -> str:
     """A workload in words, for titles and logs."""
+    forms = {"sids": "{} SIDs", "table_rows": "T = {}", "vocabulary": "a vocabulary of {}"}
     parts = []
     for name, value in workload.items():
-        value = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        parts.append(str(value) if name in ("codes", "dtype", "model") else f"{name.replace('_', ' ')} {value}")
+        if isinstance(value, int):
+            parts.append(forms.get(name, f"{{}} {name.replace('_', ' ')}").format(f"{value:,}"))
+        else:
+            parts.append(str(value))
     return ", ".join(parts)

@@ -16,8 +16,9 @@ import itertools
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,65 +137,88 @@ def run(
     except ImportError as error:
         yield {**base, "provider": "every provider", "skipped": f"not installed: {error}; pip install '.[train]'"}
         return
-    made: list[tuple[Contender, Any]] = []
+    measured = []
+    for row in _measure(case, clock, ceilings, seconds, audit, state, describe(workload)):
+        if row.get("metric") and row["provider"] not in measured:
+            measured.append(row["provider"])
+        yield {**base, **row}
+    held, case = case.held, None  # its memory goes back before that of others is measured
+    gc.collect()
+    if held and audit and clock.device == "cpu":
+        names = measured[:audit]
+        with ThreadPoolExecutor(2) as two:  # at a time: it is no time that is measured
+            for name, peak in zip(names, two.map(partial(_memory_apart, one, workload), names), strict=True):
+                yield {**base, "provider": name, **_COUNTED, **peak}
+
+
+_COUNTED = {"repeats": 1, "remarks": [], "state": {}}
+
+
+@dataclass
+class _Made:
+    """A contender that takes part: the phases of its timed steps, the seconds it has had, and how it failed."""
+
+    name: str
+    thing: Any
+    check_seconds: float
+    times: list[dict[str, float]] = field(default_factory=list)
+    alone: dict[str, Callable[[], None]] = field(default_factory=dict)
+    spent: float = 0.0
+    failure: str | None = None
+
+
+def _measure(
+    case: Case, clock: Clock, ceilings: dict[str, float], seconds: float, audit: int,
+    state: machine.DeviceState | None, title: str,
+) -> Iterator[Row]:  # fmt: skip
+    """Check, time and, on a GPU, count; rows without benchmark and workload."""
+    made: list[_Made] = []
     for contender in case.contenders:
-        reason, thing = _make(contender, case, clock.device)
-        if reason:
-            yield {**base, "provider": contender.name, "skipped": reason}
+        found = _make(contender, case, clock.device)
+        if isinstance(found, str):
+            yield {"provider": contender.name, "skipped": found}
         else:
-            made.append((contender, thing))
+            made.append(found)
     if state:
         state.take()
-    times, failed = _take_turns(case, made, clock, seconds, describe(workload))
+    _take_turns(case, made, clock, seconds, title)
     found = state.take() if state else {}
-    for i, (contender, thing) in enumerate(made):
-        if contender.name in failed:
-            yield {**base, "provider": contender.name, "skipped": failed[contender.name]}
+    for i, one in enumerate(made):
+        if one.failure:
+            yield {"provider": one.name, "skipped": one.failure}
             continue
-        for metric, values in _with_totals(times[contender.name], case.totals).items():
-            row = {**base, "provider": contender.name, "metric": metric, "unit": "ms", "repeats": len(values)}
+        for metric, values in _with_totals(one.times, case.totals).items():
+            row = {"provider": one.name, "metric": metric, "unit": "ms", "repeats": len(values)}
             row |= {name: 1e3 * value / case.steps for name, value in quantiles(values).items()}
             if metric in case.floors:
                 row["floor"] = _floor(case.floors[metric], row["p50"] / 1e3, ceilings["copy_bytes_per_second"])
             yield {**row, "remarks": _remarks(row, found), "state": found}
         if i < audit and clock.device == "cuda":
-            counted = {**base, "provider": contender.name, "repeats": 1, "remarks": [], "state": {}}
-            yield {**counted, "metric": "launches", "unit": "launches", **_same(_launches(case, thing))}
+            counted = {"provider": one.name, **_COUNTED}
+            yield {**counted, "metric": "launches", "unit": "launches", **_same(_launches(case, one.thing))}
             if case.held:
-                yield {**counted, **_memory_on_device(case, thing)}
-    if audit and clock.device == "cpu" and case.held:
-        names = [contender.name for contender, _ in made if contender.name not in failed][:audit]
-        made = case = None  # their memory goes back before others are measured
-        gc.collect()
-        for name in names:
-            yield {
-                **base,
-                "provider": name,
-                "repeats": 1,
-                "remarks": [],
-                "state": {},
-                **_memory_apart(one, workload, name),
-            }
+                yield {**counted, **_memory_on_device(case, one.thing)}
 
 
-def _make(contender: Contender, case: Case, device: str) -> tuple[str | None, Any]:
-    """(why it gets no time, None) or (None, the thing made)."""
+def _make(contender: Contender, case: Case, device: str) -> _Made | str:
+    """The contender, checked; or why it gets no time."""
     if contender.make is None:
-        return contender.missing, None
+        return contender.missing
     left = free_bytes(device)
     if contender.needs > left:
         wanted, left = contender.needs / 2**30, left / 2**30
-        return f"left out: it takes {wanted:.1f} GiB, and {left:.1f} GiB are free beside the others", None
+        return f"left out: it takes {wanted:.1f} GiB, and {left:.1f} GiB are free beside the others"
     try:
         thing = contender.make()
+        began = time.perf_counter()
         wrong = case.check(thing)
     except torch.OutOfMemoryError as error:
-        return f"left out: {str(error).splitlines()[0]}", None
+        return f"left out: {str(error).splitlines()[0]}"
     except Exception as error:  # another library's failure must not end the run
         if contender.name.startswith("prefixmem_fast"):
             raise
-        return f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:200]}", None
-    return (f"WRONG: {wrong}; not timed", None) if wrong else (None, thing)
+        return f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"WRONG: {wrong}; not timed" if wrong else _Made(contender.name, thing, time.perf_counter() - began)
 
 
 def free_bytes(device: str) -> int:
@@ -208,42 +232,39 @@ def free_bytes(device: str) -> int:
     return machine.memory() // 2
 
 
-def _take_turns(
-    case: Case, made: list[tuple[Contender, Any]], clock: Clock, seconds: float, title: str
-) -> tuple[dict[str, list[dict[str, float]]], dict[str, str]]:
-    """Phases of every timed step by contender; and who failed, why."""
-    times: dict[str, list[dict[str, float]]] = {contender.name: [] for contender, _ in made}
-    spent = dict.fromkeys(times, 0.0)
-    failed: dict[str, str] = {}
-    alone = {}
+def _take_turns(case: Case, made: list[_Made], clock: Clock, seconds: float, title: str) -> None:
+    """A step each in turns, until each has had its share of time."""
     progress = tqdm(total=MOST_TURNS, desc=title, leave=False, disable=None)
-    for turn in range(-1, MOST_TURNS):  # the check was a first warm-up
-        order = made if turn % 2 == 0 else made[::-1]
-        short = [name for name in times if spent[name] < seconds or len(times[name]) < case.least_turns]
-        waiting = [contender for contender, _ in made if contender.name in short and contender.name not in failed]
+    for turn in range(-1, MOST_TURNS):
+        waiting = [
+            one for one in (made if turn % 2 == 0 else made[::-1])
+            if not one.failure and (one.spent < seconds or len(one.times) < case.least_turns)
+        ]  # fmt: skip
         if not waiting:
             break
-        for contender, thing in order:
-            name = contender.name
-            if name in failed or contender not in waiting:
-                continue
-            began = time.perf_counter()
-            try:
-                phases = _time(clock, lambda mark: case.step(thing, turn, mark), (name, ""))  # noqa: B023
-                if turn == -1:
-                    alone[name] = case.alone(thing)
-                for part, work in alone.get(name, {}).items() if turn >= 0 else ():
-                    timed = _time(clock, lambda mark: (work(), mark("alone")), (name, part))  # noqa: B023
-                    phases[f"{part} alone"] = timed["alone"]
-            except torch.OutOfMemoryError as error:
-                failed[name] = f"left out: {str(error).splitlines()[0]}"
-                continue
-            if turn >= 0:
-                times[name].append(phases)
-                spent[name] += time.perf_counter() - began
+        for one in waiting:
+            # The check was a first warm-up; turn -1 is another, for those whose steps are short.
+            if turn >= 0 or one.check_seconds < 2:
+                _take_turn(case, one, turn, clock)
         progress.update(turn >= 0)
     progress.close()
-    return times, failed
+
+
+def _take_turn(case: Case, one: _Made, turn: int, clock: Clock) -> None:
+    began = time.perf_counter()
+    try:
+        if turn == 0:
+            one.alone = case.alone(one.thing)
+        phases = _time(clock, lambda mark: case.step(one.thing, turn, mark), (one.name, ""))
+        for part, work in one.alone.items():
+            timed = _time(clock, lambda mark: (work(), mark("alone")), (one.name, part))  # noqa: B023
+            phases[f"{part} alone"] = timed["alone"]
+    except torch.OutOfMemoryError as error:
+        one.failure = f"left out: {str(error).splitlines()[0]}"
+        return
+    if turn >= 0:
+        one.times.append(phases)
+        one.spent += time.perf_counter() - began
 
 
 def _time(clock: Clock, step: Callable[[Mark], Any], key: tuple[str, str]) -> dict[str, float]:

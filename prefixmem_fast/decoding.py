@@ -12,7 +12,7 @@ from torch import Tensor
 from .backends import resolve
 from .modules import PrefixMem
 from .ops import prefix_rows
-from .reference import accumulator, token_codes, token_entries
+from .reference import accumulator, order_rows, prefix_length, token_codes, token_entries
 from .sid import SIDVocabulary
 
 
@@ -110,18 +110,26 @@ class DecodingState:
     def _add_orders(self, level: Tensor) -> None:
         """Add what level ``[B]`` brings to the sums of the level before; 0 brings nothing."""
         spec, weight = self.encoder.config.spec, self.encoder.memory.weight
-        rows = prefix_rows(self.codes, spec, backend=self._backend)  # [B, L, N, H]
-        rows = rows.take_along_dim((level.clamp(min=1) - 1)[:, None, None, None], 1).squeeze(1)  # [B, N, H]
         if spec.mode == "prefix":
-            order = level.clamp(1, spec.max_order)
-            rows = rows.take_along_dim((order - 1)[:, None, None], 1)  # [B, 1, H]
+            rows = self._rows_of_order(level.clamp(1, spec.max_order))
             new = (level > 0) & (level <= spec.max_order)
         else:
+            rows = prefix_rows(self.codes, spec, backend=self._backend)  # [B, L, N, H]
+            rows = rows.take_along_dim((level.clamp(min=1) - 1)[:, None, None, None], 1).squeeze(1)  # [B, N, H]
             self._total.masked_fill_((level > 0)[:, None, None], 0)
             new = level > 0
         for row in rows.unbind(1):
             read = weight[row.clamp(min=0)].to(self._total.dtype)
             self._total.add_(torch.where(((row >= 0) & new[:, None])[..., None], read, 0))
+
+    def _rows_of_order(self, order: Tensor) -> Tensor:
+        """Rows ``[B, 1, H]`` of one order ``[B]`` a sequence, -1 where the prefix has ended; equal at every level."""
+        spec = self.encoder.config.spec
+        length = prefix_length(self.codes, spec)
+        codes = torch.where(torch.arange(spec.levels, device=order.device) < length[:, None], self.codes, 0)
+        rows = [order_rows(codes[:, :n], n, spec) for n in range(1, min(spec.max_order, spec.levels) + 1)]
+        rows = torch.stack(rows, 1).take_along_dim((order - 1)[:, None, None], 1)
+        return torch.where((length >= order)[:, None, None], rows, -1)
 
     def reorder(self, beams: Tensor) -> None:
         """Follow a beam search: sequence i goes on from sequence ``beams[i]``; another length changes the batch."""

@@ -53,14 +53,14 @@ def main_workloads(device: str) -> Grid:
 def sweep_workloads(device: str) -> Grid:
     """By importance; those of `main_workloads` are not done again."""
     if device == "cuda":
-        sizes, tables = (1, 16, 256, 4096, 1_048_576), (500_000, 5_000_000)
-        first, dtype = ({"codes": "hot"},), "float32"
+        before, sizes, tables, dtype = [], (1, 16, 256, 4096, 1_048_576), (500_000, 5_000_000), "float32"
     else:
-        sizes, tables = (1, 64, 1024, 65_536), (20_000, 2_000_000)
-        first, dtype = ({"codes": "zipf 1.05"}, {"codes": "hot"}), "bfloat16"
+        before, sizes = [{"codes": "zipf 1.05"}], (1, 1024, 65_536, 64)
+        tables, dtype = (20_000, 2_000_000), "bfloat16"
     changes = [
-        *first, *({"sids": sids} for sids in sizes), {"codes": "histories"}, {"table_rows": tables[0]},
-        {"dtype": dtype}, {"codes": "zipf 0.8"}, {"codes": "zipf 1.2"}, {"table_rows": tables[1]},
+        *before, *({"sids": sids} for sids in sizes), {"codes": "hot"}, {"codes": "histories"},
+        {"table_rows": tables[0]}, {"dtype": dtype}, {"codes": "zipf 0.8"}, {"codes": "zipf 1.2"},
+        {"table_rows": tables[1]},
     ]  # fmt: skip
     return vary(device, *changes)[1:]
 
