@@ -53,13 +53,12 @@ def main_workloads(device: str) -> Grid:
 def sweep_workloads(device: str) -> Grid:
     """By importance; those of `main_workloads` are not done again."""
     if device == "cuda":
-        before, sizes, tables, dtype = [], (1, 16, 256, 4096, 1_048_576), (500_000, 5_000_000), "float32"
+        sizes, tables, dtype = (4096, 1_048_576, 256, 16, 1), (500_000, 5_000_000), "float32"
     else:
-        before, sizes = [{"codes": "zipf 1.05"}], (1, 1024, 65_536, 64)
-        tables, dtype = (20_000, 2_000_000), "bfloat16"
+        sizes, tables, dtype = (1024, 65_536, 1, 64), (20_000, 2_000_000), "bfloat16"
+    codes = [{"codes": codes} for codes in ("zipf 1.05", "hot", "histories", "zipf 0.8", "zipf 1.2")]
     changes = [
-        *before, *({"sids": sids} for sids in sizes), {"codes": "hot"}, {"codes": "histories"},
-        {"table_rows": tables[0]}, {"dtype": dtype}, {"codes": "zipf 0.8"}, {"codes": "zipf 1.2"},
+        *({"sids": sids} for sids in sizes), *codes[device == "cuda" :], {"table_rows": tables[0]}, {"dtype": dtype},
         {"table_rows": tables[1]},
     ]  # fmt: skip
     return vary(device, *changes)[1:]
