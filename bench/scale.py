@@ -4,6 +4,7 @@
     rows, one each         R   = H * sum_n P_n                       n up to min(N, deepest active level)
     rows of hashed tables  R   = H * sum_n T                         T rows a table
     bytes                  R * (w * b + s)                           w columns of b bytes, s bytes of optimizer state
+    prefixes a row         P / T                                     of the last order
     shared in one head     1 - exp(-P / T)                           prefixes whose row is another's too
     shared in every head   the same to the power of H                heads hash independently
     traffic of a SID       N * H * w * b read, twice that and state to train, A * H * w * b of S and of its gradient
@@ -85,19 +86,23 @@ def tables(catalogue: Catalogue, sizes: list[float], measured: list[Row]) -> str
     counts = [[f"{n}", f"{p:,.0f}", f"{catalogue.codes**n:,}"] for n, p in enumerate(catalogue.prefixes(), 1)]
     lines = []
     rows = catalogue.exact_rows()
-    lines.append(["a row each", f"{rows:,.0f}", _size(catalogue.bytes(rows)), "0", "0", where(catalogue.bytes(rows))])
+    size = catalogue.bytes(rows)
+    lines.append(["a row each", f"{rows:,.0f}", _size(size), "1", "0", "0", where(size)])
     for size in sizes:
         rows = catalogue.hashed_rows(size)
         one, every = catalogue.shared(size)
-        total = catalogue.bytes(rows)
-        lines.append([f"T = {size:,.0f}", f"{rows:,.0f}", _size(total), f"{one:.1%}", f"{every:.2%}", where(total)])
+        total, load = catalogue.bytes(rows), catalogue.prefixes()[-1] / size
+        cells = [f"{rows:,.0f}", _size(total), f"{load:.3g}", f"{one:.1%}", f"{every:.2%}", where(total)]
+        lines.append([f"T = {size:,.0f}", *cells])
     traffic = [
         ["forward, rows alone", f"{catalogue.read_bytes():,}"],
         ["forward, gradient and update", f"{catalogue.trained_bytes():,}"],
     ]
     text = [
         markdown(["order", "distinct prefixes", "possible"], counts),
-        markdown(["tables", "rows", "bytes", "shared in one head", "in every head", "fits into"], lines),
+        markdown(
+            ["tables", "rows", "bytes", "prefixes a row", "shared in one head", "in every head", "fits into"], lines
+        ),
         markdown(["bytes a SID", ""], traffic),
     ]
     if rates := [_rate(row) for row in measured]:

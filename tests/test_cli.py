@@ -103,3 +103,25 @@ def test_unknown_command():
     with pytest.raises(SystemExit) as stop:
         main(["fly"])
     assert stop.value.code == 2
+
+
+def test_verify_stops_after_its_seconds(capsys):
+    code, report = run_json(capsys, "verify", "--backend", "cpu", "--cases", "50", "--seconds", "0.001")
+    assert code == 0
+    assert report["cases"] == 1
+    assert main(["verify", "--seconds", "0"]) == 2
+    assert "--seconds = 0.0; give more than 0" in capsys.readouterr().err
+
+
+def test_bench_is_the_benchmark_suite(capsys, monkeypatch):
+    assert main(["bench", "scale", "--items", "1e6", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["items"] == 1e6
+    assert main(["bench", "run", "nothing"]) == 2
+    assert capsys.readouterr().err.startswith("prefixmem bench: no benchmark is named 'nothing'")
+
+    def absent(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr("prefixmem_fast.cli.bench.importlib.import_module", absent)
+    assert main(["bench", "list"]) == 2
+    assert "pip install -e ." in capsys.readouterr().err
