@@ -91,6 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--where", nargs="+", default=[], metavar="name=value", help="only workloads with these values")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="name=value", help="one workload a benchmark: its first, so changed"
+    )
     parser.add_argument("--quick", action="store_true", help="one tiny workload a benchmark: whether everything runs")
 
 
@@ -202,7 +205,8 @@ def _compare(options: argparse.Namespace) -> int:
     if a.is_file():
         found = compare.compare_files(a, b)
     else:
-        selection = ["--where", *options.where] * bool(options.where) + ["--quick"] * options.quick
+        selection = ["--where", *options.where] * bool(options.where) + ["--set", *options.set] * bool(options.set)
+        selection += ["--quick"] * options.quick
         found = compare.compare_revisions(options.a, options.b, _names(options.names), selection, options.rounds)
     for one in found:
         print(json.dumps(one.as_row()) if options.json else one, flush=True)
@@ -261,12 +265,35 @@ def _names(given: list[str]) -> list[str]:
 
 
 def _chosen(options: argparse.Namespace, todo: list) -> list:
-    for condition in options.where:
-        name, equals, value = condition.partition("=")
-        known = {key for _, workload, _ in todo for key in workload}
-        if not equals or name not in known:
-            raise ValueError(f"--where {condition}: give name=value, with a name of {', '.join(sorted(known))}")
-        todo = [entry for entry in todo if str(entry[1].get(name)) == value]
+    """The workloads that --where and --set leave."""
+    conditions = _conditions("--where", options.where, todo)
+    todo = [entry for entry in todo if all(str(entry[1].get(name)) == value for name, value in conditions.items())]
     if not todo:
         raise ValueError(f"--where {' '.join(options.where)}: no workload has these values; see python -m bench list")
+    changes = _conditions("--set", options.set, todo)
+    if changes:
+        firsts = {one.name: (one, workload, audit) for one, workload, audit in reversed(todo)}
+        todo = [(one, _changed(workload, changes), audit) for one, workload, audit in reversed(firsts.values())]
     return todo
+
+
+def _conditions(option: str, given: list[str], todo: list) -> dict[str, str]:
+    known = sorted({name for _, workload, _ in todo for name in workload})
+    found = dict(condition.partition("=")[::2] for condition in given)
+    for condition in given:
+        if "=" not in condition or condition.partition("=")[0] not in known:
+            raise ValueError(f"{option} {condition}: give name=value, with a name of {', '.join(known)}")
+    return found
+
+
+def _changed(workload: dict[str, Any], changes: dict[str, str]) -> dict[str, Any]:
+    """Values of the type that they replace; names that a workload has not are another benchmark's."""
+    changed = dict(workload)
+    for name, value in changes.items():
+        if isinstance(workload.get(name), int):
+            if not value.isdecimal() or int(value) < 1:
+                raise ValueError(f"--set {name}={value}: give a whole number above 0")
+            changed[name] = int(value)
+        elif name in workload:
+            changed[name] = value
+    return changed

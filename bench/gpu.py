@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 CHECKS, PARITY = 170, 130  # seconds after which checks are cut off, and in which parity draws configurations
-COUNTERS = 45  # seconds kept for ncu
+COUNTERS = 60  # seconds kept for ncu
 PARITY_PROCESSES = 4  # each with a seed of its own
 KERNELS = "regex:prefix_memory_fwd|nested_sum|prefixes_kernel|mark_shared|sum_kernel"
 
@@ -61,9 +63,10 @@ def main() -> int:
     failed += _stage(_checks(), out, CHECKS)
     left = deadline - time.monotonic()
     seconds = max(left - COUNTERS - 20, 30)
-    benchmarks = Part(
-        "benchmarks", _module("bench", "run", "--seconds", f"{seconds:.0f}", "--out", str(out / "gpu.jsonl"))
+    command = _module(
+        "bench", "run", "--report", "--seconds", f"{seconds:.0f}", "--out", str(out / f"{_gpu_name()}.jsonl")
     )
+    benchmarks = Part("benchmarks", command)
     failed += _stage([benchmarks], out, left - 15)
     failed += _stage([_counters()], out, max(deadline - time.monotonic(), 15))
     print(f"failed: {', '.join(failed)}" if failed else "every part passed")
@@ -92,10 +95,10 @@ def _checks() -> list[Part]:
 
 def _counters() -> Part:
     profiler = shutil.which("ncu")
-    run = _module("bench", "run", "training", "--where", "codes=uniform", "--share", "0.01", "--out", os.devnull)
+    run = _module("bench", "run", "forward", "training-sweep", "--set", "codes=uniform", "--share", "0.01")
     command = [
         profiler or "ncu", "--clock-control", "none", "-k", KERNELS, "-c", "24", "--section", "SpeedOfLight",
-        "--section", "Occupancy", "--section", "MemoryWorkloadAnalysis", *run,
+        "--section", "Occupancy", "--section", "MemoryWorkloadAnalysis", *run, "--out", os.devnull,
     ]  # fmt: skip
     return Part("counters", command, None if profiler else "ncu is not on the PATH")
 
@@ -106,34 +109,46 @@ def _stage(parts: list[Part], out: Path, seconds: float) -> list[str]:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     started, deadline = time.monotonic(), time.monotonic() + seconds
     running: dict[str, tuple[subprocess.Popen, Path]] = {}
-    for part in parts:
-        if part.absent:
-            print(f"== {part.name}: skipped: {part.absent}", flush=True)
-            continue
-        log = out / "logs" / f"{part.name.replace(', ', '-').replace(' ', '-')}.log"
-        log.parent.mkdir(exist_ok=True)
-        with log.open("w") as file:
-            # From the build folder: the checkout's own prefixmem_fast, which has no kernels/, must not come first.
-            process = subprocess.Popen(part.command, cwd=BUILD, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        running[part.name] = (process, log)
     failed = []
-    while running:
-        time.sleep(0.2)
-        late = time.monotonic() > deadline
-        for name, (process, log) in list(running.items()):
-            if process.poll() is None and not late:
+    try:
+        for part in parts:
+            if part.absent:
+                print(f"== {part.name}: skipped: {part.absent}", flush=True)
                 continue
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-            code = "cut off" if late and process.returncode < 0 else f"exit code {process.returncode}"
-            print(log.read_text().strip())
-            took = f"{time.monotonic() - started:.0f} s"
-            print(f"== {name}: {'ok' if process.returncode == 0 else code}, {took}, log {log}", flush=True)
-            if process.returncode:
-                failed.append(name)
-            del running[name]
+            log = out / "logs" / f"{part.name.replace(', ', '-').replace(' ', '-')}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("w") as file:
+                # From the build folder: the checkout's own prefixmem_fast, which has no kernels/, must not come first.
+                process = subprocess.Popen(
+                    part.command, cwd=BUILD, env=environment, stdout=file, stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )  # fmt: skip
+            running[part.name] = (process, log)
+        while running:
+            time.sleep(0.2)
+            late = time.monotonic() > deadline
+            for name, (process, log) in list(running.items()):
+                if process.poll() is None and not late:
+                    continue
+                cut = process.poll() is None
+                if cut:
+                    _kill(process)
+                del running[name]
+                verdict = "cut off" if cut else "ok" if process.returncode == 0 else f"exit code {process.returncode}"
+                print(log.read_text().strip())
+                print(f"== {name}: {verdict}, {time.monotonic() - started:.0f} s, log {log}", flush=True)
+                if verdict != "ok":
+                    failed.append(name)
+    finally:
+        for process, _ in running.values():
+            _kill(process)
     return failed
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """With the processes that it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _module(name: str, *arguments: str) -> list[str]:
@@ -152,6 +167,13 @@ def _no_gpu() -> str | None:
     except ImportError:
         return f"{sys.executable} has no torch"
     return None if torch.cuda.is_available() else "torch finds no GPU"
+
+
+def _gpu_name() -> str:
+    """As `machine.name_of` writes it."""
+    import torch
+
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,7 +64,11 @@ def write_report(path: Path, folder: Path) -> list[Path]:
     if not rows:
         raise ValueError(f"{path} holds no rows; python -m bench run writes them")
     folder.mkdir(parents=True, exist_ok=True)
-    written = draw(rows, folder)
+    try:
+        written = draw(rows, folder)
+    except ImportError as error:
+        print(f"no plots: {error}; pip install matplotlib", file=sys.stderr)
+        written = []
     page = folder / "tables.md"
     _write(page, _page(rows, written))
     return [page, *written]

@@ -5,8 +5,8 @@
     rows of hashed tables  R   = H * sum_n T                         T rows a table
     bytes                  R * (w * b + s)                           w columns of b bytes, s bytes of optimizer state
     prefixes a row         P / T                                     of the last order
-    shared in one head     1 - exp(-P / T)                           prefixes whose row is another's too
-    shared in every head   the same to the power of H                heads hash independently
+    shared in a head       1 - exp(-P / T)                           prefixes whose row there is another's too
+    no row of its own      the same to the power of H                heads hash independently
     traffic of a SID       N * H * w * b read, twice that and state to train, A * H * w * b of S and of its gradient
 
 Real codes are not uniform: fewer prefixes are live than this says.
@@ -55,7 +55,7 @@ class Catalogue:
         return rows * (self.row_bytes + self.state_bytes)
 
     def shared(self, table_rows: float) -> tuple[float, float]:
-        """Share of the prefixes of the last order that share a row in one head, and in every head."""
+        """Share of the prefixes of the last order whose row in one head is another's too, and so in every head."""
         one = -math.expm1(-self.prefixes()[-1] / table_rows)
         return one, one**self.heads
 
@@ -101,7 +101,7 @@ def tables(catalogue: Catalogue, sizes: list[float], measured: list[Row]) -> str
     text = [
         markdown(["order", "distinct prefixes", "possible"], counts),
         markdown(
-            ["tables", "rows", "bytes", "prefixes a row", "shared in one head", "in every head", "fits into"], lines
+            ["tables", "rows", "bytes", "prefixes a row", "shared in a head", "no row of its own", "fits into"], lines
         ),
         markdown(["bytes a SID", ""], traffic),
     ]

@@ -214,6 +214,8 @@ def _make(contender: Contender, case: Case, device: str) -> _Made | str:
         wrong = case.check(thing)
     except torch.OutOfMemoryError as error:
         return f"left out: {str(error).splitlines()[0]}"
+    except NotImplementedError as error:  # such as a dtype that a library has no kernel for on this device
+        return f"not implemented there: {' '.join(str(error).split())[:200]}"
     except Exception as error:  # another library's failure must not end the run
         if contender.name.startswith("prefixmem_fast"):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from prefixmem_fast.data import load_interactions
 LEVELS, CODES, ORDERS, HEADS, WIDTH = 5, 2048, 4, 4, 64  # the paper's shape
 ACTIVE = (3, 4)
 BATCHES = 4  # different batches in turn
+DTYPES = ("float32", "bfloat16", "float16")
 BLOCK = 1 << 18  # rows of random values, repeated: filling the largest tables with new ones would take minutes
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"  # Semantic IDs and histories, where they are there
 SORT_BYTES = 52  # an entry of a radix sort of 32-bit keys in three passes, keys and places
@@ -61,6 +63,8 @@ class Workload:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype = {self.dtype!r}; allowed are {', '.join(DTYPES)}")
         return getattr(torch, self.dtype)
 
     @property
@@ -77,8 +81,8 @@ class Workload:
             codes = histories().codes
             places = torch.arange(self.sids) + seed * (len(codes) // BATCHES)
             return codes[places % len(codes)]
-        if self.codes.startswith("zipf "):
-            chance = torch.arange(1, CODES + 1, dtype=torch.float64) ** -float(self.codes.split()[1])
+        if exponent := re.fullmatch(r"zipf (\d+\.?\d*)", self.codes):
+            chance = torch.arange(1, CODES + 1, dtype=torch.float64) ** -float(exponent[1])
             drawn = torch.multinomial(chance, self.sids * LEVELS, replacement=True, generator=generator)
             return drawn.view(self.sids, LEVELS)
         if self.codes not in ("uniform", "hot"):

@@ -82,6 +82,8 @@ def language_model(device: str, model: str, histories: int, table_rows: int, dty
     """A training step of a causal LM over histories of 32 SIDs, without the encoder and with it."""
     import transformers  # noqa: F401  said to be missing before anything is set up
 
+    if model not in SHAPES:
+        raise ValueError(f"model = {model!r}; allowed are {', '.join(SHAPES)}")
     spec = AddressSpec((CODES,) * LEVELS, table_rows=table_rows, active_levels=(3, 4))
     vocabulary = vocabulary_of(spec)
     generator = torch.Generator().manual_seed(0)

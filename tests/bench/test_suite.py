@@ -266,6 +266,13 @@ def test_a_failing_peer_is_named_and_ours_raises():
         run_case(case_of([contender("prefixmem_fast", fail)]))
 
 
+def test_what_a_library_has_no_kernel_for_is_no_failure():
+    def fail():
+        raise NotImplementedError("no bfloat16")
+
+    assert run_case(case_of([contender("peer", fail)]))[0]["skipped"] == "not implemented there: no bfloat16"
+
+
 def test_what_does_not_fit_is_left_out():
     rows = run_case(case_of([contender("large", needs=1 << 60), contender("none", None, missing="not here")]))
     assert rows[0]["skipped"].startswith("left out: it takes 1073741824.0 GiB")
@@ -411,6 +418,13 @@ def test_the_plan_takes_the_first_workload_of_each_benchmark_first():
         (["run", "nothing"], "no benchmark is named 'nothing'; there are forward"),
         (["run", "--where", "sids"], "--where sids: give name=value"),
         (["run", "--where", "sids=7"], "no workload has these values"),
+        (["run", "--set", "rows=7"], "--set rows=7: give name=value, with a name of beams"),
+        (["run", "--set", "sids=many"], "--set sids=many: give a whole number above 0"),
+        (
+            ["run", "forward", "--quick", "--set", "dtype=int8"],
+            "dtype = 'int8'; allowed are float32, bfloat16, float16",
+        ),
+        (["run", "forward", "--quick", "--set", "codes=zipf"], "codes = 'zipf'; allowed are uniform, zipf <exponent>"),
         (["run", "--seconds", "0"], "--seconds 0.0 is not above 0"),
         (["report", "nowhere.jsonl"], "nowhere.jsonl"),
         (["compare", "nowhere.jsonl", "HEAD"], "'nowhere.jsonl' is neither a file of rows nor a revision"),
@@ -438,6 +452,26 @@ def test_list_names_benchmarks_and_workloads(capsys):
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["benchmark"] for row in rows] == list(suite.BENCHMARKS)
     assert all(row["summary"] and row["workloads"] for row in rows)
+
+
+def test_a_workload_of_ones_own(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    arguments = [
+        "run",
+        "tokens",
+        "forward-sweep",
+        "--set",
+        "sids=96",
+        "table_rows=700",
+        "codes=zipf 1.5",
+        "--out",
+        str(out),
+    ]
+    assert main([*arguments, "--share", "0.01"]) == 0
+    rows = read_rows(out)
+    assert {row["benchmark"] for row in rows} == {"tokens", "forward-sweep"}
+    expected = {"codes": "zipf 1.5", "sids": 96, "table_rows": 700, "dtype": "float32"}
+    assert all(row["workload"] == expected for row in rows)
 
 
 def test_seconds_leave_later_workloads_out(tmp_path, capsys):
