@@ -161,8 +161,9 @@ def _floor(rows: list[Row], plt):
         axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
         for i, one in enumerate(here):
             axis.text(max(one[1:]), i, f"  {one[1]:.2g}", va="center", fontsize=8)
-        axis.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+        axis.margins(y=0.02)
     axis.set_xlabel("% of the copy bandwidth of the same run")
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside upper right", ncols=2)
     return figure
 
 

@@ -63,7 +63,9 @@ def describe(workload: dict[str, Any]) -> str:
     forms = {"sids": "{} SIDs", "table_rows": "T = {}", "vocabulary": "a vocabulary of {}"}
     parts = []
     for name, value in workload.items():
-        if isinstance(value, int):
+        if name == "sids" and value == 1:
+            parts.append("1 SID")
+        elif isinstance(value, int):
             parts.append(forms.get(name, f"{{}} {name.replace('_', ' ')}").format(f"{value:,}"))
         else:
             parts.append(str(value))

@@ -120,11 +120,12 @@ def as_row(catalogue: Catalogue, sizes: list[float]) -> dict[str, Any]:
 
 
 def measured_steps(path: Path) -> list[Row]:
-    """The fused steps of a file of rows, by tables and batch."""
+    """The fused steps of a file of rows over 1,024 SIDs and more, by tables and batch."""
     rows = [
         row for row in latest(read_rows(path))
         if row.get("metric") == "step" and row["benchmark"].startswith("training")
         and row["provider"] == "prefixmem_fast, fused, row-wise Adagrad" and row["workload"]["codes"] == "uniform"
+        and row["workload"]["sids"] >= 1024
     ]  # fmt: skip
     return sorted(rows, key=lambda row: (row["workload"]["table_rows"], row["workload"]["sids"]))
 

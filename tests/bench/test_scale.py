@@ -58,7 +58,7 @@ def test_the_command(capsys, tmp_path):
     assert row["bytes"]["exact"] == pytest.approx(132 * row["rows"]["exact"])
     measured = {
         "benchmark": "training", "provider": "prefixmem_fast, fused, row-wise Adagrad", "metric": "step", "p50": 100.0,
-        "workload": {"codes": "uniform", "sids": 1000, "table_rows": 500, "dtype": "float32"}, "run": "1", "threads": 2,
+        "workload": {"codes": "uniform", "sids": 2000, "table_rows": 500, "dtype": "float32"}, "run": "1", "threads": 2,
         "machine": {"gpus": [], "cpu": "a CPU"}, "floor": {"algorithmic_bytes": 1e9},
     }  # fmt: skip
     path = tmp_path / "rows.jsonl"
@@ -66,5 +66,5 @@ def test_the_command(capsys, tmp_path):
     assert main(["scale", "--rows", str(path)]) == 0
     text = capsys.readouterr().out
     assert "| 1e+09" not in text
-    assert "| a CPU, 2 threads | T = 500, 1,000 SIDs, float32 |" in text
-    assert "0.01 |" in text
+    assert "| a CPU, 2 threads | T = 500, 2,000 SIDs, float32 |" in text
+    assert "0.02 |" in text
