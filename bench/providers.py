@@ -197,6 +197,9 @@ class FusedTable(Provider):
         super().__init__(spec, weight)
         self.weight = nn.Parameter(weight)
         self.optimizer = type(self).make([self.weight], lr=LR)
+        # On the device from the start: to send them there in each step would make the device wait.
+        self.multipliers = torch.tensor(spec.multipliers, device=weight.device)
+        self.offsets = torch.tensor(spec.offsets, device=weight.device)
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.sums(self.embed(self.hashed(codes)))
@@ -205,8 +208,8 @@ class FusedTable(Provider):
         """Rows int64 ``[M, N, H]``."""
         spec, index, rows = self.spec, 0, []
         for order in range(1, min(spec.max_order, spec.active_levels[-1]) + 1):
-            index = index ^ (codes[:, order - 1, None] * codes.new_tensor(spec.multipliers[order - 1]))
-            rows.append(codes.new_tensor(spec.offsets[order - 1]) + index % spec.rows_per_order[order - 1])
+            index = index ^ (codes[:, order - 1, None] * self.multipliers[order - 1])
+            rows.append(self.offsets[order - 1] + index % spec.rows_per_order[order - 1])
         return torch.stack(rows, dim=1)
 
     def embed(self, rows: Tensor) -> Tensor:
@@ -322,6 +325,7 @@ class FbgemmTables(Provider):
             weights_precision=precision,
             output_dtype=SparseType.FP32,
         )
+        self.offsets = torch.tensor(spec.offsets, device=weight.device)
         starts = [start for heads in spec.offsets for start in heads]
         for table, start in zip(self.tables(), starts, strict=True):
             table.copy_(weight[start : start + len(table)])
@@ -330,7 +334,7 @@ class FbgemmTables(Provider):
         spec = self.spec
         rows = prefix_rows(codes, spec)[:, spec.active_levels[-1] - 1]  # [M, N, H]
         orders = len(spec.orders_at(spec.active_levels[-1]))
-        rows = (rows - rows.new_tensor(spec.offsets))[:, :orders]
+        rows = (rows - self.offsets)[:, :orders]
         # Bags of one row; tables of orders that no level reads get no bags.
         empty = (spec.max_order - orders) * spec.heads * len(codes)
         bags = torch.arange(rows.numel() + 1, device=codes.device)

@@ -1,6 +1,7 @@
 """How benchmarks are set up, checked, run and stored."""
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -490,6 +491,34 @@ def test_the_gpu_suite_says_that_there_is_no_gpu():
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines][-4:] == ["tests", "sanitizer", "benchmarks", "counters"]
     assert all(line.endswith("skipped: torch finds no GPU") for line in lines)
+
+
+def test_the_gpu_suite_builds_the_package_and_keeps_its_time(tmp_path, capsys, monkeypatch):
+    """With a device that is only said to be there: what would run, in which stages, from which packages."""
+    from bench import gpu
+
+    stages = []
+
+    def stage(parts, out, seconds):
+        stages.append((parts, seconds))
+        return ["tests"] if len(stages) == 2 else []
+
+    monkeypatch.setattr(gpu, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(gpu, "_no_gpu", lambda: None)
+    monkeypatch.setattr(gpu, "_gpu_name", lambda: "a-gpu")
+    monkeypatch.setattr(gpu, "_stage", stage)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "out"), "--seconds", "400"])
+    assert gpu.main() == 1
+    assert capsys.readouterr().out.endswith("failed: tests\n")
+    assert [len(parts) for parts, _ in stages] == [1, gpu.PARITY_PROCESSES + 2, 1, 1]
+    (benchmarks,), seconds = stages[2]
+    assert benchmarks.command[-1] == str(tmp_path / "out" / "a-gpu.jsonl")
+    assert float(benchmarks.command[benchmarks.command.index("--seconds") + 1]) < seconds < 400
+    environment = {**os.environ, "PYTHONPATH": f"{gpu.BUILD}{os.pathsep}{ROOT}"}
+    code = "import prefixmem_fast.kernels, prefixmem_fast.bench.cli, bench; print(prefixmem_fast.__file__)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=gpu.BUILD, env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith(str(gpu.BUILD)), done.stderr
 
 
 def test_stages_of_the_gpu_suite_run_side_by_side_and_are_cut_off(tmp_path, capsys, monkeypatch):
