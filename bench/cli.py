@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     measure.add_argument("--seconds", type=float, help="start no further workload after so many")
     measure.add_argument("--share", type=float, default=0.5, help="seconds a provider and workload (default: 0.5)")
+    measure.add_argument("--no-audit", action="store_true", help="times alone, no memory and no launches")
     measure.add_argument("--report", action="store_true", help="then write tables and plots, as `report` does")
     measure.add_argument("--commit", help="name of the library's revision, where it is not a checkout's")
     report = add("report", "Markdown tables and plots from a file of rows.")
@@ -164,7 +165,13 @@ def _run(options: argparse.Namespace) -> int:
             continue
         rows = []
         for row in run_workload(
-            one, workload, clock, ceilings, seconds=0.05 if options.quick else options.share, audit=audit, state=state
+            one,
+            workload,
+            clock,
+            ceilings,
+            seconds=0.05 if options.quick else options.share,
+            audit=0 if options.no_audit else audit,
+            state=state,
         ):
             append_rows(out, [row], about)  # at once: a run that is cut off keeps what it had
             rows.append(row)

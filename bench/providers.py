@@ -23,7 +23,8 @@ class Provider:
     Attributes:
         reads, gradient, rule: what reads the rows, what sums their gradient, and the optimizer, for tables; this
             package's own begin with its name.
-        copies: how many times the bytes of the tables it takes while it is made and trains.
+        copies, half_copies: how many times the bytes of float32, and of half-precision, tables it takes while it is
+            made and trains.
         first_step: what its optimizer makes of rows ``[U, w]`` with gradients ``[U, w]`` in its first step.
         optimizer: what `update` steps, or None where the backward pass updates.
     """
@@ -31,7 +32,7 @@ class Provider:
     reads: str
     gradient = "dense gradient"
     rule = "AdamW"
-    copies = 1
+    copies = half_copies = 1
     optimizer: torch.optim.Optimizer | None = None
     first_step: Callable[[Tensor, Tensor], Tensor]
 
@@ -87,12 +88,32 @@ class Provider:
         return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
 
 
+def _optimizer(make: Callable[..., torch.optim.Optimizer], tables: list[Tensor]) -> torch.optim.Optimizer:
+    return make(tables, lr=LR, **({"fused": tables[0].is_cuda} if make is torch.optim.AdamW else {}))
+
+
+def level_sums(read: Tensor, spec: AddressSpec) -> Tensor:
+    """S ``[M, A, H * w]`` from the rows' values ``[M, N, H, w]``, by a running sum."""
+    sums, done, out = 0, 0, []
+    for level in spec.active_levels:
+        orders = min(level, read.shape[1])
+        sums = sums + read[:, done:orders].sum(1).flatten(1)
+        done = orders
+        out.append(sums)
+    return torch.stack(out, dim=1)
+
+
 def adagrad(w: Tensor, g: Tensor) -> Tensor:
     return w - LR * g / (g.square().mean(1, keepdim=True).sqrt() + 1e-10)
 
 
 def adam(w: Tensor, g: Tensor) -> Tensor:
     return w - LR * g / (g.abs() + 1e-8)
+
+
+def sparse_adam(w: Tensor, g: Tensor) -> Tensor:
+    """torch.optim.SparseAdam adds eps before it corrects the second moment."""
+    return w - LR * g / (g.abs() + 1e-8 / (1 - 0.999) ** 0.5)
 
 
 def adamw(w: Tensor, g: Tensor) -> Tensor:
@@ -108,7 +129,7 @@ class Ours(Provider):
     def __init__(self, spec: AddressSpec, weight: Tensor) -> None:
         super().__init__(spec, weight)
         self.weight = nn.Parameter(weight)
-        self.optimizer = type(self).make([self.weight], lr=LR)
+        self.optimizer = _optimizer(type(self).make, [self.weight])
 
     def forward(self, codes: Tensor) -> Tensor:
         return prefix_memory(
@@ -124,7 +145,7 @@ class FusedAdagrad(Ours):
 class FusedLazyAdam(Ours):
     gradient, rule = "fused", "lazy Adam"
     grad, make, first_step = "fused", optim.LazyAdam, staticmethod(adam)
-    copies = 3
+    copies, half_copies = 3, 5
 
 
 class SparseAdagrad(Ours):
@@ -133,7 +154,7 @@ class SparseAdagrad(Ours):
 
 
 class DenseAdamW(Ours):
-    copies = 5
+    copies, half_copies = 5, 6
 
 
 class DeterministicAdamW(DenseAdamW):
@@ -154,7 +175,7 @@ class EagerTables(Provider):
     """What a user writes first: one nn.Embedding a table, hashes in PyTorch, a sum over orders a level, AdamW."""
 
     reads = "eager PyTorch, one nn.Embedding a table"
-    copies = 5
+    copies = half_copies = 5
     first_step = staticmethod(adamw)
 
     def __init__(self, spec: AddressSpec, weight: Tensor) -> None:
@@ -165,7 +186,7 @@ class EagerTables(Provider):
                 start = spec.offsets[order - 1][head]
                 rows = weight[start : start + spec.rows_per_order[order - 1]]
                 self.embeddings[order, head] = nn.Embedding.from_pretrained(rows, freeze=False)
-        self.optimizer = torch.optim.AdamW([table.weight for table in self.embeddings.values()], lr=LR)
+        self.optimizer = _optimizer(torch.optim.AdamW, [table.weight for table in self.embeddings.values()])
 
     def forward(self, codes: Tensor) -> Tensor:
         spec, out = self.spec, []
@@ -188,21 +209,21 @@ class FusedTable(Provider):
 
     reads = "plain PyTorch, one fused table"
     gradient, rule = "sparse gradient", "SparseAdam"
-    copies = 3
+    copies = half_copies = 3
     sparse = True
     make: Callable[..., torch.optim.Optimizer] = torch.optim.SparseAdam
-    first_step = staticmethod(adam)
+    first_step = staticmethod(sparse_adam)
 
     def __init__(self, spec: AddressSpec, weight: Tensor) -> None:
         super().__init__(spec, weight)
         self.weight = nn.Parameter(weight)
-        self.optimizer = type(self).make([self.weight], lr=LR)
+        self.optimizer = _optimizer(type(self).make, [self.weight])
         # On the device from the start: to send them there in each step would make the device wait.
         self.multipliers = torch.tensor(spec.multipliers, device=weight.device)
         self.offsets = torch.tensor(spec.offsets, device=weight.device)
 
     def forward(self, codes: Tensor) -> Tensor:
-        return self.sums(self.embed(self.hashed(codes)))
+        return level_sums(self.embed(self.hashed(codes)), self.spec)
 
     def hashed(self, codes: Tensor) -> Tensor:
         """Rows int64 ``[M, N, H]``."""
@@ -215,22 +236,12 @@ class FusedTable(Provider):
     def embed(self, rows: Tensor) -> Tensor:
         return F.embedding(rows, self.weight, sparse=self.sparse)
 
-    def sums(self, read: Tensor) -> Tensor:
-        """S from the rows' values ``[M, N, H, w]``."""
-        sums, done, out = 0, 0, []
-        for level in self.spec.active_levels:
-            orders = min(level, read.shape[1])
-            sums = sums + read[:, done:orders].sum(1).flatten(1)
-            done = orders
-            out.append(sums)
-        return torch.stack(out, dim=1)
-
 
 class DenseTable(FusedTable):
     """The same with the dense gradient of torch's embedding_dense_backward."""
 
     gradient, rule = "embedding_dense_backward", "AdamW"
-    copies = 5
+    copies = half_copies = 5
     sparse, make, first_step = False, torch.optim.AdamW, staticmethod(adamw)
 
 
@@ -291,7 +302,7 @@ class FbgemmTables(Provider):
 
     reads = "FBGEMM table batched embeddings"
     gradient, rule = "fused", "row-wise Adagrad"
-    copies = 2
+    copies = half_copies = 2
     first_step = staticmethod(adagrad)
 
     @classmethod
@@ -339,14 +350,8 @@ class FbgemmTables(Provider):
         empty = (spec.max_order - orders) * spec.heads * len(codes)
         bags = torch.arange(rows.numel() + 1, device=codes.device)
         bags = torch.cat([bags, bags[-1:].expand(empty)])
-        read = self.embeddings(rows.flatten(1).T.flatten(), bags).view(len(codes), spec.max_order, -1)
-        sums, done, out = 0, 0, []
-        for level in spec.active_levels:
-            orders = min(level, spec.max_order)
-            sums = sums + read[:, done:orders].sum(1)
-            done = orders
-            out.append(sums)
-        return torch.stack(out, dim=1)
+        read = self.embeddings(rows.flatten(1).T.flatten(), bags).view(len(codes), spec.max_order, spec.heads, -1)
+        return level_sums(read[:, :orders], spec)
 
     def backward(self, out: Tensor, grad: Tensor) -> None:
         out.backward(grad.to(out.dtype))

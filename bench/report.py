@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -80,7 +81,8 @@ def _page(rows: list[Row], pictures: list[Path]) -> str:
     gpu = found["gpus"][0] if found["gpus"] else None
     name = f"{gpu['name']}, driver {gpu['driver']}" if gpu else f"{found['cpu']}, {about['threads']} threads"
     copies = sorted({row["ceilings"]["copy_bytes_per_second"] / 1e9 for row in rows})
-    runs = dict.fromkeys((row["commit"][:12] + row["commit"][40:], row["date"][:10]) for row in rows)
+    shorten = re.compile("([0-9a-f]{12})[0-9a-f]{28}")
+    runs = dict.fromkeys((shorten.sub(r"\1", row["commit"]), row["date"][:10]) for row in rows)
     text = [
         f"# {name}\n",
         "Written by `python -m bench report`. Medians; percent of the floor is the time that the fewest bytes take "

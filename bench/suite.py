@@ -15,6 +15,7 @@ import gc
 import itertools
 import multiprocessing
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -74,6 +75,23 @@ class Case:
     held: Callable[[Any], int] | None = None
     steps: int = 1
     least_turns: int = 3
+
+
+LEARNING = {"step": ("forward", "backward", "update")}
+
+
+def learning(batches: list[torch.Tensor]) -> Callable[[Any, int, Mark], None]:
+    """`Case.step` of things with `loss(batch)` and `update()`; LEARNING is its total."""
+
+    def step(one: Any, turn: int, mark: Mark) -> None:
+        loss = one.loss(batches[turn % len(batches)])
+        mark("forward")
+        loss.backward()
+        mark("backward")
+        one.update()
+        mark("update")
+
+    return step
 
 
 @dataclass(frozen=True)
@@ -137,6 +155,9 @@ def run(
     except ImportError as error:
         yield {**base, "provider": "every provider", "skipped": f"not installed: {error}; pip install '.[train]'"}
         return
+    except torch.OutOfMemoryError as error:
+        yield {**base, "provider": "every provider", "skipped": _out_of_memory(error)}
+        return
     measured = []
     for row in _measure(case, clock, ceilings, seconds, audit, state, describe(workload)):
         if row.get("metric") and row["provider"] not in measured:
@@ -194,10 +215,13 @@ def _measure(
                 row["floor"] = _floor(case.floors[metric], row["p50"] / 1e3, ceilings["copy_bytes_per_second"])
             yield {**row, "remarks": _remarks(row, found), "state": found}
         if i < audit and clock.device == "cuda":
-            counted = {"provider": one.name, **_COUNTED}
-            yield {**counted, "metric": "launches", "unit": "launches", **_same(_launches(case, one.thing))}
-            if case.held:
-                yield {**counted, **_memory_on_device(case, one.thing)}
+            try:
+                counts = [_launches(case, one.thing), *([_memory_on_device(case, one.thing)] if case.held else [])]
+            except Exception as error:
+                yield {"provider": one.name, "skipped": f"counts: {_failure(error)}"}
+                continue
+            for count in counts:
+                yield {"provider": one.name, **_COUNTED, **count}
 
 
 def _make(contender: Contender, case: Case, device: str) -> _Made | str:
@@ -212,15 +236,24 @@ def _make(contender: Contender, case: Case, device: str) -> _Made | str:
         thing = contender.make()
         began = time.perf_counter()
         wrong = case.check(thing)
-    except torch.OutOfMemoryError as error:
-        return f"left out: {str(error).splitlines()[0]}"
-    except NotImplementedError as error:  # such as a dtype that a library has no kernel for on this device
-        return f"not implemented there: {' '.join(str(error).split())[:200]}"
-    except Exception as error:  # another library's failure must not end the run
-        if contender.name.startswith("prefixmem_fast"):
-            raise
-        return f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    except Exception as error:  # one's failure must not end the run
+        return _failure(error)
     return f"WRONG: {wrong}; not timed" if wrong else _Made(contender.name, thing, time.perf_counter() - began)
+
+
+def _failure(error: Exception) -> str:
+    """Why a contender has no time; what may be a fault is shown whole on the way."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return _out_of_memory(error)
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, NotImplementedError):  # such as a dtype that a library has no kernel for on this device
+        return f"not implemented there: {text}"
+    traceback.print_exception(error)
+    return f"FAILED: {type(error).__name__}: {text}"
+
+
+def _out_of_memory(error: Exception) -> str:
+    return f"left out: {str(error).splitlines()[0]}"
 
 
 def free_bytes(device: str) -> int:
@@ -261,8 +294,9 @@ def _take_turn(case: Case, one: _Made, turn: int, clock: Clock) -> None:
         for part, work in one.alone.items():
             timed = _time(clock, lambda mark: (work(), mark("alone")), (one.name, part))  # noqa: B023
             phases[f"{part} alone"] = timed["alone"]
-    except torch.OutOfMemoryError as error:
-        one.failure = f"left out: {str(error).splitlines()[0]}"
+    except Exception as error:
+        one.failure, one.thing, one.alone = _failure(error), None, {}
+        gc.collect()
         return
     if turn >= 0:
         one.times.append(phases)
@@ -302,16 +336,20 @@ def _same(value: float) -> dict[str, float]:
     return dict.fromkeys(("p50", "p20", "p80"), value)
 
 
-def _launches(case: Case, thing: Any) -> int:
+def _launches(case: Case, thing: Any) -> Row:
     """Kernels that one step launches, copies and fills not counted."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
         case.step(thing, 0, lambda phase: None)
         torch.cuda.synchronize()
-    kernels = [event for event in found.events() if event.device_type == DeviceType.CUDA]
-    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels) // case.steps
+    kernels = [
+        event for event in found.events()
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]  # fmt: skip
+    count = sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels) / case.steps
+    return {"metric": "launches", "unit": "launches", **_same(count)}
 
 
 def _memory_on_device(case: Case, thing: Any) -> Row:

@@ -18,7 +18,9 @@ LEVELS, CODES, ORDERS, HEADS, WIDTH = 5, 2048, 4, 4, 64  # the paper's shape
 ACTIVE = (3, 4)
 BATCHES = 4  # different batches in turn
 DTYPES = ("float32", "bfloat16", "float16")
-BLOCK = 1 << 18  # rows of random values, repeated: filling the largest tables with new ones would take minutes
+# Rows of random values, repeated: filling the largest tables with new ones would take minutes. Their number is odd, so
+# an offset that wraps at a power of two reads other values.
+BLOCK = (1 << 18) - 5
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"  # Semantic IDs and histories, where they are there
 SORT_BYTES = 52  # an entry of a radix sort of 32-bit keys in three passes, keys and places
 FIRST_TOKEN = 100  # ids below are text

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixmem_fast import DecodingState, PrefixMem, PrefixMemConfig
+from prefixmem_fast import AddressSpec, DecodingState, PrefixMem, PrefixMemConfig
 
 from ..measure import Mark
 from ..providers import EagerTables, FusedTable, Provider
@@ -28,19 +28,25 @@ def workloads(device: str) -> list[dict[str, Any]]:
 
 
 class Recomputed:
-    """What a user writes: the codes of the SID so far are kept, and a step reads its prefix anew."""
+    """What a user writes: the codes of the SID so far are kept, and a step at an active level reads its prefix anew."""
 
     def __init__(self, provider: type[Provider], encoder: PrefixMem, sequences: int) -> None:
-        self.spec = encoder.config.spec
-        self.provider, self.encoder = provider(self.spec, encoder.memory.weight.detach()), encoder
-        self.codes = torch.zeros(sequences, self.spec.levels, dtype=torch.int64, device=encoder.memory.weight.device)
+        spec, weight = encoder.config.spec, encoder.memory.weight.detach()
+        self.encoder = encoder
+        self.providers = {level: provider(_only(spec, level), weight) for level in spec.active_levels}
+        self.codes = torch.zeros(sequences, spec.levels, dtype=torch.int64, device=weight.device)
 
     def step(self, level: int, codes: Tensor) -> Tensor:
         self.codes[:, level - 1] = codes
-        if level not in self.spec.active_levels:
+        if level not in self.providers:
             return self.encoder.out_proj.weight.new_zeros(len(codes), HIDDEN)
-        S = self.provider.forward(self.codes)[:, self.spec.active_levels.index(level)]
+        S = self.providers[level].forward(self.codes)[:, 0]
         return self.encoder.out_proj(S.to(self.encoder.out_proj.weight.dtype))
+
+
+def _only(spec: AddressSpec, level: int) -> AddressSpec:
+    """The same rows, read at one level."""
+    return AddressSpec.from_dict({**spec.to_dict(), "active_levels": [level]})
 
 
 class Stepped:
@@ -59,6 +65,7 @@ class Stepped:
 class Graphed:
     """The steps of a whole SID captured in CUDA graphs, one a level, and replayed on other codes."""
 
+    @torch.no_grad()
     def __init__(self, stepper: Recomputed | Stepped, levels: int, codes: Tensor) -> None:
         self.codes = codes.clone()
         side = torch.cuda.Stream()

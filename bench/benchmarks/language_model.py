@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prefixmem_fast import AddressSpec, PrefixMem, PrefixMemConfig, attach, optim
+from prefixmem_fast import AddressSpec, PrefixMem, PrefixMemConfig, attach, optim, reference
 
-from ..measure import Mark
-from ..suite import Case, Contender, benchmark
+from ..suite import LEARNING, Case, Contender, benchmark, learning
 from ..workloads import BATCHES, CODES, FIRST_TOKEN, HEADS, LEVELS, WIDTH, token_stream, vocabulary_of
 
 QWEN3 = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 28}
@@ -50,19 +50,39 @@ class Model:
         finally:
             torch.set_default_dtype(default)
         dense = list(self.model.parameters())
+        self.encoder: PrefixMem | None = None
         self.optimizers: list[torch.optim.Optimizer] = []
         if grad:
             # W_out starts from zero, so the first loss is that of the model alone.
             given = PrefixMemConfig(spec, HEADS * WIDTH, config.hidden_size, output_init_std=0.0)
             encoder = PrefixMem(given, grad=grad, device=device, dtype=dtype)
             attach(self.model, encoder, vocabulary)
+            self.encoder, self.vocabulary = encoder, vocabulary
             self.optimizers.append(optim.RowWiseAdagrad([encoder.memory.weight], lr=1e-2))
             dense.append(encoder.out_proj.weight)
         self.optimizers.append(torch.optim.AdamW(dense, lr=1e-5, fused=device == "cuda"))
 
     def loss(self, ids: Tensor) -> Tensor:
-        logits = self.model(input_ids=ids).logits
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        return _loss(self.model(input_ids=ids).logits, ids)
+
+    @torch.no_grad()
+    def wrong_memory(self, ids: Tensor, without: float) -> str | None:
+        """How the loss is wrong with a W_out that is not zero, against embeddings to which the reference is added."""
+        memory, W_out = self.encoder.memory.weight, self.encoder.out_proj.weight
+        generator = torch.Generator(W_out.device).manual_seed(3)
+        W_out.normal_(std=1.0, generator=generator)
+        found = float(self.loss(ids))
+        table = self.vocabulary.token_table(ids.device)
+        S = reference.token_memory(ids, table, memory, self.encoder.config.spec)
+        embeddings = self.model.get_input_embeddings()(ids) + nn.functional.linear(S, W_out)
+        W_out.zero_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that embeddings are read as text, which is what is wanted here
+            expected = float(_loss(self.model(inputs_embeds=embeddings).logits, ids))
+        if abs(expected - without) < 1e-2:
+            return f"the memory moves the loss by {abs(expected - without):.2g} alone, too little to be checked"
+        off = abs(found - expected)
+        return f"its loss {found:.5g} is not the reference's {expected:.5g}" if not off <= 2e-3 * expected else None
 
     def update(self) -> None:
         for optimizer in self.optimizers:
@@ -94,20 +114,13 @@ def language_model(device: str, model: str, histories: int, table_rows: int, dty
     shape, kind = SHAPES[model], getattr(torch, dtype)
     expected: list[float] = []
 
-    def step(one: Model, turn: int, mark: Mark) -> None:
-        loss = one.loss(batches[turn % BATCHES])
-        mark("forward")
-        loss.backward()
-        mark("backward")
-        one.update()
-        mark("update")
-
     @torch.no_grad()
     def check(one: Model) -> str | None:
         loss = float(one.loss(batches[0]))
         expected.append(loss)  # the first contender is the model alone
-        off = abs(loss - expected[0])
-        return f"its loss {loss:.5g} is not that of the model alone, {expected[0]:.5g}" if not off <= 1e-3 else None
+        if not abs(loss - expected[0]) <= 1e-3:
+            return f"its loss {loss:.5g} with W_out zero is not that of the model alone, {expected[0]:.5g}"
+        return one.wrong_memory(batches[0], loss) if one.encoder else None
 
     needs = _parameters(shape) * kind.itemsize * 5
     names = {"without the encoder": "", "prefixmem_fast, fused": "fused", "prefixmem_fast, sparse gradient": "sparse"}
@@ -116,9 +129,13 @@ def language_model(device: str, model: str, histories: int, table_rows: int, dty
         for name, grad in names.items()
     ]
     return Case(
-        contenders, step, check, held=(lambda one: one.held()) if device == "cuda" else None, least_turns=7,
-        totals={"step": ("forward", "backward", "update")},
+        contenders, learning(batches), check, totals=LEARNING, least_turns=7,
+        held=(lambda one: one.held()) if device == "cuda" else None,
     )  # fmt: skip
+
+
+def _loss(logits: Tensor, ids: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def _parameters(shape: dict[str, Any]) -> int:

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from prefixmem_fast import PrefixMem, PrefixMemConfig
 
-from ..measure import Mark
 from ..providers import EagerTables, FusedAdagrad, FusedTable, Provider, SparseAdagrad
-from ..suite import Case, Contender, benchmark
-from ..workloads import BATCHES, HEADS, WIDTH, Workload
-from .tables import QUICK, vary
+from ..suite import LEARNING, Case, Contender, benchmark, learning
+from ..workloads import HEADS, WIDTH, Workload
+from .tables import QUICK, Sample, differs, sampled_rows, vary, wrong_update
 
 HIDDEN = 256
 
@@ -66,22 +65,15 @@ def pretraining(device: str, **given: Any) -> Case:
     workload = Workload(**given)
     batches = workload.batches(device)
     weight = workload.weight(device)
-    with torch.no_grad():
-        expected = _library_loss(workload, weight, batches[0])
+    expected, sample, before = _library_step(workload, weight, batches[0])
     del weight
 
-    def step(one: Learner, turn: int, mark: Mark) -> None:
-        loss = one.loss(batches[turn % BATCHES])
-        mark("forward")
-        loss.backward()
-        mark("backward")
-        one.update()
-        mark("update")
-
-    @torch.no_grad()
     def check(one: Learner) -> str | None:
-        off = abs(float(one.loss(batches[0])) - expected)
-        return f"its loss is off by {off:.3g} of {expected:.4g}" if not off <= 1e-2 * expected else None
+        with torch.no_grad():
+            wrong = differs(one.model.encoder(batches[0]), expected)
+        one.loss(batches[0]).backward()
+        one.update()
+        return wrong or wrong_update(one.provider, sample, before)
 
     contenders = [
         Contender(
@@ -90,17 +82,22 @@ def pretraining(device: str, **given: Any) -> Case:
         )
         for p in (FusedAdagrad, SparseAdagrad, EagerTables, FusedTable)
     ]  # fmt: skip
-    return Case(contenders, step, check, totals={"step": ("forward", "backward", "update")})
+    return Case(contenders, learning(batches), check, totals=LEARNING)
 
 
-def _library_loss(workload: Workload, weight: Tensor, codes: Tensor) -> float:
-    """Of the library's own encoder, with the same W_out and heads."""
+def _library_step(workload: Workload, weight: Tensor, codes: Tensor) -> tuple[Tensor, Sample, Tensor]:
+    """m of the library's own encoder, with the same W_out and heads; rows and their gradients by its reference; the
+    rows before the step."""
     from prefixmem_fast.training.classification import NextCode
 
     learner = Learner(FusedTable(workload.spec, weight))
-    encoder = PrefixMem(learner.model.encoder.config, device="meta", dtype=weight.dtype)
+    encoder = PrefixMem(learner.model.encoder.config, backend="reference", device="meta", dtype=weight.dtype)
     encoder.memory.weight = nn.Parameter(weight)
     encoder.out_proj.weight = learner.model.encoder.out_proj.weight
     model = NextCode(encoder)
     model.heads = learner.model.heads
-    return float(model(codes)["loss"])
+    model(codes)["loss"].backward()
+    sample = sampled_rows(workload, codes, workload.gradient(codes.device.type))
+    sums = encoder.memory.weight.grad[sample.rows].double()
+    with torch.no_grad():
+        return encoder(codes), sample._replace(sums=sums), weight[sample.rows].double()

@@ -122,6 +122,21 @@ class RateOff(providers.FusedAdagrad):
         return providers.optim.RowWiseAdagrad(params, lr=1.1 * lr)
 
 
+class SkipsATable(providers.FusedAdagrad):
+    """Order 4, head 0, gets no update."""
+
+    def update(self):
+        start = self.spec.offsets[3][0]
+        with torch.no_grad():
+            self.weight[start : start + self.spec.rows_per_order[3]] = self.kept
+        super().update()
+
+    def forward(self, codes):
+        start = self.spec.offsets[3][0]
+        self.kept = self.weight.detach()[start : start + self.spec.rows_per_order[3]].clone()
+        return super().forward(codes)
+
+
 class TouchesAnotherRow(providers.FusedTable):
     def update(self):
         super().update()
@@ -140,22 +155,25 @@ def names_and_skips(case):
     return {row["provider"]: row.get("skipped", "") for row in run_case(case)}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("codes", ["uniform", "hot"])
-@pytest.mark.parametrize("wrong", [ForwardOff, RateOff, TouchesAnotherRow])
-def test_a_wrong_training_step_is_caught(wrong, codes):
+@pytest.mark.parametrize("wrong", [ForwardOff, RateOff, SkipsATable, TouchesAnotherRow])
+def test_a_wrong_training_step_is_caught(wrong, codes, dtype):
+    if wrong is ForwardOff and dtype == "bfloat16":
+        return  # a thousandth is less than its rounding
     wrong.gradient = wrong.__name__
-    case = tables._training(Workload(300, codes, 500), "cpu", (providers.FusedAdagrad, wrong))
+    case = tables._training(Workload(300, codes, 500, dtype), "cpu", (providers.FusedAdagrad, wrong))
     found = names_and_skips(case)
     assert found[wrong.trains()].startswith("WRONG")
     assert not found[providers.FusedAdagrad.trains()]
 
 
 @pytest.mark.parametrize("provider", providers.TRAINERS, ids=lambda p: p.__name__)
-@pytest.mark.parametrize("codes", ["hot", "zipf 1.2"])
-def test_right_training_steps_pass(provider, codes):
-    if provider is providers.CompiledTable and codes != "hot":
-        return  # compiles for seconds, and reads what FusedTable reads
-    case = tables._training(Workload(300, codes, 500), "cpu", (provider,))
+@pytest.mark.parametrize(("codes", "dtype"), [("hot", "float32"), ("zipf 1.2", "float32"), ("zipf 1.2", "bfloat16")])
+def test_right_training_steps_pass(provider, codes, dtype):
+    if provider is providers.CompiledTable:
+        return  # compiles for seconds; the quick run has it
+    case = tables._training(Workload(300, codes, 500, dtype), "cpu", (provider,))
     (reason,) = names_and_skips(case).values()
     assert not reason.startswith(("WRONG", "FAILED"))
 
@@ -175,6 +193,28 @@ def test_a_wrong_token_stream_is_caught(monkeypatch):
     assert {name: reason[:5] for name, reason in found.items()} == {
         "prefixmem_fast": "", providers.EagerTables.reads: "WRONG", providers.FusedTable.reads: "WRONG",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ["forward", "update"])
+def test_a_wrong_pretraining_step_is_caught(fault, monkeypatch):
+    from bench.benchmarks import pretraining
+
+    if fault == "forward":
+        forward = providers.EagerTables.forward
+        monkeypatch.setattr(providers.EagerTables, "forward", lambda self, codes: forward(self, codes.flip(0)))
+    else:
+        monkeypatch.setattr(providers.EagerTables, "update", lambda self: None)
+    found = names_and_skips(pretraining.pretraining("cpu", **suite.BENCHMARKS["pretraining"].quick))
+    assert [name for name, reason in found.items() if reason] == [providers.EagerTables.trains()]
+
+
+def test_an_encoder_that_a_language_model_does_not_see_is_caught(monkeypatch):
+    from bench.benchmarks import language_model
+
+    monkeypatch.setattr(language_model, "attach", lambda model, encoder, vocabulary: model)
+    found = names_and_skips(language_model.language_model("cpu", **suite.BENCHMARKS["language-model"].quick))
+    assert not found["without the encoder"]
+    assert all(found[name].startswith("WRONG") for name in found if name.startswith("prefixmem_fast"))
 
 
 def test_a_wrong_decoding_step_is_caught(monkeypatch):
@@ -198,13 +238,14 @@ def test_a_wrong_allowed_set_is_caught(monkeypatch):
 def test_sampled_rows_are_the_reference():
     workload = Workload(300, "hot", 500)
     codes, grad = workload.batches("cpu")[1], workload.gradient("cpu")
-    rows, sums = tables.sampled_rows(workload, codes, grad)
+    sample = tables.sampled_rows(workload, codes, grad)
     expected = torch.zeros(workload.spec.total_rows, 64, dtype=torch.float64)
     touched, values = reference.row_gradient(grad.double(), codes, workload.spec)
     expected[touched] = values
-    torch.testing.assert_close(sums, expected[rows])
-    assert (sums == 0).all(1).any(), "untouched rows are among them"
-    assert len(rows) > tables.SAMPLE
+    torch.testing.assert_close(sample.sums, expected[sample.rows])
+    assert (sample.terms == 0).any(), "untouched rows are among them"
+    assert sample.terms.max() > 100, "and hot ones"
+    assert set(sample.table.tolist()) == set(range(16))
 
 
 def test_providers_agree_on_the_gradient():
@@ -257,14 +298,22 @@ def test_real_histories_are_read_where_they_are(monkeypatch):
         assert len(found.batches("cpu")[0].unique(dim=0)) < 5000, "users meet the same items"
 
 
-def test_a_failing_peer_is_named_and_ours_raises():
-    def fail():
+@pytest.mark.parametrize("name", ["peer", "prefixmem_fast"])
+@pytest.mark.parametrize("where", ["set-up", "step"])
+def test_a_failure_is_named_and_the_others_go_on(name, where, capsys):
+    def fail(*given):
         raise RuntimeError("no\nsuch kernel")
 
-    rows = run_case(case_of([contender("peer", fail)]))
-    assert rows[0]["skipped"] == "FAILED: RuntimeError: no such kernel"
-    with pytest.raises(RuntimeError, match="such kernel"):
-        run_case(case_of([contender("prefixmem_fast", fail)]))
+    def step(one, turn, mark):
+        if one == "bad" and turn >= 0:
+            fail()
+        mark("step")
+
+    bad = contender(name, fail if where == "set-up" else lambda: "bad")
+    rows = {row["provider"]: row for row in run_case(case_of([bad, contender("good")], step=step))}
+    assert rows[name]["skipped"] == "FAILED: RuntimeError: no such kernel"
+    assert rows["good"]["metric"] == "step"
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_what_a_library_has_no_kernel_for_is_no_failure():
