@@ -106,7 +106,11 @@ def tables(catalogue: Catalogue, sizes: list[float], measured: list[Row]) -> str
         markdown(["bytes a SID", ""], traffic),
     ]
     if rates := [_rate(row) for row in measured]:
-        text.append(markdown(["measured", "workload", "ms a step", "million SIDs a second", "GB/s of floor"], rates))
+        text.append(
+            markdown(
+                ["measured", "workload", "ms a step", "20 to 80 %", "million SIDs a second", "GB/s of floor"], rates
+            )
+        )
     return "\n".join(text)
 
 
@@ -127,7 +131,8 @@ def measured_steps(path: Path) -> list[Row]:
         and row["provider"] == "prefixmem_fast, fused, row-wise Adagrad" and row["workload"]["codes"] == "uniform"
         and row["workload"]["sids"] >= 1024
     ]  # fmt: skip
-    return sorted(rows, key=lambda row: (row["workload"]["table_rows"], row["workload"]["sids"]))
+    last = {tuple(row["workload"].values()): row for row in rows}  # of two benchmarks that both measured it
+    return sorted(last.values(), key=lambda row: (row["workload"]["table_rows"], row["workload"]["sids"]))
 
 
 def _rate(row: Row) -> list[str]:
@@ -137,7 +142,7 @@ def _rate(row: Row) -> list[str]:
     return [
         found[0]["name"] if found else f"{row['machine']['cpu']}, {row['threads']} threads",
         f"T = {work['table_rows']:,}, {work['sids']:,} SIDs, {work['dtype']}", f"{row['p50']:,.3g}",
-        f"{work['sids'] / seconds / 1e6:.3g}", f"{row['floor']['algorithmic_bytes'] / seconds / 1e9:.3g}",
+        f"{row['p20']:,.3g} to {row['p80']:,.3g}", f"{work['sids'] / seconds / 1e6:.3g}", f"{row['floor']['algorithmic_bytes'] / seconds / 1e9:.3g}",
     ]  # fmt: skip
 
 
