@@ -141,9 +141,12 @@ def _rate(row: Row) -> list[str]:
     found = row["machine"]["gpus"]
     return [
         found[0]["name"] if found else f"{row['machine']['cpu']}, {row['threads']} threads",
-        f"T = {work['table_rows']:,}, {work['sids']:,} SIDs, {work['dtype']}", f"{row['p50']:,.3g}",
-        f"{row['p20']:,.3g} to {row['p80']:,.3g}", f"{work['sids'] / seconds / 1e6:.3g}", f"{row['floor']['algorithmic_bytes'] / seconds / 1e9:.3g}",
-    ]  # fmt: skip
+        f"T = {work['table_rows']:,}, {work['sids']:,} SIDs, {work['dtype']}",
+        f"{row['p50']:,.3g}",
+        f"{row['p20']:,.3g} to {row['p80']:,.3g}",
+        f"{work['sids'] / seconds / 1e6:.3g}",
+        f"{row['floor']['algorithmic_bytes'] / seconds / 1e9:.3g}",
+    ]
 
 
 def _size(size: float) -> str:

@@ -57,7 +57,8 @@ def test_the_command(capsys, tmp_path):
     assert row["items"] == 1e6
     assert row["bytes"]["exact"] == pytest.approx(132 * row["rows"]["exact"])
     measured = {
-        "benchmark": "training", "provider": "prefixmem_fast, fused, row-wise Adagrad", "metric": "step", "p50": 100.0, "p20": 90.0, "p80": 120.0,
+        "benchmark": "training", "provider": "prefixmem_fast, fused, row-wise Adagrad", "metric": "step",
+        "p50": 100.0, "p20": 90.0, "p80": 120.0,
         "workload": {"codes": "uniform", "sids": 2000, "table_rows": 500, "dtype": "float32"}, "run": "1", "threads": 2,
         "machine": {"gpus": [], "cpu": "a CPU"}, "floor": {"algorithmic_bytes": 1e9},
     }  # fmt: skip
