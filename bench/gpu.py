@@ -53,7 +53,7 @@ def main() -> int:
     reason = _no_gpu()
     if reason:
         for name in ("info", *(part.name for part in _checks()), "benchmarks", "counters"):
-            print(f"{name:<14}skipped: {reason}")
+            print(f"{name:<16}skipped: {reason}")
         return 0
 
     shutil.rmtree(BUILD, ignore_errors=True)
