@@ -16,11 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .report import OURS, main_metric
-from .rows import Row, describe, key_of, latest, read_rows, workload_key
+from .report import OURS, main_times
+from .rows import Row, describe, key_of, latest, read_rows
 
 LIMIT = 0.15
-PARTS = ("prefixmem_fast", "kernels", "bench", "setup.py", "README.md", "pyproject.toml")
 
 
 @dataclass(frozen=True)
@@ -90,18 +89,8 @@ def compare_revisions(a: str, b: str, names: list[str], selection: list[str], ro
             sides.append((_library(root, commit, Path(folder) / side), commit, Path(folder) / f"{side}.jsonl"))
         for turn in range(rounds):
             for library, commit, out in sides if turn % 2 == 0 else sides[::-1]:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "bench",
-                    "run",
-                    *names,
-                    *selection,
-                    "--out",
-                    str(out),
-                    "--commit",
-                    commit,
-                ]
+                command = [sys.executable, "-m", "bench", "run", *names, *selection]
+                command += ["--out", str(out), "--commit", commit]
                 paths = [str(library), str(root), os.environ.get("PYTHONPATH", "")]
                 environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
                 print(f"round {turn + 1} of {rounds}: {commit[:12]}", file=sys.stderr, flush=True)
@@ -134,14 +123,8 @@ def _git(root: Path, *arguments: str, revision: str) -> str:
 
 def _figures(rows: Iterable[Row]) -> dict[tuple, Row]:
     rows = list(rows)
-    main = {key: main_metric(r for r in rows if workload_key(r) == key) for key in map(workload_key, rows)}
-    return {
-        key_of(row): row
-        for row in rows
-        if row["provider"].startswith(OURS)
-        and row.get("metric")
-        and (row["unit"] != "ms" or row["metric"] == main[workload_key(row)])
-    }
+    counted = [row for row in rows if row.get("metric") and row["unit"] != "ms"]
+    return {key_of(row): row for row in (*main_times(rows), *counted) if row["provider"].startswith(OURS)}
 
 
 def _best(rows: Iterable[Row]) -> list[Row]:

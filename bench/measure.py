@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import torch
@@ -16,6 +16,10 @@ COLD_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}  # written before each step: more
 LONGEST_LEAD = 0.02  # seconds of such writes that may give the host a head start
 
 
+def unmarked(phase: str) -> None:
+    """The `Mark` of a step that nobody times."""
+
+
 class HostClock:
     """Times steps on a CPU. Each begins with caches that hold none of its data."""
 
@@ -24,8 +28,8 @@ class HostClock:
     def __init__(self) -> None:
         self._cold = torch.zeros(COLD_BYTES["cpu"] // 4)
 
-    def time(self, step: Callable[[Mark], None]) -> dict[str, float]:
-        """Seconds of each phase that the step marks."""
+    def time(self, step: Callable[[Mark], None], key: Hashable = 0) -> dict[str, float]:
+        """Seconds of each phase that the step marks; `key` is for the other clock."""
         self._cold.add_(1)
         seconds: dict[str, float] = {}
         last = time.perf_counter()
@@ -52,11 +56,11 @@ class DeviceClock:
     def __init__(self, sample: Callable[[], None] = lambda: None) -> None:
         self._cold = torch.zeros(COLD_BYTES["cuda"] // 4, device=self.device)
         self._sample = sample  # reads the state of the device while it works
-        self._lead: dict[int, float] = {}
+        self._lead: dict[Hashable, float] = {}
         self._one_write = self._seconds_of_a_write()
 
-    def time(self, step: Callable[[Mark], None], key: int = 0) -> dict[str, float]:
-        """Seconds of each phase on the device, and under "host" those of launching them."""
+    def time(self, step: Callable[[Mark], None], key: Hashable = 0) -> dict[str, float]:
+        """Seconds of each phase on the device, and under "host" those of launching them; `key` tells steps apart."""
         writes = 1 + int(min(1.5 * self._lead.get(key, 0.0), LONGEST_LEAD) / self._one_write)
         for _ in range(writes):
             self._cold.zero_()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from .report import OURS, main_metric, short
+from prefixmem_fast.checkpoint import write_file
+
+from .report import OURS, main_times, short
 from .rows import Row, describe, workload_key
 
 COLOURS = {
@@ -31,22 +33,15 @@ def _save(picture: Callable, rows: list[Row], path: Path) -> Path | None:
         figure = picture(rows, plt)
         if figure is None:
             return None
-        part = path.with_suffix(".part.png")
-        figure.savefig(part, dpi=130, bbox_inches="tight", metadata={"Software": None})
+        options = {"format": "png", "dpi": 130, "bbox_inches": "tight", "metadata": {"Software": None}}
+        write_file(path, lambda temporary: figure.savefig(temporary, **options))
         plt.close(figure)
-    part.replace(path)
     return path
-
-
-def _timed(rows: list[Row]) -> list[Row]:
-    """The main time of each provider and workload."""
-    main = {key: main_metric(r for r in rows if workload_key(r) == key) for key in map(workload_key, rows)}
-    return [row for row in rows if row.get("metric") and row["metric"] == main[workload_key(row)]]
 
 
 def _first(rows: list[Row], benchmark: str) -> list[Row]:
     """Main times of a benchmark's first workload."""
-    here = [row for row in _timed(rows) if row["benchmark"] == benchmark]
+    here = [row for row in main_times(rows) if row["benchmark"] == benchmark]
     return [row for row in here if row["workload"] == here[0]["workload"]]
 
 
@@ -91,7 +86,7 @@ def _speed_up(rows: list[Row], plt):
 def _time(rows: list[Row], plt):
     """Time against the size of the batch."""
     kinds = {"forward": ("forward", "forward-sweep"), "training": ("training", "training-sweep")}
-    found = {kind: [r for r in _timed(rows) if r["benchmark"] in names] for kind, names in kinds.items()}
+    found = {kind: [r for r in main_times(rows) if r["benchmark"] in names] for kind, names in kinds.items()}
     found = {kind: _sizes(here) for kind, here in found.items()}
     found = {kind: here for kind, here in found.items() if len({r["workload"]["sids"] for r in here}) > 1}
     if not found:

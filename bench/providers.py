@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from prefixmem_fast import AddressSpec, optim, prefix_memory, prefix_rows
 
+from .workloads import Workload
+
 LR = 0.01
 
 
@@ -43,6 +45,12 @@ class Provider:
     def missing(cls, device: str) -> str | None:
         """Why it cannot run here, or None."""
         return None
+
+    @classmethod
+    def needs(cls, workload: Workload) -> int:
+        """Bytes that it takes to train the workload's tables."""
+        copies = cls.copies if workload.torch_dtype.itemsize > 2 else cls.half_copies
+        return copies * workload.table_bytes
 
     @classmethod
     def trains(cls) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+
+from prefixmem_fast.checkpoint import write_file
 
 from .rows import Row, describe, latest, read_rows, workload_key
 
@@ -18,6 +18,12 @@ def main_metric(rows: Iterable[Row]) -> str:
     """The time by which providers of a workload are compared."""
     metrics = [row["metric"] for row in rows if row.get("unit") == "ms"]
     return next((name for name in ("step", "backward", "forward") if name in metrics), metrics[0] if metrics else "")
+
+
+def main_times(rows: Iterable[Row]) -> list[Row]:
+    """The rows of every workload's main time."""
+    kept = [(main_metric(here), here) for here in _by_workload(rows).values()]
+    return [row for main, here in kept for row in here if main and row.get("metric") == main]
 
 
 def table(rows: list[Row]) -> str:
@@ -71,7 +77,8 @@ def write_report(path: Path, folder: Path) -> list[Path]:
         print(f"no plots: {error}; pip install matplotlib", file=sys.stderr)
         written = []
     page = folder / "tables.md"
-    _write(page, _page(rows, written))
+    text = _page(rows, written)
+    write_file(page, lambda temporary: Path(temporary).write_text(text))
     return [page, *written]
 
 
@@ -98,7 +105,7 @@ def _page(rows: list[Row], pictures: list[Path]) -> str:
     return "\n".join(text)
 
 
-def _by_workload(rows: list[Row]) -> dict[tuple, list[Row]]:
+def _by_workload(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
     found: dict[tuple, list[Row]] = {}
     for row in rows:
         found.setdefault(workload_key(row), []).append(row)
@@ -132,11 +139,3 @@ def _floor(row: Row | None) -> str:
     if not row or "floor" not in row:
         return ""
     return f"{row['floor']['percent_distinct']:.3g} / {row['floor']['percent_algorithmic']:.3g}"
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefixmem_fast import AddressSpec
+
 from .report import markdown
 from .rows import Row, latest, read_rows
 
@@ -47,9 +49,9 @@ class Catalogue:
     def exact_rows(self) -> float:
         return self.heads * sum(self.prefixes())
 
-    def hashed_rows(self, table_rows: float) -> float:
+    def hashed_rows(self, table_rows: float) -> int:
         """An order whose prefixes all fit takes a row each (`addressing="auto"`)."""
-        return self.heads * sum(min(float(self.codes) ** n, table_rows) for n in range(1, self.orders + 1))
+        return AddressSpec((self.codes,) * self.orders, self.orders, self.heads, int(table_rows)).total_rows
 
     def bytes(self, rows: float) -> float:
         return rows * (self.row_bytes + self.state_bytes)

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from . import machine
-from .measure import Clock, HostClock, Mark, peak_bytes, quantiles, reset_peak
+from .measure import Clock, Mark, peak_bytes, quantiles, reset_peak, unmarked
 from .rows import Row, describe
 from .workloads import Floor
 
@@ -290,9 +290,9 @@ def _take_turn(case: Case, one: _Made, turn: int, clock: Clock) -> None:
     try:
         if turn == 0:
             one.alone = case.alone(one.thing)
-        phases = _time(clock, lambda mark: case.step(one.thing, turn, mark), (one.name, ""))
+        phases = clock.time(lambda mark: case.step(one.thing, turn, mark), (one.name, ""))
         for part, work in one.alone.items():
-            timed = _time(clock, lambda mark: (work(), mark("alone")), (one.name, part))  # noqa: B023
+            timed = clock.time(lambda mark: (work(), mark("alone")), (one.name, part))  # noqa: B023
             phases[f"{part} alone"] = timed["alone"]
     except Exception as error:
         one.failure, one.thing, one.alone = _failure(error), None, {}
@@ -301,10 +301,6 @@ def _take_turn(case: Case, one: _Made, turn: int, clock: Clock) -> None:
     if turn >= 0:
         one.times.append(phases)
         one.spent += time.perf_counter() - began
-
-
-def _time(clock: Clock, step: Callable[[Mark], Any], key: tuple[str, str]) -> dict[str, float]:
-    return clock.time(step) if isinstance(clock, HostClock) else clock.time(step, key)
 
 
 def _with_totals(times: list[dict[str, float]], totals: dict[str, tuple[str, ...]]) -> dict[str, list[float]]:
@@ -342,7 +338,7 @@ def _launches(case: Case, thing: Any) -> Row:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        case.step(thing, 0, lambda phase: None)
+        case.step(thing, 0, unmarked)
         torch.cuda.synchronize()
     kernels = [
         event for event in found.events()
@@ -356,7 +352,7 @@ def _memory_on_device(case: Case, thing: Any) -> Row:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    case.step(thing, 0, lambda phase: None)
+    case.step(thing, 0, unmarked)
     torch.cuda.synchronize()
     held = case.held(thing)
     return _memory_row(held + torch.cuda.max_memory_allocated() - before, held)
@@ -382,7 +378,7 @@ def _memory_here(name: str, workload: dict[str, Any], contender: str, threads: i
         before = reset_peak()
         thing = make()
         for turn in range(2):  # the second has the optimizer's state from its beginning
-            case.step(thing, turn, lambda phase: None)
+            case.step(thing, turn, unmarked)
     return _memory_row(peak_bytes() - before, case.held(thing))
 
 

@@ -32,6 +32,7 @@ from prefixmem_fast import (
     token_memory,
 )
 from prefixmem_fast.backends import interpreting
+from prefixmem_fast.checkpoint import write_file
 from prefixmem_fast.kernels import nested, row_gradient
 
 from .report import markdown
@@ -335,7 +336,7 @@ def report(out: Path | None, as_json: bool) -> int:
     lines = [json.dumps(one.as_row()) for one in found]
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("\n".join(lines) + "\n")
+        write_file(out, lambda temporary: Path(temporary).write_text("\n".join(lines) + "\n"))
     if as_json:
         print("\n".join(lines))
     else:

@@ -15,7 +15,6 @@ from prefixmem_fast import AddressSpec, Catalogue, SIDVocabulary, prefix_rows
 from prefixmem_fast.data import load_interactions
 
 LEVELS, CODES, ORDERS, HEADS, WIDTH = 5, 2048, 4, 4, 64  # the paper's shape
-ACTIVE = (3, 4)
 BATCHES = 4  # different batches in turn
 DTYPES = ("float32", "bfloat16", "float16")
 # Rows of random values, repeated: filling the largest tables with new ones would take minutes. Their number is odd, so
@@ -55,13 +54,9 @@ class Workload:
 
     @cached_property
     def spec(self) -> AddressSpec:
-        if self.codes == "histories":
-            levels = len(histories().codebook_sizes)
-            active = (levels - 2, levels - 1)
-            return AddressSpec(
-                histories().codebook_sizes, ORDERS, HEADS, self.table_rows, active_levels=active, addressing="hash"
-            )
-        return AddressSpec((CODES,) * LEVELS, ORDERS, HEADS, self.table_rows, active_levels=ACTIVE, addressing="hash")
+        sizes = histories().codebook_sizes if self.codes == "histories" else (CODES,) * LEVELS
+        active = (len(sizes) - 2, len(sizes) - 1)  # to predict the two deepest levels
+        return AddressSpec(sizes, ORDERS, HEADS, self.table_rows, active_levels=active, addressing="hash")
 
     @property
     def torch_dtype(self) -> torch.dtype:

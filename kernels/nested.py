@@ -299,14 +299,14 @@ class Prefixes(NamedTuple):
     rows: Tensor | None  # [M * checked * H] of the runs that end at each place, -1 elsewhere; None if none is checked
 
 
-def _first_tokens(chain: Tensor, spec: AddressSpec) -> Tensor:
-    """Tokens int64 ``[slots]`` at which a SID begins that reaches an active level, then -1.
+def most_sids(codes: Tensor, chain: Tensor | None, spec: AddressSpec) -> int:
+    """A bound on the SIDs that reach an active level; in a token stream each takes as many tokens as that level."""
+    return len(codes) // (1 if chain is None else spec.active_levels[0])
 
-    Such a SID takes as many tokens as the first active level is deep, hence the number of slots.
-    """
-    deep = spec.active_levels[0]
-    slots = len(chain) // deep
-    begins = chain >= deep
+
+def _first_tokens(chain: Tensor, slots: int, spec: AddressSpec) -> Tensor:
+    """Tokens int64 ``[slots]`` at which a SID begins that reaches an active level, then -1."""
+    begins = chain >= spec.active_levels[0]
     place = torch.where(begins, torch.cumsum(begins, 0) - 1, slots)
     tokens = torch.full((slots + 1,), -1, dtype=torch.int64, device=chain.device)
     tokens.scatter_(0, place, torch.arange(len(chain), device=chain.device))
@@ -317,8 +317,8 @@ def sort_prefixes(
     codes: Tensor, chain: Tensor | None, spec: AddressSpec, nesting: Nesting, row_dtype: torch.dtype
 ) -> Prefixes:
     """Sort contiguous codes ``[M, L]``, M > 0; in a token stream those of each token, with `chain` of `token_codes`."""
-    first = _first_tokens(chain, spec) if chain is not None else None
-    M, device = len(codes if first is None else first), codes.device
+    M, device = most_sids(codes, chain, spec), codes.device
+    first = None if chain is None else _first_tokens(chain, M, spec)
     address = address_of(spec)
     keys = torch.empty((nesting.n_words, M), dtype=torch.int64, device=device)
     pack_codes_kernel[(blocks(M, 128),)](codes, first, keys, M, nesting, address, 128, **LAUNCH)

@@ -21,7 +21,7 @@ from prefixmem_fast.reference import accumulator
 from prefixmem_fast.spec import AddressSpec
 
 from .finish import STORE, Destination, Rule, destination_of
-from .nested import nesting_of, sort_prefixes, sum_prefixes
+from .nested import most_sids, nesting_of, sort_prefixes, sum_prefixes
 from .rows import pair_rows, token_codes
 from .segment import sum_terms, sum_values, terms_of
 from .tiles import LAUNCH, blocks, zero_table
@@ -102,12 +102,8 @@ def _run(
 def _run_nested(grad, codes, chain, spec, destination, rule, update):
     ranked = destination is None
     nesting = nesting_of(spec, ranked)
-    M, W, dtype = (
-        codes.shape[0] // (spec.active_levels[0] if chain is not None else 1),
-        grad.shape[-1] // spec.heads,
-        accumulator(grad.dtype),
-    )
-    if not M or not nesting.orders:
+    W, dtype = grad.shape[-1] // spec.heads, accumulator(grad.dtype)
+    if not most_sids(codes, chain, spec) or not nesting.orders:
         return _empty(grad, W) if ranked else None
     prefixes = sort_prefixes(codes, chain, spec, nesting, _row_dtype(spec))
     slots = shared = found = None

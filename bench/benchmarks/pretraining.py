@@ -77,8 +77,7 @@ def pretraining(device: str, **given: Any) -> Case:
 
     contenders = [
         Contender(
-            p.trains(), lambda p=p: Learner(p(workload.spec, workload.weight(device))),
-            needs=p.copies * workload.table_bytes,
+            p.trains(), lambda p=p: Learner(p(workload.spec, workload.weight(device))), needs=p.needs(workload)
         )
         for p in (FusedAdagrad, SparseAdagrad, EagerTables, FusedTable)
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prefixmem_fast import prefix_rows, reference, token_memory
 
-from ..measure import Mark
+from ..measure import Mark, unmarked
 from ..providers import (
     GRADIENTS,
     LR,
@@ -220,22 +220,16 @@ def _training(
         return wrong_update(one, sample, before)
 
     contenders = [
-        _contender(
-            p.trains(), p, device, lambda p=p: p(spec, workload.weight(device)), p.copies * workload.table_bytes
-        )
+        _contender(p.trains(), p, device, lambda p=p: p(spec, workload.weight(device)), p.needs(workload))
         for p in providers
-    ]  # fmt: skip
+    ]
     update = workload.training(codes)
     return Case(
         contenders, step, check, held=(lambda one: one.held()) if memory else None,
-        alone=lambda one: sorts(lambda: step(one, 0, _unmarked)),
+        alone=lambda one: sorts(lambda: step(one, 0, unmarked)),
         floors={"backward + update": update, "step": update + workload.reading(codes)},
         totals={"backward + update": ("backward", "update"), "step": ("forward", "backward", "update")},
     )  # fmt: skip
-
-
-def _unmarked(phase: str) -> None:
-    pass
 
 
 def sorts(step: Callable[[], None]) -> dict[str, Callable[[], None]]:

@@ -445,6 +445,14 @@ def test_device_times_are_those_between_events(monkeypatch):
     assert clock._lead == {"a": found["host"]}
 
 
+def test_what_training_needs_counts_float32_state_of_half_precision():
+    full, half = Workload(64, table_rows=500), Workload(64, table_rows=500, dtype="bfloat16")
+    assert half.table_bytes * 2 == full.table_bytes
+    assert providers.FusedLazyAdam.needs(full) == 3 * full.table_bytes
+    assert providers.FusedLazyAdam.needs(half) == half.table_bytes + 2 * full.table_bytes
+    assert providers.EagerTables.needs(half) == 5 * half.table_bytes
+
+
 def test_quantiles_stay_within_the_values():
     assert measure.quantiles([5.0]) == {"p50": 5.0, "p20": 5.0, "p80": 5.0}
     found = measure.quantiles([1.0, 2.0, 10.0])
