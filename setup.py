@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = next(
@@ -19,18 +19,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=[
-        "prefixmem_fast",
-        "prefixmem_fast.bench",
-        "prefixmem_fast.bench.benchmarks",
-        "prefixmem_fast.cli",
-        "prefixmem_fast.data",
-        "prefixmem_fast.evaluation",
-        "prefixmem_fast.examples",
-        "prefixmem_fast.integrations",
-        "prefixmem_fast.kernels",
-        "prefixmem_fast.optim",
-        "prefixmem_fast.sid",
-        "prefixmem_fast.training",
+        *find_packages(include=["prefixmem_fast*"]),
+        *(f"prefixmem_fast.{name}" for name in find_packages(include=["kernels*", "bench*"])),
     ],
     # Top-level packages named "kernels" and "bench" would shadow others; the Hugging Face package "kernels" is one.
     package_dir={"prefixmem_fast.kernels": "kernels", "prefixmem_fast.bench": "bench"},

@@ -227,7 +227,7 @@ def _traffic(options: argparse.Namespace) -> int:
     import os
 
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
-    from . import traffic
+    from prefixmem_fast.checks import traffic
 
     return traffic.report(options.out, options.json)
 
@@ -279,7 +279,7 @@ def _chosen(options: argparse.Namespace, todo: list) -> list:
     changes = _conditions("--set", options.set, todo)
     if changes:
         firsts = {one.name: (one, workload, audit) for one, workload, audit in reversed(todo)}
-        todo = [(one, _changed(workload, changes), audit) for one, workload, audit in reversed(firsts.values())]
+        todo = [(one, workload, audit) for one, workload, audit in reversed(firsts.values())]
     return todo
 
 

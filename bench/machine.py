@@ -61,9 +61,7 @@ def commit() -> str:
     folder = Path(prefixmem_fast.__file__).parent
     found = _git(folder, "rev-parse", "HEAD")
     root = _git(folder, "rev-parse", "--show-toplevel")
-    if (
-        not found or not (Path(root) / "prefixmem_fast" / "spec.py").is_file()
-    ):  # another project's, around an installation
+    if not found or not (Path(root) / "setup.py").is_file():  # another project's, around an installation
         return f"version {prefixmem_fast.__version__}"
     changed = _git(Path(root), "status", "--porcelain", "--", "kernels", "prefixmem_fast", "bench/*.py")
     return f"{found}-dirty" if changed else found

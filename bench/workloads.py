@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prefixmem_fast import AddressSpec, Catalogue, SIDVocabulary, prefix_rows
-from prefixmem_fast.data import load_interactions
+from prefixmem_fast.recommender.data import load_interactions
 
 LEVELS, CODES, ORDERS, HEADS, WIDTH = 5, 2048, 4, 4, 64  # the paper's shape
 BATCHES = 4  # different batches in turn

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefixmem_fast.spec import AddressSpec
+from prefixmem_fast.addressing.spec import AddressSpec
 
 from .address import address_of, append_code
 from .forward import BUDGET, add_level

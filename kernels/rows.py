@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefixmem_fast.spec import AddressSpec
+from prefixmem_fast.addressing.spec import AddressSpec
 
 from .address import address_of, load_sid_codes, order_rows
 from .tiles import LAUNCH, blocks

@@ -1,14 +1,18 @@
 """PrefixMem (arXiv 2606.00324): a hashed prefix-n-gram encoder for Semantic IDs, with fused Triton kernels."""
 
+from pathlib import Path
+
+from .addressing.spec import AddressSpec
 from .checkpoint import CheckpointError
-from .decoding import DecodingState
-from .integrations.attach import attach, detach
-from .modules import PrefixMem, PrefixMemConfig, PrefixMemory
-from .ops import prefix_memory, prefix_rows, token_memory
+from .encoder.decoding import DecodingState
+from .encoder.modules import PrefixMem, PrefixMemConfig, PrefixMemory
+from .huggingface.attach import attach, detach
+from .operation.operators import prefix_memory, prefix_rows, token_memory
 from .sid import Catalogue, SIDTrie, SIDVocabulary
-from .spec import AddressSpec
 
 __version__ = "0.1.0"
+if not (Path(__file__).parent / "kernels").is_dir():  # a checkout, where kernels/ and bench/ lie beside this folder
+    __path__.append(str(Path(__file__).parents[1]))
 _OF_TRANSFORMERS = ("GeneratedItems", "SIDLogitsProcessor", "generate_items")
 __all__ = [
     "AddressSpec",
@@ -33,7 +37,7 @@ __all__ = [
 
 def __getattr__(name: str):
     if name in _OF_TRANSFORMERS:  # importing transformers takes seconds
-        from .integrations import constrained
+        from .huggingface import constrained
 
         return getattr(constrained, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,7 @@ from torch import Tensor
 from .sid.vocabulary import SIDVocabulary
 
 if TYPE_CHECKING:
-    from .modules import PrefixMem
+    from .encoder.modules import PrefixMem
 
 FORMAT_VERSION = 1
 FOLDER = "prefixmem"  # the encoder's folder beside a model

@@ -8,10 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefixmem_fast import AddressSpec, PrefixMem, PrefixMemConfig, attach, optim, reference
+from prefixmem_fast import AddressSpec, PrefixMem, PrefixMemConfig, attach, optim
+from prefixmem_fast.operation import reference
 
 from ..suite import LEARNING, Case, Contender, benchmark, learning
-from ..workloads import BATCHES, CODES, FIRST_TOKEN, HEADS, LEVELS, WIDTH, token_stream, vocabulary_of
+from ..workloads import (
+    BATCHES,
+    CODES,
+    FIRST_TOKEN,
+    HEADS,
+    LEVELS,
+    WIDTH,
+    token_stream,
+    vocabulary_of,
+)
 
 QWEN3 = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 28}
 SHAPES = {

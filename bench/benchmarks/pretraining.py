@@ -42,7 +42,7 @@ class Learner:
     """A provider's tables behind W_out and the heads, and one AdamW for these."""
 
     def __init__(self, provider: Provider) -> None:
-        from prefixmem_fast.training.classification import NextCode
+        from prefixmem_fast.recommender.training.classification import NextCode
 
         device = provider.tables()[0].device
         torch.manual_seed(0)
@@ -87,7 +87,7 @@ def pretraining(device: str, **given: Any) -> Case:
 def _library_step(workload: Workload, weight: Tensor, codes: Tensor) -> tuple[Tensor, Sample, Tensor]:
     """m of the library's own encoder, with the same W_out and heads; rows and their gradients by its reference; the
     rows before the step."""
-    from prefixmem_fast.training.classification import NextCode
+    from prefixmem_fast.recommender.training.classification import NextCode
 
     learner = Learner(FusedTable(workload.spec, weight))
     encoder = PrefixMem(learner.model.encoder.config, backend="reference", device="meta", dtype=weight.dtype)

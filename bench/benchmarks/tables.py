@@ -10,7 +10,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from prefixmem_fast import prefix_rows, reference, token_memory
+from prefixmem_fast import prefix_rows, token_memory
+from prefixmem_fast.operation import reference
 
 from ..measure import Mark, unmarked
 from ..providers import (
@@ -26,7 +27,15 @@ from ..providers import (
     Provider,
 )
 from ..suite import Case, Contender, benchmark
-from ..workloads import BATCHES, HEADS, WIDTH, Workload, no_histories, token_stream, vocabulary_of
+from ..workloads import (
+    BATCHES,
+    HEADS,
+    WIDTH,
+    Workload,
+    no_histories,
+    token_stream,
+    vocabulary_of,
+)
 
 SAMPLE = 24  # rows of each table that are checked: those with the most terms, as many others, and untouched ones
 FEW_TERMS = 64  # that half precision sums well enough to be checked

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefixmem_fast.training.config import RunConfig
+from prefixmem_fast.recommender.training.config import RunConfig
 
 
 @dataclass(frozen=True)

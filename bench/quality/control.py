@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from prefixmem_fast import PrefixMem, SIDVocabulary, attach, reference
-from prefixmem_fast.training.arms import build_encoder
-from prefixmem_fast.training.config import RunConfig
+from prefixmem_fast import PrefixMem, SIDVocabulary, attach
+from prefixmem_fast.operation import reference
+from prefixmem_fast.recommender.training.arms import build_encoder
+from prefixmem_fast.recommender.training.config import RunConfig
 
 
 class PermutedPrefixMem(PrefixMem):

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from prefixmem_fast.training.run import train
+from prefixmem_fast.recommender.training.run import train
 
 from ..machine import provenance
 from .arms import ARMS

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from prefixmem_fast.evaluation.plots import plot_curves, rows_at
+from prefixmem_fast.recommender.evaluation.plots import plot_curves, rows_at
 
 from .arms import ARMS, PACE, SETS, recipe
 

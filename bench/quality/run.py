@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from prefixmem_fast.evaluation.report import evaluate, reachable_by
-from prefixmem_fast.training import classification
-from prefixmem_fast.training.config import CONFIG, RunConfig
-from prefixmem_fast.training.run import Data, load_data, load_run, prepare, train
+from prefixmem_fast.recommender.evaluation.report import evaluate, reachable_by
+from prefixmem_fast.recommender.training import classification
+from prefixmem_fast.recommender.training.config import CONFIG, RunConfig
+from prefixmem_fast.recommender.training.run import Data, load_data, load_run, prepare, train
 
 from ..machine import provenance
 from .arms import ARMS, PRETRAINING, config_of, recipe
@@ -90,7 +90,7 @@ def widened(config: RunConfig, data_set: str, data: Path, loaded: Any) -> dict[s
     Rows of the tables that no item of the catalogue reads are not counted.
     """
     from prefixmem_fast import prefix_rows
-    from prefixmem_fast.training.arms import build_encoder
+    from prefixmem_fast.recommender.training.arms import build_encoder
 
     encoder = build_encoder(config_of("prefixmem", data_set, data, 0), loaded.catalogue.codebook_sizes, 128)
     rows = prefix_rows(loaded.catalogue.codes, encoder.config.spec)
@@ -129,7 +129,7 @@ def _train(config: RunConfig, out: Path, quiet: bool, data: Any, add_arm: Any) -
 
 def _stored(out: Path, config: RunConfig) -> dict[str, Any] | None:
     """The report of a finished training; an unfinished one of other options is removed."""
-    from prefixmem_fast.training.config import read_options
+    from prefixmem_fast.recommender.training.config import read_options
 
     if (out / CONFIG).is_file() and RunConfig(**read_options(out / CONFIG)) != config:
         shutil.rmtree(out)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..backends import BackendError
+from ..operation.backends import BackendError
 from . import bench, demo, evaluate, info, pretrain, train, verify
 
 COMMANDS = {

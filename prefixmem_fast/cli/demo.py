@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from .train import check_libraries
 
 if TYPE_CHECKING:
-    from ..training.config import RunConfig
-    from ..training.run import Data
+    from ..recommender.training.config import RunConfig
+    from ..recommender.training.run import Data
 
 REPORT = "demo.json"
 PLAIN, WITH = "token embeddings alone", "with PrefixMem"
@@ -30,10 +30,10 @@ def run(options: argparse.Namespace) -> int:
     if options.steps < 20:
         raise ValueError(f"--steps = {options.steps}; give 20 or more")
     check_libraries("matplotlib")
-    from ..evaluation.plots import plot_curves
-    from ..training.classification import pretrain
-    from ..training.config import RunConfig
-    from ..training.run import load_data, train
+    from ..recommender.evaluation.plots import plot_curves
+    from ..recommender.training.classification import pretrain
+    from ..recommender.training.config import RunConfig
+    from ..recommender.training.run import load_data, train
 
     out, quiet = _folder(options.out), options.json
     say = (lambda *_: None) if quiet else print
@@ -80,8 +80,8 @@ def step_times(config: RunConfig, data: Data, steps: int = 8) -> dict[str, float
 
     import torch
 
-    from ..training.arms import add_arm, optimizer_for
-    from ..training.run import prepare, stream_of
+    from ..recommender.training.arms import add_arm, optimizer_for
+    from ..recommender.training.run import prepare, stream_of
 
     made = {}
     for name, changes, backend in (
@@ -120,8 +120,8 @@ def _folder(out: str) -> Path:
 
 
 def _evaluate(folder: Path, quiet: bool) -> dict[str, Any]:
-    from ..evaluation.report import evaluate
-    from ..training.run import load_run
+    from ..recommender.evaluation.report import evaluate
+    from ..recommender.training.run import load_run
     from .evaluate import progress_bar
 
     run = load_run(folder)
@@ -133,7 +133,7 @@ def _evaluate(folder: Path, quiet: bool) -> dict[str, Any]:
 
 
 def _table(found: dict[str, Any]) -> str:
-    from ..evaluation.plots import rows_at
+    from ..recommender.evaluation.plots import rows_at
 
     reports, curves = found["test"], found["curves"]
     levels = range(1, len(reports[PLAIN]["teacher_forcing"]["accuracy"]) + 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..evaluation.report import PARTS, SEARCHES, as_json
+from ..recommender.evaluation.report import PARTS, SEARCHES, as_json
 from .train import check_libraries
 
 
@@ -32,8 +32,8 @@ def run(options: argparse.Namespace) -> int:
     import numpy as np
 
     from ..checkpoint import write_file
-    from ..evaluation.report import evaluate, reachable_by, table
-    from ..training.run import load_run
+    from ..recommender.evaluation.report import evaluate, reachable_by, table
+    from ..recommender.training.run import load_run
 
     loaded = load_run(options.run)
     part = loaded.data.split.test if options.part == "test" else loaded.data.split.validation
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     report = {"run": str(options.run), "data": loaded.data.name, "name": loaded.config.arm, **report}
     if options.bleu:
-        from ..evaluation.description import bleu, describe
+        from ..recommender.evaluation.description import bleu, describe
 
         random = np.random.default_rng(0)
         named = np.flatnonzero([bool(text) for text in loaded.data.text])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..backends import BACKENDS, interpreting, unavailable
+from ..operation.backends import BACKENDS, interpreting, unavailable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

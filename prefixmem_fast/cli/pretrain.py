@@ -27,14 +27,14 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"arm = {config.arm!r} has no tables to pre-train; give arm = 'prefixmem'")
     out, how = Path(options.out), {"resume": options.resume, "quiet": options.json}
     if options.method == "classification":
-        from ..training.classification import pretrain
+        from ..recommender.training.classification import pretrain
 
         report = pretrain(config, out, **how)
     else:
-        from ..modules import PrefixMem
+        from ..encoder.modules import PrefixMem
+        from ..recommender.training.classification import ENCODER
+        from ..recommender.training.run import MODEL, train
         from ..sid import SIDVocabulary
-        from ..training.classification import ENCODER
-        from ..training.run import MODEL, train
 
         report = train(config, out, **how)
         if not is_first_process():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..training.config import RunConfig
+    from ..recommender.training.config import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..training.run import train
+    from ..recommender.training.run import train
 
     report = train(config_of(options), options.out, resume=options.resume, quiet=options.json)
     if is_first_process():
@@ -32,7 +32,7 @@ def is_first_process() -> bool:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..training.config import add_flags
+    from ..recommender.training.config import add_flags
 
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON with any of the options below; flags come first")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the run is written")
@@ -41,7 +41,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_of(options: argparse.Namespace, **defaults: Any) -> RunConfig:
-    from ..training.config import CONFIG, config_from
+    from ..recommender.training.config import CONFIG, config_from
 
     check_libraries()
     file = options.config

@@ -11,9 +11,9 @@ from dataclasses import asdict
 import torch
 from tqdm import tqdm
 
-from .. import offline
-from ..backends import BACKENDS, interpreting, resolve, unavailable
-from ..verify import verify
+from ..checks import machine_code as offline
+from ..checks.parity import verify
+from ..operation.backends import BACKENDS, interpreting, resolve, unavailable
 from .info import collect
 
 

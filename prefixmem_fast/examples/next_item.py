@@ -27,7 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from prefixmem_fast import (
+from .. import (
     AddressSpec,
     Catalogue,
     PrefixMem,

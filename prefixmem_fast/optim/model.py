@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modules import PrefixMem, PrefixMemory
-from ..sid_transformer import SIDTransformer
+from ..encoder.modules import PrefixMem, PrefixMemory
+from ..encoder.sid_transformer import SIDTransformer
 from .rows import RowOptimizer, RowWiseAdagrad, restore_state
 
 

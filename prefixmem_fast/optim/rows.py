@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import resolve
-from ..cpu import chunks, gather
-from ..reference import accumulator
-from ..row_gradient import FusedGradient, bind_optimizer, sparse_rows
-from ..spec import integer
+from ..addressing.spec import integer
+from ..operation.backends import resolve
+from ..operation.cpu import chunks, gather
+from ..operation.reference import accumulator
+from ..operation.row_gradient import FusedGradient, bind_optimizer, sparse_rows
 from .rounding import random_bits, stochastic_round
 from .rules import RULES, Hyper, decay
 

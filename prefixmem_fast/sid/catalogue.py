@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..spec import check_codebook_sizes
+from ..addressing.spec import check_codebook_sizes
 from .formats import TokenFormat, recognise
 
 

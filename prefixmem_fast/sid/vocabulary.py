@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..reference import token_entries
-from ..spec import check_codebook_sizes, integer, integers
+from ..addressing.spec import check_codebook_sizes, integer, integers
+from ..operation.reference import token_entries
 from .formats import KNOWN_FORMATS, TokenFormat, recognise
 
 if TYPE_CHECKING:

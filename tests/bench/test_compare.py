@@ -10,6 +10,7 @@ import pytest
 
 from bench.cli import main
 from bench.compare import compare
+from bench.rows import latest
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"gpus": [], "cpu": "a CPU"}
@@ -65,6 +66,13 @@ def test_files_are_compared_by_their_last_run(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("SLOWER   +50%  1 to 1.5 ms")
     assert main(["compare", a, slow, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["slower"] is True
+
+
+def test_the_last_run_of_a_workload_stands_for_it():
+    """Also where it measured fewer providers than the one before."""
+    old, other = row(9.0, run="0"), row(5.0, run="0", provider="prefixmem_fast, gone")
+    elsewhere, new = row(3.0, run="0", sids=7), row(1.0, run="1")
+    assert latest([old, other, elsewhere, new]) == [elsewhere, new]
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path, capsys):

@@ -12,9 +12,8 @@ from bench.quality.__main__ import main
 from bench.quality.control import PermutedPrefixMem
 from bench.quality.run import widened
 from prefixmem_fast import AddressSpec, PrefixMem, PrefixMemConfig, SIDVocabulary, prefix_rows
-from prefixmem_fast.training.run import load_data
-
-from ..training.small import TINY, write_files
+from prefixmem_fast.recommender.training.run import load_data
+from tests.recommender.training.small import TINY, write_files
 
 SMALL = {
     "model_options": TINY, "table_rows": 40, "heads": 2, "max_order": 2, "memory_dim": 8, "batch_size": 8,

@@ -15,7 +15,7 @@ from bench.benchmarks import tables
 from bench.cli import main
 from bench.rows import read_rows
 from bench.workloads import Workload
-from prefixmem_fast import reference
+from prefixmem_fast.operation import reference
 
 ROOT = Path(__file__).parents[2]
 CEILINGS = {"copy_bytes_per_second": 1e9, "matrix_flops_per_second": 1e9}

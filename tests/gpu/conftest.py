@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from prefixmem_fast.backends import interpreting
+from prefixmem_fast.operation.backends import interpreting
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,10 @@ from prefixmem_fast import (
     optim,
     prefix_memory,
     prefix_rows,
-    reference,
     token_memory,
 )
-from prefixmem_fast.verify import exact_sums
+from prefixmem_fast.checks.parity import exact_sums
+from prefixmem_fast.operation import reference
 
 PAPER = AddressSpec((2048,) * 5, table_rows=200_000, active_levels=(3, 4))
 
@@ -287,7 +287,7 @@ def test_generation_on_the_device():
     """Cached beam search is recomputation, with the kernels behind the hooks; static shapes and a trie too."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     from prefixmem_fast import generate_items
-    from tests.integrations import models
+    from tests.huggingface import models
 
     model = attach(models.tiny_model().cuda(), models.encoder().cuda(), models.vocabulary())
     inputs = {name: value.cuda() for name, value in models.prompts().items()}

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from prefixmem_fast import AddressSpec, prefix_rows
-from prefixmem_fast.kernels import backward, forward, row_gradient
+from prefixmem_fast.kernels import atomic_backward as backward
+from prefixmem_fast.kernels import forward
+from prefixmem_fast.kernels import sorted_backward as row_gradient
 
 # 4 x 10^7 rows of 64: 2.56 x 10^9 elements, past 2^31 = 2.147 x 10^9.
 SPEC = AddressSpec((2048,) * 4, heads=2, table_rows=5_000_000, addressing="hash")

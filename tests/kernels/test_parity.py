@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixmem_fast import AddressSpec, prefix_memory, prefix_rows, reference, token_memory
-from prefixmem_fast.verify import exact_sums, random_tokens
+from prefixmem_fast import AddressSpec, prefix_memory, prefix_rows, token_memory
+from prefixmem_fast.checks.parity import exact_sums, random_tokens
+from prefixmem_fast.operation import reference
 from tests.strategies import codes_for, specs
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -5,7 +5,8 @@ import io
 import pytest
 import torch
 
-from prefixmem_fast import AddressSpec, optim, prefix_memory, reference, token_memory
+from prefixmem_fast import AddressSpec, optim, prefix_memory, token_memory
+from prefixmem_fast.operation import reference
 from prefixmem_fast.optim.rules import RULES, Hyper, decay
 from tests.kernels.test_parity import token_case
 
@@ -86,7 +87,7 @@ def test_equals_dense_training_on_the_touched_rows(name, mode, backend, grad):
 @pytest.mark.parametrize("name", EVERY)
 def test_kernels_give_the_definition(name):
     """One kernel update against the rule in PyTorch on the same sums: equal but for the order within a mean."""
-    from prefixmem_fast.kernels import row_gradient
+    from prefixmem_fast.kernels import sorted_backward as row_gradient
 
     make, options = OPTIMIZERS[name]
     rows = torch.tensor([1, 3, 4, 8])

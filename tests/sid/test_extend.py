@@ -5,9 +5,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from prefixmem_fast import SIDVocabulary
-
-from ..integrations.models import TOKENS, tiny_model
-from .test_formats import tokenizer
+from tests.huggingface.models import TOKENS, tiny_model
+from tests.sid.test_formats import tokenizer
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_tied", "t5", "gpt2"])

@@ -1,0 +1,353 @@
+"""What every kernel asks of memory, counted in Triton's interpreter against the floor of its workload.
+
+Bytes of all lanes that a mask lets through, distinct 32-byte sectors of each launch, launches: the same on every
+machine. Sorts and other operators of torch between the kernels are not counted, nor is the zeroing of a dense gradient.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from bench.report import markdown
+
+from .. import (
+    AddressSpec,
+    DecodingState,
+    PrefixMem,
+    PrefixMemConfig,
+    SIDVocabulary,
+    optim,
+    prefix_memory,
+    prefix_rows,
+    token_memory,
+)
+from ..checkpoint import write_file
+from ..kernels import sorted_backward as row_gradient
+from ..kernels import sorted_prefixes as nested
+from ..operation.backends import interpreting
+
+SECTOR = 32  # bytes
+L, N, H, W, CODES = 5, 4, 4, 64, 2048  # the paper's shape
+ACTIVE = (3, 4)
+A = len(ACTIVE)
+READ, TRAINED = 128, 256  # SIDs of a batch
+BLOCK = 32  # SIDs a block of the sorting kernels, as in batches of 16 K and more
+
+READING, STREAM, UPDATE = 1.05, 1.3, 1.3  # limits, times the floor
+SUFFIX = 1.4  # of its update: nothing nests, so every term reads its slice of dS by itself
+FORWARD_LAUNCHES = 2
+
+
+class Traffic:
+    """Bytes of one `counted` block, by tensor name; `other` is what no named tensor holds."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.launches = self.sectors = 0
+        self.loaded: Counter[str] = Counter()
+        self.stored: Counter[str] = Counter()
+        self.added: Counter[str] = Counter()  # by atomics
+        self._ranges = {
+            name: (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
+            for name, tensor in tensors.items()
+        }
+        self._touched: dict[int, list[np.ndarray]] = {}
+
+    @property
+    def total(self) -> int:
+        return sum(sum(where.values()) for where in (self.loaded, self.stored, self.added))
+
+    def count(self, where: Counter[str], pointers: Any, mask: Any) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        addresses = pointers.data[mask.data] if mask is not None else pointers.data.ravel()
+        left = addresses.size
+        for name, (low, high) in self._ranges.items():
+            inside = int(np.count_nonzero((addresses >= low) & (addresses < high)))
+            where[name] += inside * size
+            left -= inside
+        where["other"] += left * size
+        self._touched.setdefault(id(where), []).append(np.unique(addresses // SECTOR))
+
+    def end_launch(self) -> None:
+        """Loads and stores of one sector are two; those of a sector that a launch loads twice, one."""
+        self.launches += 1
+        self.sectors += sum(len(np.unique(np.concatenate(parts))) for parts in self._touched.values())
+        self._touched.clear()
+
+
+@contextmanager
+def counted(**tensors: Tensor) -> Iterator[Traffic]:
+    """Count the traffic of every launch inside; tensors are named by keyword."""
+    traffic = Traffic(tensors)
+    builder, runner = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, atomic, call = (
+        builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw, runner.__call__,
+    )  # fmt: skip
+
+    def counting_load(self, pointers, mask, *rest):
+        traffic.count(traffic.loaded, pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def counting_store(self, pointers, value, mask, *rest):
+        traffic.count(traffic.stored, pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def counting_atomic(self, operation, pointers, value, mask, *rest):
+        traffic.count(traffic.added, pointers, mask)
+        return atomic(self, operation, pointers, value, mask, *rest)
+
+    def counting_call(self, *arguments, **options):
+        result = call(self, *arguments, **options)
+        traffic.end_launch()
+        return result
+
+    with (
+        mock.patch.object(builder, "create_masked_load", counting_load),
+        mock.patch.object(builder, "create_masked_store", counting_store),
+        mock.patch.object(builder, "create_atomic_rmw", counting_atomic),
+        mock.patch.object(runner, "__call__", counting_call),
+    ):
+        yield traffic
+
+
+class Count(NamedTuple):
+    """One workload's traffic.
+
+    Attributes:
+        floor: the fewest bytes of the workload, without sorts.
+        limit: how many times that is allowed.
+        sids: of the batch.
+        most_launches: None where the batch decides.
+    """
+
+    name: str
+    traffic: Traffic
+    floor: int
+    limit: float
+    sids: int
+    most_launches: int | None = None
+
+    @property
+    def ratio(self) -> float:
+        return self.traffic.total / self.floor
+
+    @property
+    def passed(self) -> bool:
+        return self.ratio <= self.limit and self.traffic.launches <= (self.most_launches or self.traffic.launches)
+
+    def as_row(self) -> dict[str, Any]:
+        return {
+            "kernel": self.name, "bytes": self.traffic.total, "sectors": self.traffic.sectors,
+            "launches": self.traffic.launches, "floor_bytes": self.floor, "ratio": round(self.ratio, 4),
+            "limit": self.limit, "passed": self.passed,
+        }  # fmt: skip
+
+
+def spec_of(mode: str = "prefix", table_rows: int = 200_000) -> AddressSpec:
+    return AddressSpec((CODES,) * L, N, H, table_rows, mode=mode, active_levels=ACTIVE, addressing="hash")
+
+
+def codes_of(sids: int, kind: str = "uniform") -> Tensor:
+    """Codes int64 ``[M, L]``: uniform, by Zipf's law, half of them one SID, or ended after two codes."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "zipf 1.05":
+        chance = torch.arange(1, CODES + 1, dtype=torch.float64) ** -1.05
+        return torch.multinomial(chance, sids * L, replacement=True, generator=generator).view(sids, L)
+    codes = torch.randint(0, CODES, (sids, L), generator=generator)
+    if kind == "hot":
+        codes[::2] = codes[0]
+    if kind == "ended":
+        codes[:, 2] = -1
+    return codes
+
+
+def forward(kind: str = "uniform", dtype: torch.dtype = torch.bfloat16, mode: str = "prefix") -> Count:
+    """Codes in, each row once a SID (in suffix mode once a level), S out."""
+    spec, codes = spec_of(mode, 3000), codes_of(READ, kind)
+    weight = torch.randn(spec.total_rows, W).to(dtype)
+    rows = prefix_rows(codes, spec, backend="reference")
+    reads = rows[:, ACTIVE[-1] - 1] if mode == "prefix" else rows[:, [level - 1 for level in ACTIVE]]
+    with counted(codes=codes, weight=weight) as traffic:
+        out = prefix_memory(codes, weight, spec, backend="triton")
+    floor = codes.numel() * 8 + int((reads >= 0).sum()) * W * dtype.itemsize + out.numel() * dtype.itemsize
+    return Count(f"forward, {mode}, {kind}, {_short(dtype)}", traffic, floor, READING, READ, FORWARD_LAUNCHES)
+
+
+def tokens(text: int = 3, sids: int = 48) -> Count:
+    """Ids in, each row once a SID, S of every token out."""
+    spec, codes = spec_of(table_rows=3000), codes_of(sids)
+    weight = torch.randn(spec.total_rows, W).bfloat16()
+    ids, table = _stream(codes, text)
+    with counted(weight=weight) as traffic:
+        out = token_memory(ids, table, weight, spec, backend="triton")
+    floor = ids.numel() * 8 + sids * N * H * W * 2 + out.numel() * 2
+    return Count(f"forward over tokens, {text} of text a SID", traffic, floor, STREAM, sids, FORWARD_LAUNCHES)
+
+
+def rows() -> Count:
+    """Codes in, int64 rows of every level out."""
+    spec, codes = spec_of(), codes_of(READ)
+    with counted() as traffic:
+        found = prefix_rows(codes, spec, backend="triton")
+    return Count("rows", traffic, codes.numel() * 8 + found.numel() * 8, READING, READ, FORWARD_LAUNCHES)
+
+
+def decoding(level: int, sequences: int = READ) -> Count:
+    """An id and its entry in, the rows of one order, the sum of the level before in and out, S out."""
+    spec = spec_of(table_rows=3000)
+    encoder = PrefixMem(PrefixMemConfig(spec, H * W, 8), backend="triton", dtype=torch.bfloat16)
+    ids = {l * CODES + c: (l + 1, c) for l in range(L) for c in range(CODES)}
+    state = DecodingState(encoder, SIDVocabulary.from_table(ids, (CODES,) * L), sequences)
+    codes = codes_of(sequences)
+    for l in range(level):
+        with counted(weight=encoder.memory.weight) as traffic:
+            state.step(l * CODES + codes[:, l])
+    floor = sequences * (8 + 8 + H * W * 2 + (1 + (level > 1)) * H * W * 4 + H * W * 2)
+    return Count(f"decoding step, level {level}", traffic, floor, STREAM, sequences, FORWARD_LAUNCHES)
+
+
+def backward(text: int | None = None) -> Count:
+    """The dense gradient by atomics: codes and dS in, each row of each SID added in float32."""
+    spec, codes = spec_of(table_rows=3000), codes_of(READ if text is None else 48)
+    weight = torch.randn(spec.total_rows, W).bfloat16().requires_grad_()
+    if text is None:
+        given, out = codes.numel() * 8, prefix_memory(codes, weight, spec, backend="triton")
+    else:
+        ids, table = _stream(codes, text)
+        given, out = ids.numel() * 8, token_memory(ids, table, weight, spec, backend="triton")
+    grad = torch.randn(out.shape).to(out)
+    with counted(grad=grad) as traffic:
+        out.backward(grad)
+    floor = given + len(codes) * (A * H * W * 2 + N * H * W * 4)
+    return Count("gradient by atomics" + _over(text), traffic, floor, UPDATE, len(codes))
+
+
+def dense(kind: str = "uniform") -> Count:
+    """The dense gradient by sorting: codes and dS in, each touched row out."""
+    return _trained(f"dense gradient by sorting, {kind}", kind, row_gradient.dense, W * 2)
+
+
+def sparse(kind: str = "uniform") -> Count:
+    """The touched rows and their float32 sums: codes and dS in, each touched row and its number out."""
+    return _trained(f"sparse gradient, {kind}", kind, row_gradient.padded_rows, W * 4 + 8)
+
+
+def update(
+    kind: str = "uniform", make: Callable[..., optim.RowOptimizer] = optim.SGD, mode: str = "prefix",
+    dtype: torch.dtype = torch.bfloat16, text: int | None = None, sids: int = TRAINED,
+) -> Count:  # fmt: skip
+    """The fused update: codes and dS in, each touched row and its state in and out."""
+    states = {optim.SGD: 0, optim.RowWiseAdagrad: 4, optim.RowWiseAdam: 4 + 4 * W, optim.LazyAdam: 8 * W}[make]
+    spec = spec_of(mode)
+    weight = torch.nn.Parameter(torch.zeros(spec.total_rows, W, dtype=dtype))
+    step = make([weight], lr=0.1).begin(weight)
+    run = partial(row_gradient.update, update=step)
+    name = f"fused update, {make.__name__}, {mode}, {kind}, {_short(dtype)}{_over(text)}"
+    return _trained(name, kind, run, 2 * (W * dtype.itemsize + states), mode, dtype, text, sids)
+
+
+def _trained(
+    name: str, kind: str, run: Callable, row_bytes: int, mode: str = "prefix", dtype: torch.dtype = torch.bfloat16,
+    text: int | None = None, sids: int = TRAINED,
+) -> Count:  # fmt: skip
+    """`run` over a batch; each touched row costs `row_bytes`."""
+    spec, codes = spec_of(mode), codes_of(sids, kind)
+    given, shape = (codes,), (sids, A, H * W)
+    if text is not None:
+        ids, table = _stream(codes, text)
+        given, shape = (ids, table, None), (*ids.shape, H * W)
+    grad = torch.randn(shape).to(dtype)
+    found = prefix_rows(codes, spec, backend="reference")[:, [level - 1 for level in ACTIVE]]
+    touched = len(found[found >= 0].unique())
+    with mock.patch.object(nested, "block_of", return_value=BLOCK), counted(grad=grad) as traffic:
+        run(grad, given, spec)
+    vectors = sids * A * H * W * dtype.itemsize  # dS where a level is active
+    floor = given[0].numel() * 8 + vectors + touched * row_bytes
+    return Count(name, traffic, floor, SUFFIX if mode == "suffix" else UPDATE, sids)
+
+
+def _stream(codes: Tensor, text: int) -> tuple[Tensor, Tensor]:
+    """SIDs as ids ``[2, T]``, each with tokens of text behind it, and the table of the vocabulary."""
+    table = torch.zeros(1 + L * CODES, 2, dtype=torch.int32)
+    table[1:, 0] = torch.arange(L).repeat_interleave(CODES) + 1
+    table[1:, 1] = torch.arange(CODES).repeat(L)
+    ids = torch.zeros(len(codes), L + text, dtype=torch.int64)
+    ids[:, :L] = 1 + codes + CODES * torch.arange(L)
+    return ids.view(2, -1), table
+
+
+def _over(text: int | None) -> str:
+    return "" if text is None else f", over tokens, {text} of text a SID"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+COUNTS: tuple[Callable[[], Count], ...] = (
+    forward,
+    lambda: forward("zipf 1.05"),
+    lambda: forward("ended"),
+    lambda: forward(dtype=torch.float32),
+    lambda: forward(mode="suffix"),
+    lambda: forward(mode="full"),
+    lambda: tokens(0),
+    lambda: tokens(3),
+    rows,
+    lambda: decoding(1),
+    lambda: decoding(3),
+    lambda: backward(),
+    lambda: backward(3),
+    lambda: dense(),
+    lambda: dense("zipf 1.05"),
+    lambda: sparse(),
+    lambda: sparse("zipf 1.05"),
+    lambda: update(),
+    lambda: update("zipf 1.05"),
+    lambda: update("hot"),
+    lambda: update(make=optim.RowWiseAdagrad),
+    lambda: update("zipf 1.05", optim.RowWiseAdagrad),
+    lambda: update(make=optim.RowWiseAdagrad, dtype=torch.float32),
+    lambda: update(make=optim.RowWiseAdam),
+    lambda: update(make=optim.LazyAdam),
+    lambda: update(make=optim.RowWiseAdagrad, text=3),
+    lambda: update(make=optim.RowWiseAdagrad, mode="full"),
+    lambda: update(make=optim.RowWiseAdagrad, mode="suffix"),
+)
+
+
+def report(out: Path | None, as_json: bool) -> int:
+    """Count everything and print the table; 1 if a limit is passed."""
+    from tqdm import tqdm
+
+    if not interpreting():
+        raise ValueError("triton was imported without TRITON_INTERPRET=1; set it and start again")
+    found = [count() for count in tqdm(COUNTS, desc="kernels", leave=False, disable=None)]
+    lines = [json.dumps(one.as_row()) for one in found]
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, lambda temporary: Path(temporary).write_text("\n".join(lines) + "\n"))
+    if as_json:
+        print("\n".join(lines))
+    else:
+        head = ["", "bytes", "32-byte sectors", "launches", "floor", "x floor", "limit"]
+        cells = [
+            [
+                one.name, f"{one.traffic.total:,}", f"{one.traffic.sectors:,}", str(one.traffic.launches),
+                f"{one.floor:,}", f"{one.ratio:.3f}", f"{one.limit:.2f}" + ("" if one.passed else " PASSED BY"),
+            ]
+            for one in found
+        ]  # fmt: skip
+        print(markdown(head, cells))
+    return 0 if all(one.passed for one in found) else 1

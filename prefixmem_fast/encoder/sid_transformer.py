@@ -1,0 +1,174 @@
+"""SID-Transformer: the comparator of PrefixMem (arXiv 2606.00324), in the same slot.
+
+A causal transformer reads the codes of one Semantic ID as embeddings of their levels; its output at level l, projected,
+is added to the input embedding of the token of c_l. It computes what PrefixMem looks up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..addressing.spec import AddressSpec, check_codebook_sizes, not_negative, positive
+from ..checkpoint import load_encoder, save_encoder
+from ..operation.operators import check_codes, check_tensor
+from ..operation.reference import token_codes
+from .modules import OutputProjection
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..sid import SIDVocabulary
+
+
+@dataclass(frozen=True)
+class SIDTransformerConfig:
+    """What a SID-Transformer is.
+
+    Args:
+        codebook_sizes: K_1 .. K_L.
+        hidden_size: the width of the model's embeddings.
+        width: of the transformer, a multiple of `heads`.
+        layers, heads: of the transformer; the paper takes 4 layers.
+        active_levels: prefix lengths at which it is added; None for all.
+        output_init_std: standard deviation that W_out starts from.
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated.
+    """
+
+    codebook_sizes: tuple[int, ...]
+    hidden_size: int
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    active_levels: tuple[int, ...] | None = None
+    output_init_std: float = 1e-3
+
+    def __post_init__(self) -> None:
+        # The checks of codebooks and levels are those of an address spec.
+        spec = AddressSpec(self.codebook_sizes, table_rows=1, max_order=1, heads=1, active_levels=self.active_levels)
+        object.__setattr__(self, "codebook_sizes", check_codebook_sizes(self.codebook_sizes))
+        object.__setattr__(self, "active_levels", spec.active_levels)
+        for name in ("hidden_size", "width", "layers", "heads"):
+            object.__setattr__(self, name, positive(name, getattr(self, name)))
+        if self.width % self.heads:
+            raise ValueError(f"width = {self.width} is no multiple of heads = {self.heads}")
+        not_negative("output_init_std", self.output_init_std)
+
+    def with_active_levels(self, active_levels: Sequence[int]) -> SIDTransformerConfig:
+        """The same transformer, added at other levels."""
+        return replace(self, active_levels=active_levels)
+
+    @property
+    def memory_dim(self) -> int:
+        return self.width
+
+    @property
+    def levels(self) -> int:
+        return len(self.codebook_sizes)
+
+    def to_dict(self) -> dict[str, Any]:
+        lists = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {"kind": "sid-transformer", **lists}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SIDTransformerConfig:
+        values = dict(values)
+        if values.pop("kind", None) != "sid-transformer":
+            raise ValueError("the config is not one of a SID-Transformer")
+        return cls(**values)
+
+
+class SIDTransformer(nn.Module):
+    """The comparator as a module; `attach` takes it in place of a `PrefixMem`."""
+
+    config_class = SIDTransformerConfig
+
+    def __init__(
+        self,
+        config: SIDTransformerConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        made = {"device": device, "dtype": dtype}
+        self.codes = nn.Embedding(sum(config.codebook_sizes), config.width, **made)
+        self.levels = nn.Embedding(config.levels, config.width, **made)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                config.width, config.heads, 4 * config.width, dropout=0.0, activation="gelu", batch_first=True,
+                norm_first=True, **made,
+            )
+            for _ in range(config.layers)
+        )  # fmt: skip
+        self.norm = nn.LayerNorm(config.width, **made)
+        self.out_proj = OutputProjection(config, **made)
+        for table in (self.codes, self.levels):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def reset_output(self) -> None:
+        """Start W_out afresh, near zero."""
+        self.out_proj.reset_parameters()
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Integer ``[..., L]`` to ``[..., L, hidden_size]``, zero at inactive levels; codes out of range end a SID."""
+        config, shape = self.config, codes.shape
+        check_codes(codes, config)
+        codes = codes.reshape(-1, config.levels).long()
+        sizes = codes.new_tensor(config.codebook_sizes)
+        alive = ((codes >= 0) & (codes < sizes)).cumprod(-1).bool()  # [M, L]
+        x = self.codes(torch.where(alive, codes, 0) + sizes.cumsum(0) - sizes) + self.levels.weight
+        if len(codes):  # attention over nothing is an error
+            mask = nn.Transformer.generate_square_subsequent_mask(config.levels, x.device, x.dtype)
+            for layer in self.layers:
+                x = layer(x, mask, is_causal=True)
+        active = torch.zeros(config.levels, dtype=torch.bool, device=x.device)
+        active[[level - 1 for level in config.active_levels]] = True
+        out = self.out_proj(self.norm(x)) * (alive & active)[..., None]
+        return out.view(*shape, config.hidden_size)
+
+    def encode_tokens(
+        self,
+        input_ids: Tensor,
+        vocabulary: SIDVocabulary,
+        segment_ids: Tensor | None = None,
+        *,
+        new_tokens: int | None = None,
+    ) -> Tensor:
+        """Over a token stream, as `PrefixMem.encode_tokens`: ``[B, T, hidden_size]``, zero at text."""
+        vocabulary.check_codebooks(self.config)
+        check_tensor("input_ids", input_ids, (torch.int32, torch.int64), 2, "[B, T]")
+        if segment_ids is not None and segment_ids.shape != input_ids.shape:
+            raise ValueError(
+                f"segment_ids has shape {tuple(segment_ids.shape)}; give that of input_ids, {tuple(input_ids.shape)}"
+            )
+        table = vocabulary.token_table(input_ids.device)
+        codes, level = token_codes(input_ids, table, self.config, segment_ids)
+        inside = (level > 0).flatten()
+        goes_on = torch.zeros_like(level, dtype=torch.bool)
+        goes_on[:, :-1] = level[:, 1:] == level[:, :-1] + 1
+        last = (level > 0) & ~goes_on  # of each SID
+        encoded = self(codes[last])  # [M, L, hidden]
+        sid = (level == 1).flatten().cumsum(0) - 1
+        out = encoded.new_zeros(level.numel(), self.config.hidden_size)
+        out[inside] = encoded[sid[inside], level.flatten()[inside] - 1]
+        out = out.view(*level.shape, self.config.hidden_size)
+        return out if new_tokens is None else out[:, out.shape[1] - new_tokens :]
+
+    def save_pretrained(
+        self, path: str | Path, vocabulary: SIDVocabulary | None = None, *, max_shard_size: int | str = "2GB"
+    ) -> None:
+        """Write it into a folder, see `PrefixMem.save_pretrained`."""
+        save_encoder(self, path, vocabulary, max_shard_size=max_shard_size)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> SIDTransformer:
+        """Read it from a folder, see `PrefixMem.from_pretrained`: hidden_size, device, dtype, verify."""
+        return load_encoder(cls, path, **options)

@@ -1,0 +1,76 @@
+"""What is added to the embeddings of Semantic IDs, and the optimizer that trains it: the arms that a study compares."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ... import optim
+from ...addressing.spec import AddressSpec
+from ...encoder.modules import PrefixMem, PrefixMemConfig
+from ...encoder.sid_transformer import SIDTransformer, SIDTransformerConfig
+from ...huggingface.attach import attach
+from ...sid import SIDVocabulary
+from .config import RunConfig
+
+_ROWS = {"adagrad": optim.RowWiseAdagrad, "adam": optim.RowWiseAdam, "lazy-adam": optim.LazyAdam, "sgd": optim.SGD}
+
+
+def active_levels(config: RunConfig, levels: int) -> tuple[int, ...]:
+    """The paper's "active at levels 4 and 5" of five: the two prefix lengths before the whole SID."""
+    return tuple(config.active_levels or (level for level in (levels - 2, levels - 1) if level >= 1))
+
+
+def build_encoder(
+    config: RunConfig, codebook_sizes: tuple[int, ...], hidden_size: int
+) -> PrefixMem | SIDTransformer | None:
+    """The encoder of a run; None for the plain arm.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: an option is wrong, or the pre-trained encoder is of other codebooks.
+    """
+    levels = active_levels(config, len(codebook_sizes))
+    if config.arm == "plain":
+        return None
+    if config.arm == "sid-transformer":
+        return SIDTransformer(
+            SIDTransformerConfig(
+                codebook_sizes, hidden_size, config.sid_width, config.sid_layers, active_levels=levels,
+                output_init_std=config.output_init_std,
+            )
+        )  # fmt: skip
+    how = {"grad": config.grad, "dropout": config.memory_dropout}
+    if config.encoder is not None:
+        encoder = PrefixMem.from_pretrained(config.encoder, hidden_size=hidden_size, active_levels=levels, **how)
+        if encoder.config.codebook_sizes != codebook_sizes:
+            raise ValueError(
+                f"encoder {config.encoder} has codebook_sizes {encoder.config.codebook_sizes}, the index "
+                f"{codebook_sizes}; pre-train it on this index, or give the codebook_sizes it was trained with"
+            )
+        encoder.reset_output()
+        return encoder
+    order = min(config.max_order, max(levels) if config.mode != "full" else len(codebook_sizes))
+    spec = AddressSpec(
+        codebook_sizes, max_order=order, heads=config.heads, table_rows=config.table_rows, mode=config.mode,
+        addressing=config.addressing, active_levels=levels, seed=config.address_seed,
+    )  # fmt: skip
+    return PrefixMem(
+        PrefixMemConfig(spec, config.memory_dim, hidden_size, output_init_std=config.output_init_std), **how
+    )
+
+
+def add_arm(model: nn.Module, config: RunConfig, vocabulary: SIDVocabulary) -> None:
+    """Attach the encoder of a run to its model."""
+    encoder = build_encoder(config, vocabulary.codebook_sizes, model.get_input_embeddings().weight.shape[1])
+    if encoder is not None:
+        attach(model, encoder, vocabulary)
+
+
+def optimizer_for(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """One optimizer for model and encoder, the encoder at a multiple of the learning rate, if there is one."""
+    return optim.for_model(
+        model, config.learning_rate, encoder_lr_multiple=config.encoder_lr_multiple,
+        rows=_ROWS[config.row_optimizer], row_options={"weight_decay": config.row_weight_decay},
+        betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay, muon_lr=config.muon_lr,
+        encoder_needed=False,
+    )  # fmt: skip

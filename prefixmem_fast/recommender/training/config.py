@@ -1,0 +1,303 @@
+"""What a run is: one flat set of options, from a YAML or JSON file and from flags, saved with the run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...addressing.spec import ADDRESSING, MODES
+from ...operation.operators import GRADS
+
+CONFIG = "config.yaml"  # the options in the folder of a run
+ARMS = ("plain", "prefixmem", "sid-transformer")
+SPLITS = ("leave-two-out", "time")
+ROW_OPTIMIZERS = ("adagrad", "adam", "lazy-adam", "sgd")
+SCHEDULES = ("cosine", "linear", "constant")
+PRECISIONS = ("float32", "bfloat16")
+_SECTIONS = {"synthetic": "data", "model": "model", "encoder": "encoder", "steps": "training"}  # by their first option
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The options of `prefixmem train` and `prefixmem pretrain`; each is a flag and a key of the file.
+
+    Raises:
+        TypeError, ValueError: an option has another type or a value that is not allowed; the message names it.
+    """
+
+    # data
+    synthetic: bool = option(False, "train on the synthetic catalogue, in place of items and interactions")
+    items: str | None = option(None, "index of the items' Semantic IDs: .json, .npy or .pt")
+    interactions: list[str] | None = option(None, "histories: .json, .csv or .parquet; several files follow in time")
+    text: str | None = option(None, "text of the items: .json")
+    text_field: str = option("title", "which entry of an item's text to read")
+    token_format: str | None = option(None, "template of the index's tokens; recognised unless given")
+    codebook_sizes: list[int] | None = option(None, "K_1,..,K_L; what the index shows unless given")
+    split: str = option("leave-two-out", "how histories are split", SPLITS)
+    time_fractions: list[float] = option([0.8, 0.9], "of split=time: shares of interactions before its two moments")
+    max_items: int = option(20, "items of a history that the model sees")
+    max_text_tokens: int = option(32, "tokens of an item's text")
+    histories: float = option(1.0, "weight of the sequences of SIDs alone")
+    interleaved: float = option(0.0, "weight of the sequences of text and SIDs in turn")
+    pairs: float = option(0.0, "weight of the pairs text and SID, in both directions")
+    # model
+    model: str | dict = option("decoder", "decoder, tiger, a folder or name of a pre-trained model, or a config.json")
+    model_options: dict | None = option(None, "entries of the model's configuration to change, as JSON")
+    tokenizer: str | None = option(None, "folder or name of a tokenizer; the model's, or one made from the text")
+    arm: str = option("prefixmem", "what is added to the embeddings of SIDs", ARMS)
+    # encoder
+    encoder: str | None = option(None, "folder of a pre-trained encoder; its W_out starts afresh")
+    table_rows: int = option(200_000, "T, rows of a memory table")
+    memory_dim: int = option(64, "d_mem, columns of the memory")
+    heads: int = option(4, "H, tables of an order")
+    max_order: int = option(4, "N, the largest order")
+    active_levels: list[int] | None = option(
+        None, "prefix lengths at which the memory is read; the two before the last"
+    )
+    mode: str = option("prefix", "which codes an order reads", MODES)
+    addressing: str = option("auto", "exact rows where they fit, or all hashed", ADDRESSING)
+    address_seed: int = option(0, "seed of the primes")
+    output_init_std: float = option(1e-3, "standard deviation of W_out at its start")
+    memory_dropout: float = option(0.0, "share of SID tokens whose memory is left out in training")
+    grad: str = option("sparse", "where the gradient of the tables goes", GRADS)
+    row_optimizer: str = option("adagrad", "optimizer of the rows with grad=sparse and fused", ROW_OPTIMIZERS)
+    row_weight_decay: float = option(0.0, "weight decay of the touched rows")
+    encoder_lr_multiple: float = option(5.0, "the encoder's learning rate over the model's; 1 for a SID-Transformer")
+    sid_layers: int = option(4, "layers of the SID-Transformer")
+    sid_width: int = option(128, "width of the SID-Transformer")
+    # training
+    steps: int = option(1000, "optimizer steps")
+    batch_size: int = option(64, "rows of a batch, a process, on average: fewer where they are long")
+    pack: int = option(1, "sequences packed into a row")
+    accumulation: int = option(1, "batches of an optimizer step")
+    learning_rate: float = option(1e-3, "peak learning rate of the model")
+    schedule: str = option("cosine", "of the learning rate", SCHEDULES)
+    warmup_steps: int = option(100, "steps of linear warm-up")
+    weight_decay: float = option(0.0, "of the model's matrices")
+    adam_beta2: float = option(0.999, "AdamW's decay of squared gradients; lower suits short runs")
+    muon_lr: float | None = option(None, "learning rate of Muon for the model's inner matrices; AdamW without it")
+    max_grad_norm: float = option(1.0, "gradients are clipped to it; 0 does not clip, as grad=fused needs")
+    precision: str = option("float32", "of the model's arithmetic", PRECISIONS)
+    log_every: int = option(10, "steps between losses")
+    eval_every: int = option(100, "steps between validations; checkpoints are saved with them")
+    eval_users: int | None = option(2000, "users of a validation; all with null")
+    patience: int = option(0, "validations without a lower loss after which training stops; 0 never stops early")
+    keep_best: bool = option(True, "keep the model of the lowest validation loss, else the last")
+    seed: int = option(0, "of weights, order and dropout")
+
+    def __post_init__(self) -> None:
+        for field, kinds in _kinds().items():
+            value = _plain(getattr(self, field.name))
+            if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+                value = float(value)
+            if not _matches(value, kinds):
+                raise TypeError(f"{field.name} = {value!r}; {_described(kinds)} was expected")
+            choices = field.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} = {value!r}; allowed are {', '.join(choices)}")
+            object.__setattr__(self, field.name, value)
+        for name in (
+            "steps", "batch_size", "pack", "accumulation", "max_items", "max_text_tokens", "log_every", "eval_every",
+            "table_rows", "heads", "max_order", "memory_dim", "sid_layers", "sid_width",
+        ):  # fmt: skip
+            _at_least(self, name, 1)
+        for name in (
+            "histories", "interleaved", "pairs", "weight_decay", "row_weight_decay", "max_grad_norm", "warmup_steps",
+            "patience", "learning_rate", "encoder_lr_multiple", "output_init_std", "seed",
+        ):  # fmt: skip
+            _at_least(self, name, 0)
+        if self.muon_lr is not None:
+            _at_least(self, "muon_lr", 0)
+        if self.eval_users is not None:
+            _at_least(self, "eval_users", 1)
+        if not self.histories + self.interleaved + self.pairs:
+            raise ValueError("histories, interleaved and pairs are all 0; give one of them a weight")
+        if not 0 <= self.adam_beta2 < 1:
+            raise ValueError(f"adam_beta2 = {self.adam_beta2}; allowed are 0 <= beta < 1")
+        if not 0 <= self.memory_dropout < 1:
+            raise ValueError(f"memory_dropout = {self.memory_dropout}; allowed are 0 <= p < 1")
+        if self.eval_every % self.log_every:
+            raise ValueError(f"eval_every = {self.eval_every} is no multiple of log_every = {self.log_every}; give one")
+        if len(self.time_fractions) != 2 or not 0 < self.time_fractions[0] < self.time_fractions[1] < 1:
+            raise ValueError(
+                f"time_fractions = {self.time_fractions}; two ascending numbers between 0 and 1 were expected"
+            )
+        if self.grad == "fused" and (self.max_grad_norm or self.accumulation > 1) and self.arm == "prefixmem":
+            raise ValueError("grad = 'fused' neither clips nor accumulates; give max_grad_norm = 0, accumulation = 1")
+        if self.synthetic and (self.items or self.interactions or self.text):
+            raise ValueError("synthetic goes without items, interactions and text; leave one or the other out")
+        if not self.synthetic and not (self.items and self.interactions):
+            raise ValueError("items and interactions are needed, or synthetic")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> RunConfig:
+        return dataclasses.replace(self, **changes)
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(RunConfig))
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for each option; those not given are None."""
+    group = parser
+    for field, kinds in _kinds().items():
+        if field.name in _SECTIONS:
+            group = parser.add_argument_group(_SECTIONS[field.name])
+        flag = "--" + field.name.replace("_", "-")
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        text = field.metadata["help"].replace("%", "%%")
+        text += (
+            ""
+            if default is None or default is False
+            else f" (default: {json.dumps(default) if isinstance(default, list) else default})"
+        )
+        if kinds == (bool,):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            several = {"nargs": "+"} if field.name == "interactions" else {}
+            group.add_argument(flag, default=None, metavar=_metavar(field, kinds), help=text, **several)
+
+
+def config_from(options: argparse.Namespace, file: str | Path | None, **defaults: Any) -> RunConfig:
+    """The options of a file, changed by flags; `defaults` hold where neither speaks.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: the file is not there or is no mapping of options, or an option is
+            wrong.
+    """
+    values = {**defaults, **(read_options(file) if file else {})}
+    for field, kinds in _kinds().items():
+        given = getattr(options, field.name, None)
+        if given is not None:
+            values[field.name] = _parse(field.name, given, kinds)
+    return RunConfig(**values)
+
+
+def read_options(file: str | Path) -> dict[str, Any]:
+    """The options of a YAML or JSON file.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is not there, or is no mapping of options.
+    """
+    import yaml
+
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"config {file} is not there; give a YAML or JSON file")
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text) if file.suffix == ".json" else yaml.load(text, _with_exponents(yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"config {file} is neither YAML nor JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config {file} holds a {type(values).__name__}; option: value was expected")
+    unknown = [name for name in values if name not in NAMES]
+    if unknown:
+        raise ValueError(f"config {file}: option {unknown[0]!r} is unknown; known are {', '.join(NAMES)}")
+    return values
+
+
+def write_options(config: RunConfig, file: Path) -> None:
+    import yaml
+
+    from ...checkpoint import write_file
+
+    dumper = _with_exponents(yaml.SafeDumper)
+    text = yaml.dump(config.to_dict(), Dumper=dumper, sort_keys=False, allow_unicode=True)
+    write_file(file, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def _with_exponents(kind: type) -> type:
+    """A YAML loader or dumper for which 1e-3 is a number, as in YAML 1.2 and JSON; in YAML 1.1 it is a string."""
+    import re
+
+    number = re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+    made = type(kind.__name__, (kind,), {})
+    made.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    return made
+
+
+def _kinds() -> dict[dataclasses.Field, tuple[Any, ...]]:
+    """Each option and the types that its values may have."""
+    hints = typing.get_type_hints(RunConfig)
+    found = {}
+    for field in dataclasses.fields(RunConfig):
+        hint = hints[field.name]
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        found[field] = typing.get_args(hint) if union else (hint,)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return [*value] if isinstance(value, tuple) else value
+
+
+def _matches(value: Any, kinds: tuple[Any, ...]) -> bool:
+    for kind in kinds:
+        inner = typing.get_args(kind)
+        if inner:
+            numbers = (int, float) if inner[0] is float else inner[0]
+            if isinstance(value, list) and all(isinstance(v, numbers) and not isinstance(v, bool) for v in value):
+                return True
+        elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return True
+    return False
+
+
+def _described(kinds: tuple[Any, ...]) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", dict: "a mapping"}
+    names[type(None)] = "null"
+    return " or ".join(names.get(kind) or f"a list of {typing.get_args(kind)[0].__name__}" for kind in kinds)
+
+
+def _metavar(field: dataclasses.Field, kinds: tuple[Any, ...]) -> str:
+    if field.metadata["choices"]:
+        return "{" + ",".join(field.metadata["choices"]) + "}"
+    kind = kinds[0]
+    if field.name in ("items", "interactions", "text"):
+        return "FILE"
+    return {int: "N", float: "X", dict: "JSON"}.get(kind, "A,B,.." if typing.get_args(kind) else "NAME")
+
+
+def _parse(name: str, given: Any, kinds: tuple[Any, ...]) -> Any:
+    """The value that a flag's string stands for."""
+    if not isinstance(given, str):
+        return given
+    nothing = ("none", "null", "all") if int in kinds else ("none", "null")
+    if type(None) in kinds and given.lower() in nothing:
+        return None
+    if dict in kinds and given.lstrip().startswith("{"):
+        try:
+            return json.loads(given)
+        except ValueError as error:
+            raise ValueError(f"{name} = {given!r} is no JSON: {error}") from None
+    try:
+        for kind in kinds:
+            if typing.get_args(kind):
+                return [typing.get_args(kind)[0](part) for part in given.split(",") if part.strip()]
+            if kind in (int, float):
+                return kind(given)
+    except ValueError:
+        raise ValueError(f"{name} = {given!r}; {_described(kinds)} was expected") from None
+    return given
+
+
+def _at_least(config: RunConfig, name: str, least: int) -> None:
+    if not least <= getattr(config, name) < math.inf:
+        raise ValueError(f"{name} = {getattr(config, name)}; give {least} or more")

@@ -1,0 +1,171 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+from prefixmem_fast import AddressSpec, prefix_rows
+from prefixmem_fast.addressing.primes import draw_primes, is_prime, splitmix64
+from prefixmem_fast.checks import oracle
+from tests.strategies import specs
+
+GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("rows_v1.json").read_text())
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["spec"]["mode"])
+def test_golden_rows(case):
+    """Fixed rows: the arguments alone give them again, and so does the stored JSON alone."""
+    assert oracle.prefix_rows(np.array(case["codes"]), case["spec"]).tolist() == case["rows"]
+    spec = AddressSpec.from_dict(case["spec"])
+    codes = torch.tensor(case["codes"])
+    assert prefix_rows(codes, spec, backend="reference").tolist() == case["rows"]
+    assert prefix_rows(codes, spec, backend="triton").tolist() == case["rows"]
+
+
+@given(specs())
+def test_json_round_trip(spec):
+    again = AddressSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
+    assert again == spec
+    assert hash(again) == hash(spec)
+    assert again.key == spec.key
+
+
+@given(specs())
+def test_blocks_tile_the_table(spec):
+    """Tables lie in blocks by (order, head), without gap or overlap."""
+    place = 0
+    for order in range(spec.max_order):
+        for head in range(spec.heads):
+            assert spec.offsets[order][head] == place
+            place += spec.rows_per_order[order]
+    assert place == spec.total_rows
+
+
+def test_paper_sizes():
+    hashed = AddressSpec((2048,) * 5, addressing="hash")
+    assert hashed.total_rows == 16 * 2_000_000
+    exact = AddressSpec((2048,) * 5)
+    assert exact.exact_orders == (1,)
+    assert exact.rows_per_order == (2048, 2_000_000, 2_000_000, 2_000_000)
+    assert AddressSpec((2048,) * 5, table_rows=5_000_000).exact_orders == (1, 2)
+    assert AddressSpec((2048,) * 5, mode="suffix").exact_orders == ()
+
+
+def test_orders_above_the_last_level_hold_no_rows():
+    spec = AddressSpec((256,) * 3, max_order=4, table_rows=100)
+    assert spec.rows_per_order[3] == 0
+    assert (prefix_rows(torch.zeros(2, 3, dtype=torch.int64), spec)[:, :, 3] == -1).all()
+
+
+@given(specs(largest_code=3_000_000_000))
+def test_products_fit_their_width(spec):
+    primes = [p for row in spec.multipliers for p in row]
+    assert len(set(primes)) == len(primes) == spec.max_order * spec.heads
+    assert all(is_prime(p) and p > 50_000 for p in primes)
+    assert (max(spec.codebook_sizes) - 1) * max(primes) < 1 << spec.product_bits
+
+
+def test_both_product_widths_give_the_same_rows():
+    """The kernels take 32-bit arithmetic where products fit 31 bits; 64 bits must find the same rows."""
+    from prefixmem_fast.kernels import address, rows
+
+    spec = AddressSpec((2048,) * 5, table_rows=1_000_003)
+    assert spec.product_bits == 31
+    codes = torch.randint(0, 2048, (200, 5))
+    narrow = rows.prefix_rows(codes, spec)
+    narrow_address = address.address_of(spec)
+    assert not narrow_address.wide
+    rows.address_of, kept = (lambda _: narrow_address._replace(wide=True)), rows.address_of
+    try:
+        wide = rows.prefix_rows(codes, spec)
+    finally:
+        rows.address_of = kept
+    assert torch.equal(narrow, wide)
+    assert torch.equal(narrow, prefix_rows(codes, spec, backend="reference"))
+
+
+def test_wide_products_where_codes_or_tables_are_large():
+    assert AddressSpec((1 << 15,) * 3).product_bits == 31
+    assert AddressSpec((1 << 16,) * 3).product_bits == 63
+    assert AddressSpec((256,) * 5, table_rows=1 << 27).product_bits == 63
+
+
+def test_hashes_fill_a_table():
+    """As many random prefixes as rows occupy 1 - 1/e of a table."""
+    spec = AddressSpec((2048,) * 5, table_rows=1 << 16, addressing="hash", heads=2)
+    codes = torch.randint(0, 2048, (1 << 16, 5))
+    rows = prefix_rows(codes, spec)[:, 3]  # [M, N, H] at level 4
+    for order in (1, 2, 3):
+        for head in range(2):
+            share = rows[:, order, head].unique().numel() / (1 << 16)
+            assert abs(share - 0.632) < 0.01
+
+
+def test_prime_generator_is_the_published_one():
+    """First outputs of SplitMix64 from seed 0, and primes against trial division."""
+    stream = splitmix64(0)
+    assert [next(stream) for _ in range(3)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [n for n in range(2, 2000) if is_prime(n)] == [n for n in range(2, 2000) if all(n % d for d in range(2, n))]
+    assert not is_prime(3_215_031_751)  # the smallest strong pseudoprime to bases 2, 3, 5 and 7
+    assert draw_primes(4, 1 << 19, 1 << 20, 0) == list(AddressSpec((2048,) * 5).multipliers[0])
+
+
+def test_frozen():
+    spec = AddressSpec((8, 8))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.heads = 2
+
+
+BAD = [
+    ({"codebook_sizes": ()}, ValueError, "codebook_sizes is empty"),
+    ({"codebook_sizes": (8, 0)}, ValueError, r"codebook_sizes\[1\] = 0 is not positive"),
+    ({"codebook_sizes": (8, -3)}, ValueError, r"codebook_sizes\[1\] = -3"),
+    ({"codebook_sizes": 8}, TypeError, "codebook_sizes = 8 is not a sequence"),
+    ({"codebook_sizes": (8, 2.5)}, TypeError, r"codebook_sizes\[1\] = 2.5 is not an integer"),
+    ({"codebook_sizes": (1 << 60,)}, ValueError, "smaller codebooks"),
+    ({"max_order": 0}, ValueError, "max_order = 0 is not positive"),
+    ({"max_order": True}, TypeError, "max_order = True"),
+    ({"heads": 0}, ValueError, "heads = 0 is not positive"),
+    ({"heads": "4"}, TypeError, "heads = '4'"),
+    ({"table_rows": (5, 5)}, ValueError, "table_rows has 2 entries, max_order is 4"),
+    ({"table_rows": 0}, ValueError, "table_rows = 0"),
+    ({"table_rows": (5, 5, 5, 0)}, ValueError, "every order needs a row"),
+    ({"table_rows": "many"}, TypeError, "table_rows"),
+    ({"mode": "infix"}, ValueError, "mode = 'infix' is unknown; allowed are 'prefix', 'suffix', 'full'"),
+    ({"addressing": "exact"}, ValueError, "addressing = 'exact'"),
+    ({"active_levels": ()}, ValueError, "active_levels"),
+    ({"active_levels": (0, 1)}, ValueError, "levels of 1..3"),
+    ({"active_levels": (4,)}, ValueError, "levels of 1..3"),
+    ({"active_levels": (2, 1)}, ValueError, "strictly increasing"),
+    ({"active_levels": (2, 2)}, ValueError, "strictly increasing"),
+    ({"seed": -1}, ValueError, "seed = -1"),
+    ({"seed": 1 << 64}, ValueError, "seed"),
+    ({"version": 2}, ValueError, "version = 2 is unknown"),
+    ({"version": True}, ValueError, "version = True is unknown"),
+    ({"table_rows": 1 << 60, "addressing": "hash"}, ValueError, r"more than 2\^63 - 1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_errors_name_the_argument(changes, error, message):
+    with pytest.raises(error, match=message):
+        AddressSpec(**{"codebook_sizes": (8, 8, 8), **changes})
+
+
+def test_from_dict_refuses_what_it_cannot_honour():
+    good = AddressSpec((8, 8)).to_dict()
+    with pytest.raises(ValueError, match="multipliers"):
+        AddressSpec.from_dict({**good, "multipliers": [[3] * 4] * 4})
+    with pytest.raises(ValueError, match="unknown entry 'colour'"):
+        AddressSpec.from_dict({**good, "colour": 1})
+    with pytest.raises(ValueError, match="lacks codebook_sizes"):
+        AddressSpec.from_dict({})
+    with pytest.raises(TypeError, match="is a str"):
+        AddressSpec.from_dict(json.dumps(good))
+    for name in ("mode", "seed", "version", "active_levels"):
+        with pytest.raises(ValueError, match=f"lacks {name}"):
+            AddressSpec.from_dict({key: value for key, value in good.items() if key != name})
+    assert AddressSpec.from_dict({"codebook_sizes": (8, 8)}) == AddressSpec((8, 8))

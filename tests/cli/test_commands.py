@@ -1,0 +1,128 @@
+import json
+
+import pytest
+
+from prefixmem_fast.cli import main
+from prefixmem_fast.kernels import atomic_backward as backward
+from prefixmem_fast.kernels import forward, rows
+
+
+def run_json(capsys, *arguments):
+    code = main([*arguments, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_info(capsys):
+    code, facts = run_json(capsys, "info")
+    assert code == 0
+    assert set(facts["versions"]) == {"prefixmem_fast", "python", "torch", "triton", "numpy"}
+    assert facts["backends"] == {"triton": None, "cpu": None, "reference": None}
+    main(["info"])
+    assert "torch" in capsys.readouterr().out
+
+
+def test_info_says_why_a_backend_is_missing(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    _, facts = run_json(capsys, "info")
+    assert "TRITON_INTERPRET=1" in facts["backends"]["triton"]
+
+
+def test_verify(capsys):
+    code, report = run_json(capsys, "verify", "--cases", "6", "--seed", "3")
+    assert code == 0
+    assert report["cases"] == 6
+    assert report["comparisons"] > 60
+    assert report["mismatches"] == []
+    assert report["backends"] == ["reference", "triton", "cpu"]
+    assert all(0 <= worst["of_bound"] <= 1 for worst in report["worst"].values())
+
+
+def test_verify_is_reproducible(capsys):
+    assert run_json(capsys, "verify", "--cases", "3", "--backend", "reference") == run_json(
+        capsys, "verify", "--cases", "3", "--backend", "reference"
+    )
+
+
+def _off_by_one(function):
+    def wrong(*arguments, **options):
+        out = function(*arguments, **options)
+        return out + 1e-3 if out.is_floating_point() else out + 1
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "where"),
+    [
+        (forward, "prefix_memory_fwd", "triton sums"),
+        (forward, "token_memory_fwd", "triton token sums"),
+        (backward, "prefix_memory_bwd", "triton gradient"),
+        (rows, "prefix_rows", "triton rows"),
+    ],
+)
+def test_verify_finds_a_planted_fault(capsys, monkeypatch, module, function, where):
+    monkeypatch.setattr(module, function, _off_by_one(getattr(module, function)))
+    code, report = run_json(capsys, "verify", "--cases", "2")
+    assert code == 1
+    assert any(mismatch.startswith(where) for mismatch in report["mismatches"])
+
+
+def test_verify_finds_a_fault_of_the_reference(capsys, monkeypatch):
+    from prefixmem_fast.operation import reference
+
+    monkeypatch.setattr(reference, "prefix_memory", _off_by_one(reference.prefix_memory))
+    code, report = run_json(capsys, "verify", "--cases", "4", "--backend", "reference")
+    assert code == 1
+    assert any("against the oracle" in mismatch for mismatch in report["mismatches"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "--cases", "0"], "--cases = 0"),
+        (["verify", "--compile"], "unset it"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, message):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_verify_on_a_backend_that_cannot_run(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["verify", "--backend", "triton"]) == 2
+    assert "TRITON_INTERPRET=1" in capsys.readouterr().err
+    assert main(["verify", "--cases", "1"]) == 0
+    assert "triton not checked" in capsys.readouterr().out
+
+
+def test_unknown_command():
+    with pytest.raises(SystemExit) as stop:
+        main(["fly"])
+    assert stop.value.code == 2
+
+
+def test_verify_stops_after_its_seconds(capsys):
+    code, report = run_json(capsys, "verify", "--backend", "cpu", "--cases", "50", "--seconds", "0.001")
+    assert code == 0
+    assert report["cases"] == 1
+    assert main(["verify", "--seconds", "0"]) == 2
+    assert "--seconds = 0.0; give more than 0" in capsys.readouterr().err
+
+
+def test_bench_is_the_benchmark_suite(capsys, monkeypatch):
+    assert main(["bench", "scale", "--items", "1e6", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["items"] == 1e6
+    assert main(["bench", "run", "nothing"]) == 2
+    assert capsys.readouterr().err.startswith("prefixmem bench: no benchmark is named 'nothing'")
+
+    def absent(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr("prefixmem_fast.cli.bench.importlib.import_module", absent)
+    assert main(["bench", "list"]) == 2
+    assert "pip install -e ." in capsys.readouterr().err

@@ -1,0 +1,189 @@
+"""pretrain, train, evaluate and demo as a user calls them."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from prefixmem_fast import PrefixMem
+from prefixmem_fast.cli import main
+from prefixmem_fast.recommender.data import synthetic
+from tests.recommender.training.small import TINY, TINY_T5, write_files
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """Flags of a small run, without --out."""
+    files = write_files(tmp_path)
+    return [
+        "--items", files["items"], "--interactions", *files["interactions"], "--steps", "8", "--batch-size", "8",
+        "--log-every", "1", "--eval-every", "4", "--warmup-steps", "2", "--table-rows", "50", "--memory-dim", "8",
+        "--heads", "2", "--max-items", "5", "--learning-rate", "1e-2",
+    ]  # fmt: skip
+
+
+TINY_FLAGS = ["--model-options", json.dumps(TINY)]
+
+
+def run(capsys, *arguments):
+    torch.set_num_threads(1)
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("classification", []), ("tiger", ["--model-options", json.dumps(TINY_T5)]), ("lm", TINY_FLAGS)],
+    ids=["classification", "tiger", "lm"],
+)
+def test_pretrain_then_train_then_evaluate(tmp_path, flags, capsys, method, more):
+    first, second = tmp_path / "first", tmp_path / "second"
+    code, out, _ = run(capsys, "pretrain", "--method", method, *flags, *more, "--out", first)
+    assert code == 0
+    assert f"--encoder {first / 'encoder'}" in out
+    tables = PrefixMem.from_pretrained(first / "encoder").memory.weight
+
+    code, out, _ = run(capsys, "train", *flags, *TINY_FLAGS, "--encoder", first / "encoder", "--encoder-lr-multiple", 0,
+                       "--keep-best", "--out", second)  # fmt: skip
+    assert code == 0
+    assert "level 3" in out
+    trained = PrefixMem.from_pretrained(second / "model")
+    assert torch.equal(trained.memory.weight, tables)  # a rate of 0 leaves what pre-training gave
+
+    code, out, _ = run(capsys, "evaluate", "--run", second, "--beams", "10")
+    assert code == 0
+    for line in (
+        "teacher-forced accuracy",
+        "count table",
+        "constrained",
+        "unconstrained",
+        "markov",
+        "popularity",
+        "rare",
+    ):
+        assert line in out
+    report = json.loads((second / "test.json").read_text())
+    assert report["examples"] == 80
+    assert report["searches"]["constrained"]["hit_rate"] == [1.0, 1.0, 1.0]
+
+
+def test_resume_needs_nothing_but_the_folder(tmp_path, flags, capsys):
+    arguments = [*flags, *TINY_FLAGS, "--out", tmp_path / "run"]
+    assert run(capsys, "train", *arguments)[0] == 0
+    code, _, error = run(capsys, "train", *arguments)
+    assert code == 2
+    assert "holds a run already; --resume" in error
+    code, out, _ = run(capsys, "train", "--out", tmp_path / "run", "--resume", "--json")
+    assert code == 0
+    assert json.loads(out)["steps"] == 8
+
+
+def test_two_processes_of_torchrun_are_two_batches_a_step(tmp_path, flags, capsys):
+    """Every process takes the next batch of the stream, so two of them are an accumulation of two."""
+    still = json.dumps({**TINY, "embd_pdrop": 0.0, "resid_pdrop": 0.0})
+    arguments = [*flags, "--model-options", still, "--grad", "dense"]
+    alone = run(capsys, "train", *arguments, "--accumulation", "2", "--out", tmp_path / "alone", "--json")
+    assert alone[0] == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+         "prefixmem_fast.cli", "train", *arguments, "--out", str(tmp_path / "two"), "--json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "missing keys" not in done.stderr  # replicas are quiet
+    one, two = (json.loads(text) for text in (alone[1], done.stdout))  # and printed once
+    for curve, name in (("validation", "loss"), ("training", "loss"), ("validation", "accuracy_3")):
+        assert [row[name] for row in two[curve]] == pytest.approx([row[name] for row in one[curve]], rel=1e-3)
+    assert (tmp_path / "two" / "model").is_dir()
+
+
+@pytest.mark.parametrize("command", [["train"], ["pretrain", "--method", "lm"]])
+def test_the_other_processes_print_and_save_nothing(tmp_path, flags, capsys, monkeypatch, command):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("prefixmem_fast.recommender.training.run.train", lambda *_, **__: {})
+    assert run(capsys, *command, *flags, "--out", tmp_path / "run", "--json") == (0, "", "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_and_flags(tmp_path, flags, capsys):
+    (tmp_path / "run.yaml").write_text("learning_rate: 1e-3\narm: plain\nsteps: 4\n")
+    code, _, _ = run(capsys, "train", "--config", tmp_path / "run.yaml", *flags, *TINY_FLAGS, "--out", tmp_path / "run")
+    assert code == 0
+    saved = (tmp_path / "run" / "config.yaml").read_text()
+    assert "arm: plain" in saved
+    assert "steps: 8" in saved  # the flag
+    assert "learning_rate: 0.01" in saved
+
+
+def test_groups_of_a_baseline(tmp_path, flags, capsys):
+    for name, arm in (("plain", "plain"), ("with", "prefixmem")):
+        run(capsys, "train", *flags, *TINY_FLAGS, "--arm", arm, "--out", tmp_path / name)
+    missing = run(capsys, "evaluate", "--run", tmp_path / "with", "--baseline", tmp_path / "plain", "--beams", 4)
+    assert missing[0] == 2
+    assert "evaluate the baseline run first" in missing[2]
+    assert run(capsys, "evaluate", "--run", tmp_path / "plain", "--beams", 4, "--search", "constrained")[0] == 0
+    code, out, _ = run(capsys, "evaluate", "--run", tmp_path / "with", "--baseline", tmp_path / "plain", "--beams", 4)
+    assert code == 0
+    text = (tmp_path / "with" / "test.json").read_text()
+    assert "NaN" not in text
+    groups = json.loads(text)["reachable"]
+    assert groups["reachable"]["examples"] + groups["unreachable"]["examples"] == 80
+    assert "unreachable, " in out
+
+
+def test_bleu_of_a_run_with_text(tmp_path, flags, capsys):
+    text = write_files(tmp_path)["text"]
+    assert run(capsys, "train", *flags, *TINY_FLAGS, "--text", text, "--pairs", 1, "--out", tmp_path / "run")[0] == 0
+    code, out, _ = run(capsys, "evaluate", "--run", tmp_path / "run", "--beams", 4, "--bleu", 10)
+    assert code == 0
+    assert "BLEU, SID to text" in out
+    assert 0 <= json.loads((tmp_path / "run" / "test.json").read_text())["bleu"] <= 100
+
+
+def test_wrong_input_is_one_line(tmp_path, flags, capsys):
+    index, histories = tmp_path / "items.index.json", tmp_path / "interactions.json"
+    index.write_text(index.read_text().replace("<b_", "<c_", 1))
+    code, _, error = run(capsys, "train", *flags, "--out", tmp_path / "run")
+    assert code == 2
+    assert len(error.splitlines()) == 1
+    assert "items.index.json" in error
+    assert "level 2" in error
+    write_files(tmp_path)
+    histories.write_text('{"user 0": ["item 0", "item 99"]}')
+    code, _, error = run(capsys, "train", *flags, "--out", tmp_path / "run")
+    assert code == 2
+    assert "interactions.json: key 'user 0': item 'item 99' is not in the index" in error
+    assert not (tmp_path / "run").exists()
+    for arguments, message in (
+        (["train", "--synthetic", "--steps", "many", "--out", "x"], "steps = 'many'; a whole number was expected"),
+        (["train", "--out", "x"], "items and interactions are needed, or synthetic"),
+        (["evaluate", "--run", str(tmp_path)], "holds no config.yaml"),
+        (["pretrain", "--synthetic", "--arm", "plain", "--out", "x"], "has no tables to pre-train"),
+        (["demo", "--steps", "3"], "--steps = 3; give 20 or more"),
+    ):
+        code, _, error = run(capsys, *arguments)
+        assert code == 2
+        assert message in error
+
+
+def test_demo(tmp_path, capsys, monkeypatch):
+    """The demo on a smaller catalogue; nothing of another owner is replaced."""
+    monkeypatch.setattr("prefixmem_fast.recommender.training.run.synthetic", functools.partial(synthetic, 200, 150))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo" / "pretraining").mkdir(parents=True)  # an earlier demo that was interrupted
+    code, out, _ = run(capsys, "demo", "--steps", "24")
+    assert code == 0
+    for line in ("synthetic catalogue", "a third of the steps", "R@10", "training step, T = 200,000", "curves.png"):
+        assert line in out
+    assert (tmp_path / "runs" / "demo" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((tmp_path / "runs" / "demo" / "demo.json").read_text())
+    assert found["data"] == "synthetic"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    assert run(capsys, "demo", "--out", "mine")[0] == 2
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"

@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from prefixmem_fast import AddressSpec, DecodingState, PrefixMem, PrefixMemConfig, SIDVocabulary
+from tests.huggingface.models import SIZES, TOKENS, encoder, sid, vocabulary
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("mode", ["prefix", "suffix", "full"])
+def test_steps_are_the_encoder_over_the_whole_sequence(mode, backend):
+    """Bit for bit in S; W_out is applied to other shapes, so m within its rounding."""
+    one = encoder(spec={"mode": mode, "active_levels": (1, 3), "addressing": "hash"}, backend=backend)
+    known, generator = vocabulary(), torch.Generator().manual_seed(0)
+    good = [[*sid(1, 3, 4), 5, *sid(0, 1, 5), *sid(3, 3)], [7, 8, *sid(3, 0), sid(0)[0], *sid(0, 0, 1), 9]]
+    tokens = torch.cat([torch.tensor(good), torch.randint(0, TOKENS + 9, (4, 9), generator=generator)])
+    whole = one.encode_tokens(tokens, known)
+    for prompt in (0, 1, 5):
+        state = DecodingState(one, known, len(tokens))
+        order = torch.arange(len(tokens))
+        torch.testing.assert_close(state.prefill(tokens[:, :prompt]), whole[:, :prompt])
+        for t in range(prompt, tokens.shape[1]):
+            torch.testing.assert_close(state.step(tokens[order, t]), whole[order, t], rtol=1e-6, atol=1e-6)
+            memory = one.memory.read_tokens(tokens[order, : t + 1], known)[:, -1]
+            active = (state.level == 1) | (state.level == 3)
+            assert torch.equal(state.total.flatten(1)[active], memory[active])
+            moved = torch.randint(0, len(tokens), (len(tokens),), generator=generator)
+            state.reorder(moved)
+            order = order[moved]
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [("prefix", torch.float32), ("prefix", torch.bfloat16), ("suffix", torch.float16), ("full", torch.float64)],
+)
+def test_the_kernel_is_the_pytorch_step(mode, dtype):
+    """Several blocks of sequences and several column tiles, each with a copy of codes and levels."""
+    torch.manual_seed(0)
+    spec = AddressSpec(SIZES, table_rows=50, heads=3, max_order=2, mode=mode, active_levels=(1, 2))
+    config = PrefixMemConfig(spec, memory_dim=3 * 1100, hidden_size=4, memory_init_std=1.0)
+    kernel = PrefixMem(config, backend="triton").to(dtype)
+    plain = PrefixMem(config, backend="reference").to(dtype)
+    plain.load_state_dict(kernel.state_dict())
+    states = [DecodingState(one, vocabulary(), 5) for one in (kernel, plain)]
+    assert len(states[0]._codes) > 1
+    first = [token for token, (level, _) in enumerate(vocabulary().table.tolist()) if level]
+    for step in range(6):
+        tokens = torch.tensor(first)[torch.randint(len(first), (5,))]
+        tokens[0] = sid(1, 3, 4)[step % 3]
+        found, expected = (state.step(tokens) for state in states)
+        assert torch.equal(states[0].codes, states[1].codes)
+        assert torch.equal(states[0].level, states[1].level)
+        active = (states[0].level == 1) | (states[0].level == 2)
+        assert torch.equal(states[0].total[active], states[1].total[active])
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+        assert (states[0]._codes == states[0]._codes[:1]).all()
+        for state in states:
+            state.reorder(torch.tensor([0, 2, 1, 4, 4]))
+
+
+def test_decoding_state_errors_and_batch_changes():
+    one = encoder()
+    with pytest.raises(ValueError, match="codebook_sizes"):
+        DecodingState(one, SIDVocabulary.from_table({}, (4, 5)), 2)
+    state = DecodingState(one, vocabulary(), 1)
+    state.prefill(torch.tensor([sid(1, 3)]))
+    with pytest.raises(ValueError, match=r"tokens has shape \(2,\); give one token a sequence, \[1\]"):
+        state.step(torch.tensor([5, 6]))
+    with pytest.raises(ValueError, match="batch = -1 is negative"):
+        DecodingState(one, vocabulary(), -1)
+    state.reorder(torch.zeros(4, dtype=torch.int64))
+    m = state.step(torch.tensor([sid(1, 3, 4)[2]] * 4))
+    torch.testing.assert_close(m, one.encode_tokens(torch.tensor([sid(1, 3, 4)] * 4), vocabulary())[:, 2])

@@ -1,0 +1,240 @@
+"""A run from options to folder and back: what is written, what is refused, and that a kill changes nothing."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from prefixmem_fast import PrefixMem
+from prefixmem_fast.encoder.sid_transformer import SIDTransformer
+from prefixmem_fast.recommender.evaluation.teacher_forcing import teacher_forced
+from prefixmem_fast.recommender.training import classification
+from prefixmem_fast.recommender.training import run as runs
+from prefixmem_fast.recommender.training.trainer import COMPLETE, last_checkpoint
+from tests.recommender.training.small import TINY_T5, options
+
+train = runs.train
+
+
+def losses(report):
+    return [(row["step"], row["loss"]) for row in report["training"]]
+
+
+def validations(report):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in report["validation"]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+ARMS = [
+    {"arm": "plain"},
+    {"arm": "prefixmem"},
+    {"arm": "prefixmem", "grad": "dense"},
+    {"arm": "prefixmem", "grad": "fused", "max_grad_norm": 0.0, "row_optimizer": "lazy-adam"},
+    {"arm": "prefixmem", "memory_dropout": 0.5, "row_weight_decay": 0.1, "muon_lr": 0.02, "precision": "bfloat16"},
+    {"arm": "sid-transformer"},
+    {"model": "tiger", "model_options": TINY_T5},
+    {"pack": 3, "interleaved": 1.0, "pairs": 0.5},
+    {"model": "tiger", "model_options": TINY_T5, "interleaved": 1.0, "pairs": 1.0},
+]
+
+
+@pytest.mark.parametrize("changes", ARMS, ids=lambda c: "-".join(map(str, c.values()))[:40].replace(" ", ""))
+def test_arms_train_stop_resume_and_load(tmp_path, changes):
+    config = options(tmp_path, **changes)
+    whole = train(config, tmp_path / "whole", quiet=True)
+    train(config, tmp_path / "halves", quiet=True, stop_at=5)
+    halves = train(config, tmp_path / "halves", quiet=True, resume=True)
+    assert losses(whole) == losses(halves)
+    assert validations(whole) == validations(halves)
+    assert [step for step, _ in losses(whole)] == list(range(1, 9))
+    assert whole["training"][-1]["loss"] < whole["training"][0]["loss"]
+
+    loaded = runs.load_run(tmp_path / "whole")
+    kind = {"plain": type(None), "sid-transformer": SIDTransformer}.get(config.arm, PrefixMem)
+    assert isinstance(getattr(loaded.model, "prefixmem", None), kind)
+    best = next(row for row in whole["validation"] if row["step"] == whole["best_step"])
+    examples = loaded.data.split.validation.last(config.max_items)
+    scored = teacher_forced(loaded.model, examples, loaded.tokens)
+    # bfloat16 was the arithmetic of training alone.
+    close = {"abs": 0.05} if config.precision == "bfloat16" else {"rel": 1e-5}
+    assert float(scored.loss.sum(1).mean()) == pytest.approx(best["loss"], **close)
+
+
+def _train_in_child(config, out, resume):
+    torch.set_num_threads(1)
+    train(config, out, quiet=True, resume=resume)
+
+
+def test_five_kills_at_random_moments_change_nothing(tmp_path):
+    config = options(tmp_path, steps=60, eval_every=3, eval_users=20, memory_dropout=0.5)
+    whole = train(config, tmp_path / "whole", quiet=True)
+    out = tmp_path / "killed"
+    context, moments = multiprocessing.get_context("fork"), random.Random(0)
+    kills = 0
+    for _ in range(20):
+        if kills == 5:
+            break
+        child = context.Process(target=_train_in_child, args=(config, out, (out / runs.CONFIG).is_file()))
+        child.start()
+        seen = last_seen(out)
+        while child.is_alive() and last_seen(out) <= seen + 2:  # some progress, then any moment
+            time.sleep(0.01)
+        time.sleep(moments.random() * 0.3)
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        kills += child.exitcode == -signal.SIGKILL
+    assert kills == 5
+    report = train(config, out, quiet=True, resume=True)
+    assert losses(report) == losses(whole)
+    assert validations(report) == validations(whole)
+    for file in ("model.safetensors", "tokenizer.json", "sid_vocabulary.json"):
+        assert (out / runs.MODEL / file).read_bytes() == (tmp_path / "whole" / runs.MODEL / file).read_bytes()
+
+
+def last_seen(out):
+    return max((int(path.parent.name[11:]) for path in out.glob(f"checkpoint-*/{COMPLETE}")), default=0)
+
+
+def test_a_checkpoint_cut_short_is_not_resumed_from(tmp_path):
+    config = options(tmp_path, steps=8, eval_every=4)
+    whole = train(config, tmp_path / "whole", quiet=True)
+    train(config, tmp_path / "cut", quiet=True, stop_at=4)
+    broken = tmp_path / "cut" / "checkpoint-6"
+    shutil.copytree(tmp_path / "cut" / "checkpoint-4", broken)
+    (broken / COMPLETE).unlink()
+    (broken / "optimizer.pt").write_bytes(b"half")
+    report = train(config, tmp_path / "cut", quiet=True, resume=True)
+    assert losses(report) == losses(whole)
+    assert last_checkpoint(tmp_path / "cut").endswith("checkpoint-8")
+
+
+def test_early_stopping_and_the_best_model(tmp_path):
+    config = options(tmp_path, steps=40, eval_every=2, learning_rate=0.3, patience=2, schedule="constant")
+    report = train(config, tmp_path / "run", quiet=True)
+    assert report["steps"] < 40
+    rows = {row["step"]: row["loss"] for row in report["validation"]}
+    assert report["best_step"] == min(rows, key=rows.get) == report["steps"] - 4
+
+
+def test_pre_trained_tables_start_the_encoder_with_a_fresh_projection(tmp_path):
+    config = options(tmp_path)
+    train(config, tmp_path / "first", quiet=True)
+    first = PrefixMem.from_pretrained(tmp_path / "first" / runs.MODEL)
+    again = config.replace(encoder=str(tmp_path / "first" / runs.MODEL), active_levels=[1])
+    made = runs.prepare(again, runs.load_data(again))
+    from prefixmem_fast.recommender.training.arms import add_arm
+
+    add_arm(made.model, again, made.vocabulary)
+    encoder = made.model.prefixmem
+    assert torch.equal(encoder.memory.weight, first.memory.weight)
+    assert encoder.config.spec.active_levels == (1,)
+    assert not torch.equal(encoder.out_proj.weight, first.out_proj.weight)
+    assert encoder.out_proj.weight.std() < 2e-3
+
+
+def test_a_saved_model_trains_on_and_its_tokens_are_recognised(tmp_path):
+    config = options(tmp_path, arm="plain")
+    train(config, tmp_path / "first", quiet=True)
+    folder = str(tmp_path / "first" / runs.MODEL)
+    again = runs.prepare(config.replace(model=folder, model_options=None), runs.load_data(config))
+    first = runs.load_run(tmp_path / "first")
+    assert again.vocabulary == first.vocabulary
+    assert len(again.tokenizer) == len(first.tokenizer)
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_the_resolved_options_and_the_curves_are_saved(tmp_path):
+    config = options(tmp_path)
+    report = train(config, tmp_path / "run", quiet=True)
+    from prefixmem_fast.recommender.training.config import RunConfig, read_options
+
+    assert RunConfig(**read_options(tmp_path / "run" / "config.yaml")) == config
+    assert json.loads((tmp_path / "run" / "curves.json").read_text()) == report
+    seconds = [row["seconds"] for row in report["validation"]]
+    assert seconds == sorted(seconds)
+    assert report["parameters"]["encoder"] == sum(
+        p.numel() for p in runs.load_run(tmp_path / "run").model.prefixmem.parameters()
+    )
+
+
+def refused(tmp_path, match, *, error=ValueError, out="run", resume=False, **changes):
+    with pytest.raises(error, match=match):
+        train(options(tmp_path, **changes), tmp_path / out, quiet=True, resume=resume)
+    assert not list(tmp_path.glob(f"{out}/checkpoint-*"))
+
+
+def test_wrong_options_stop_before_any_training(tmp_path):
+    refused(tmp_path, "max_items = 90 .* need 274 positions, the model has 256", max_items=90)
+    refused(tmp_path, "pack = 2: an encoder-decoder", model="tiger", model_options=TINY_T5, pack=2)
+    refused(tmp_path, "model = {'hidden_size': 3} has no model_type", model={"hidden_size": 3})
+    refused(tmp_path, "transformers refuses its configuration", model={"model_type": "nothing"})
+    refused(tmp_path, "model .*none.json is not there", error=FileNotFoundError, model=str(tmp_path / "none.json"))
+    refused(tmp_path, "holds no run to resume", error=FileNotFoundError, resume=True)
+    refused(tmp_path, "encoder .* is no folder|is no folder", error=FileNotFoundError, encoder=str(tmp_path / "no"))
+    refused(tmp_path, "'interleaved' need the text", text=None, interleaved=1.0)
+    refused(tmp_path, "active_levels", active_levels=[4])
+
+
+def test_a_run_is_not_overwritten_and_keeps_its_options(tmp_path):
+    config = options(tmp_path)
+    train(config, tmp_path / "run", quiet=True, stop_at=4)
+    with pytest.raises(ValueError, match="holds a run already; --resume"):
+        train(config, tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match=r"learning_rate = 0\.5, and the run in .* was started with 0\.01"):
+        train(config.replace(learning_rate=0.5), tmp_path / "run", quiet=True, resume=True)
+    with pytest.raises(FileNotFoundError, match="has not finished"):
+        runs.load_run(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.yaml"):
+        runs.load_run(tmp_path)
+
+
+def test_encoders_of_other_codebooks_are_refused(tmp_path):
+    config = options(tmp_path)
+    train(config, tmp_path / "first", quiet=True)
+    folder = str(tmp_path / "first" / runs.MODEL)
+    refused(tmp_path, r"codebook_sizes \(6, 6, 6\), the index \(9, 9, 9\)", encoder=folder, codebook_sizes=[9, 9, 9])
+
+
+def test_the_options_say_the_precision(tmp_path, monkeypatch):
+    """Not the environment, in which an earlier run of the process or a launcher may have left another."""
+    found = []
+    for name, left in (("first", "no"), ("again", "bf16")):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", left)
+        found.append(losses(train(options(tmp_path), tmp_path / name, quiet=True)))
+    assert found[0] == found[1]
+    rounded = losses(train(options(tmp_path, precision="bfloat16"), tmp_path / "rounded", quiet=True))
+    assert rounded != found[0]
+    assert losses(train(options(tmp_path), tmp_path / "last", quiet=True)) == found[0]
+
+
+def test_several_processes_need_a_dense_gradient(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(tmp_path, "grad = 'sparse' works in one process, and there are 2; give grad = 'dense'")
+    with pytest.raises(ValueError, match="works in one process, and there are 2"):
+        classification.pretrain(options(tmp_path), tmp_path / "pretraining", quiet=True)
+    assert not (tmp_path / "pretraining").exists()
+
+
+def test_training_sees_neither_validation_nor_test_items(tmp_path):
+    config = options(tmp_path)
+    run = runs.prepare(config, runs.load_data(config))
+    stream, _ = runs.stream_of(run)
+    split = run.data.split
+    trained = {tuple(run.tokens.history(items[-5:])) for items in split.train.items}
+    for row in (row for i in range(8) for row in stream[i]):
+        assert tuple(row["input_ids"][1:].tolist()) in trained or len(row["input_ids"]) == 1 + 3 * config.max_items
+    assert all(len(a) + 2 == len(b) + 1 for a, b in zip(split.train.items, split.test.histories, strict=True))
+    assert np.all(split.test.targets >= 0)
