@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from prefixmem_fast.checkpoint import write_file
+from prefixmem_fast._files import write_file
 
 from .report import OURS, main_times, short
 from .rows import Row, describe, workload_key

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from prefixmem_fast.checkpoint import write_file
+from prefixmem_fast._files import write_file
 
 from .rows import Row, describe, latest, read_rows, workload_key
 

@@ -1,15 +1,16 @@
 """Triton kernels of PrefixMem, one file a family. Installed as `prefixmem_fast.kernels`.
 
-    forward.py    S over codes and over a token stream
-    backward.py   dense gradient by float32 atomics
-    row_gradient.py  the sorting backward: a dense gradient with fixed bits, a list of touched rows, or their update
-      nested.py      sums over prefixes: one sort of the codes for all orders
-      segment.py     sums over a list sorted by row: colliding prefixes, suffix mode
-      finish.py      what becomes of a row's sum: stored, or the optimizers' updates
-    rows.py       the rows themselves
-    address.py    the hash, the rows and the codes in registers   }
-    tokens.py     Semantic IDs in a token stream                  } what they share
-    tiles.py      block sizes and launch options                  }
+    forward.py           S over codes and over a token stream
+    decode.py            S of one more token a sequence
+    atomic_backward.py   dense gradient by float32 atomics
+    sorted_backward.py   the sorting backward: a dense gradient with fixed bits, a list of touched rows, or their update
+      sorted_prefixes.py   sums over prefixes: one sort of the codes for all orders
+      sorted_rows.py       sums over a list sorted by row: colliding prefixes, suffix mode
+      update.py            what becomes of a row's sum: stored, or the optimizers' updates
+    rows.py              the rows themselves
+    address.py           the hash, the rows and the codes in registers   }
+    tokens.py            Semantic IDs in a token stream                  } what they share
+    tiles.py             block sizes and launch options                  }
 
 Names inside the kernels: `o_` offsets, `m_` masks, `p_` pointers, `b_` blocks in registers, `i_` program indices;
 BM SIDs, BH heads, BW columns of a head's row and BT tokens are the sides of a tile. Levels and orders count from 1.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from prefixmem_fast.addressing.spec import AddressSpec
+from prefixmem_fast.addressing import AddressSpec
 
 
 class Address(NamedTuple):

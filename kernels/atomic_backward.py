@@ -4,7 +4,7 @@
 
 In prefix mode order n has the same row at every level, so its gradient is the sum over the active levels a >= n: a
 reverse running sum over levels, then one row of atomics for each (SID, n, h). Hashes are computed anew from the codes.
-The order of the additions varies between runs; `segment.py` is the mode in which it does not.
+The order of the additions varies between runs; `sorted_backward.py` is the mode in which it does not.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefixmem_fast.addressing.spec import AddressSpec
-from prefixmem_fast.operation.reference import accumulator
+from prefixmem_fast._dtypes import accumulator
+from prefixmem_fast.addressing import AddressSpec, TokenStream
 
 from .address import address_of, load_sid_codes, order_rows
 from .tiles import LAUNCH, blocks, column_tile, tile_of, zero_table
@@ -136,14 +136,14 @@ def token_memory_bwd_kernel(
     while i_rank < n_first:
         o_rank = i_rank + tl.arange(0, BM)
         o_sid = ranked_tokens(m_first, b_rank, o_t, o_rank)
-        b_codes, b_length, b_chain = load_token_codes(
+        b_codes, b_length, b_n_tokens = load_token_codes(
             p_ids, p_table, p_segments, o_sid, o_rank < n_first, T, V, address
         )
         b_sum = tl.zeros([BM, BH, BW], ACC)
         for l in tl.static_range(LAST, 0, -1):
             if address.slot_of_level[l - 1] >= 0:
                 p_level = p_grad + ((o_sid + (l - 1)).to(tl.int64) * (H * W))[:, None, None] + o_d
-                b_grad = tl.load(p_level, mask=(b_chain >= l)[:, None, None] & m_d, other=0.0).to(ACC)
+                b_grad = tl.load(p_level, mask=(b_n_tokens >= l)[:, None, None] & m_d, other=0.0).to(ACC)
                 b_sum = b_sum + b_grad if address.mode == "prefix" else b_grad
             scatter_level(b_sum, p_total, b_codes, b_length, o_h, o_w, m_d, l, W, address)
         i_rank += BM
@@ -168,10 +168,9 @@ def prefix_memory_bwd(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Tensor:
     return total.to(grad.dtype)
 
 
-def token_memory_bwd(
-    grad: Tensor, input_ids: Tensor, token_table: Tensor, segment_ids: Tensor | None, spec: AddressSpec
-) -> Tensor:
+def token_memory_bwd(grad: Tensor, stream: TokenStream, spec: AddressSpec) -> Tensor:
     """Dense gradient ``[R, w]`` in the dtype of the contiguous grad ``[B, T, H * w]``."""
+    input_ids, token_table, segment_ids = stream
     total = _total(grad, spec)
     (B, T), W = input_ids.shape, total.shape[1]
     if grad.numel():
@@ -179,7 +178,19 @@ def token_memory_bwd(
         BT, BM = token_blocks(tile)
         grid = (B * blocks(T, BT), tile.columns)
         token_memory_bwd_kernel[grid](
-            input_ids, token_table, segment_ids, grad, total, T, token_table.shape[0],
-            W, address_of(spec), BT, BM, tile.BH, tile.BW, **LAUNCH,
-        )  # fmt: skip
+            input_ids,
+            token_table,
+            segment_ids,
+            grad,
+            total,
+            T,
+            token_table.shape[0],
+            W,
+            address_of(spec),
+            BT,
+            BM,
+            tile.BH,
+            tile.BW,
+            **LAUNCH,
+        )
     return total.to(grad.dtype)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefixmem_fast.addressing.spec import AddressSpec
+from prefixmem_fast.addressing import AddressSpec
 
 from .address import address_of, append_code
 from .forward import BUDGET, add_level
@@ -47,24 +47,26 @@ def token_step_kernel(
     o_h, o_w, o_d, m_d = column_tile(tl.program_id(1), H, W, BH, BW)
     o_state = tl.program_id(1).to(tl.int64) * B + o_m
 
-    b_level, b_code = load_token(p_ids, p_table, o_m, m_m, V)
-    b_before = tl.load(p_level + o_state, mask=m_m, other=0).to(tl.int32)
+    b_level, b_code = load_token(p_ids, p_table, o_m, m_m, V)  # [BM]
+    b_before = tl.load(p_level + o_state, mask=m_m, other=0).to(tl.int32)  # [BM]
     b_level = tl.where((b_level == 1) | (b_level == b_before + 1), b_level, 0)
-    tl.store(p_level + o_state, b_level.to(tl.int64), mask=m_m)
+    b_old = ()
+    for l in tl.static_range(1, L + 1):
+        b_old = b_old + (tl.load(p_codes + o_state * L + (l - 1), mask=m_m & (b_level > l), other=-1),)  # [BM]
+    tl.debug_barrier()  # every warp loads the state, and one stores it: a late warp must not read what comes next
+    tl.store(p_level + o_state, b_level.to(tl.int64), mask=m_m)  # [BM]
 
     p_sum = p_total + (o_m.to(tl.int64) * (H * W))[:, None, None] + o_d
     m_sum = m_m[:, None, None] & m_d
-    b_sum = tl.load(p_sum, mask=m_sum & (b_level > 1)[:, None, None], other=0.0)
+    b_sum = tl.load(p_sum, mask=m_sum & (b_level > 1)[:, None, None], other=0.0)  # [BM, BH, BW]
     b_codes = ()
     b_length = tl.zeros_like(b_level)
     m_active = tl.zeros_like(m_m)
     for l in tl.static_range(1, L + 1):
-        p_code = p_codes + o_state * L + (l - 1)
-        b_old = tl.load(p_code, mask=m_m & (b_level > l), other=-1)
-        b_old = tl.where(b_level == l, b_code.to(tl.int64), b_old)
-        tl.store(p_code, b_old, mask=m_m)
+        b_new = tl.where(b_level == l, b_code.to(tl.int64), b_old[l - 1])
+        tl.store(p_codes + o_state * L + (l - 1), b_new, mask=m_m)  # [BM]
         if l <= LAST:
-            b_codes, b_length = append_code(b_codes, b_length, b_old, l, address)
+            b_codes, b_length = append_code(b_codes, b_length, b_new, l, address)
             b_here = tl.where(b_level == l, b_length, 0)  # other sequences read no row
             b_next = add_level(b_sum, p_weight, b_codes, b_here, o_h, o_w, m_d, l, W, address)
             b_sum = tl.where((b_level == l)[:, None, None], b_next, b_sum)
@@ -81,7 +83,7 @@ def column_tiles(weight: Tensor, spec: AddressSpec) -> int:
 
 
 def token_step(
-    ids: Tensor, token_table: Tensor, weight: Tensor, codes: Tensor, level: Tensor, total: Tensor, spec: AddressSpec
+    ids: Tensor, token_table: Tensor, codes: Tensor, level: Tensor, total: Tensor, weight: Tensor, spec: AddressSpec
 ) -> Tensor:
     """S ``[B, H * w]`` after one more token ``[B]``; codes ``[tiles, B, L]``, level ``[tiles, B]`` and total change."""
     B, W = ids.shape[0], weight.shape[1]
@@ -90,7 +92,20 @@ def token_step(
         tile = tile_of(spec.heads, W, weight.dtype, BUDGET)
         grid = (blocks(B, tile.BM), tile.columns)
         token_step_kernel[grid](
-            ids, token_table, weight, codes, level, total, out, B, token_table.shape[0],
-            W, address_of(spec), tile.BM, tile.BH, tile.BW, **LAUNCH,
-        )  # fmt: skip
+            ids,
+            token_table,
+            weight,
+            codes,
+            level,
+            total,
+            out,
+            B,
+            token_table.shape[0],
+            W,
+            address_of(spec),
+            tile.BM,
+            tile.BH,
+            tile.BW,
+            **LAUNCH,
+        )
     return out

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefixmem_fast.addressing.spec import AddressSpec
+from prefixmem_fast.addressing import AddressSpec, TokenStream
 
 from .address import address_of, load_sid_codes, order_rows
 from .tiles import LAUNCH, blocks, column_tile, tile_of
@@ -153,7 +153,7 @@ def token_memory_fwd_kernel(
     while i_rank < n_first:
         o_rank = i_rank + tl.arange(0, BM)
         o_sid = ranked_tokens(m_first, b_rank, o_t, o_rank)
-        b_codes, b_length, b_chain = load_token_codes(
+        b_codes, b_length, b_n_tokens = load_token_codes(
             p_ids, p_table, p_segments, o_sid, o_rank < n_first, T, V, address
         )
         b_sum = tl.zeros([BM, BH, BW], ACC)
@@ -161,7 +161,7 @@ def token_memory_fwd_kernel(
             b_sum = add_level(b_sum, p_weight, b_codes, b_length, o_h, o_w, m_d, l, W, address)
             if address.slot_of_level[l - 1] >= 0:
                 p_level = p_out + ((o_sid + (l - 1)).to(tl.int64) * (H * W))[:, None, None] + o_d
-                tl.store(p_level, b_sum.to(p_out.dtype.element_ty), mask=(b_chain >= l)[:, None, None] & m_d)
+                tl.store(p_level, b_sum.to(p_out.dtype.element_ty), mask=(b_n_tokens >= l)[:, None, None] & m_d)
         i_rank += BM
 
 
@@ -180,10 +180,9 @@ def prefix_memory_fwd(codes: Tensor, weight: Tensor, spec: AddressSpec) -> Tenso
     return out
 
 
-def token_memory_fwd(
-    input_ids: Tensor, token_table: Tensor, segment_ids: Tensor | None, weight: Tensor, spec: AddressSpec
-) -> Tensor:
-    """S ``[B, T, H * w]`` of contiguous ids ``[B, T]`` and token table ``[V, 2]``."""
+def token_memory_fwd(stream: TokenStream, weight: Tensor, spec: AddressSpec) -> Tensor:
+    """S ``[B, T, H * w]`` of a contiguous token stream ``[B, T]``."""
+    input_ids, token_table, segment_ids = stream
     (B, T), W = input_ids.shape, weight.shape[1]
     out = torch.empty((B, T, spec.heads * W), dtype=weight.dtype, device=weight.device)
     if out.numel():
@@ -191,7 +190,19 @@ def token_memory_fwd(
         BT, BM = token_blocks(tile)
         grid = (B * blocks(T, BT), tile.columns)
         token_memory_fwd_kernel[grid](
-            input_ids, token_table, segment_ids, weight, out, T, token_table.shape[0],
-            W, address_of(spec), BT, BM, tile.BH, tile.BW, **LAUNCH,
-        )  # fmt: skip
+            input_ids,
+            token_table,
+            segment_ids,
+            weight,
+            out,
+            T,
+            token_table.shape[0],
+            W,
+            address_of(spec),
+            BT,
+            BM,
+            tile.BH,
+            tile.BW,
+            **LAUNCH,
+        )
     return out

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefixmem_fast.addressing.spec import AddressSpec
+from prefixmem_fast.addressing import AddressSpec, TokenStream
 
 from .address import address_of, load_sid_codes, order_rows
 from .tiles import LAUNCH, blocks
@@ -53,7 +53,7 @@ def prefix_rows_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "V"])
-def token_codes_kernel(p_ids, p_table, p_segments, p_codes, p_chain, T, V, address: tl.constexpr, BM: tl.constexpr):
+def token_codes_kernel(p_ids, p_table, p_segments, p_codes, p_n_tokens, T, V, address: tl.constexpr, BM: tl.constexpr):
     """ids [B, T] -> codes [B * T, L] of the SID that begins at each token, -1 past the last active level that has a
     token, and how many of its tokens follow one another [B * T]. Grid: B * tiles of BM tokens.
 
@@ -66,19 +66,19 @@ def token_codes_kernel(p_ids, p_table, p_segments, p_codes, p_chain, T, V, addre
     if p_segments is not None:
         p_segments += i_row * T
     b_level = load_level(p_ids, p_table, o_t, o_t < T, V)
-    b_codes, b_length, b_chain = load_token_codes(p_ids, p_table, p_segments, o_t, b_level == 1, T, V, address)
-    b_read = tl.zeros_like(b_chain)
+    b_codes, b_length, b_n_tokens = load_token_codes(p_ids, p_table, p_segments, o_t, b_level == 1, T, V, address)
+    b_read = tl.zeros_like(b_n_tokens)
     for l in tl.static_range(1, LAST + 1):
         if address.slot_of_level[l - 1] >= 0:
-            b_read = tl.where(b_chain >= l, l, b_read)
+            b_read = tl.where(b_n_tokens >= l, l, b_read)
     b_read = tl.minimum(b_read, b_length)
     o_m = i_row * T + o_t
     m_codes = o_t < T
     if address.mode != "suffix":
-        m_codes = m_codes & (b_chain >= address.first_active)
+        m_codes = m_codes & (b_n_tokens >= address.first_active)
     for l in tl.static_range(1, LAST + 1):
         tl.store(p_codes + o_m * L + (l - 1), tl.where(b_read >= l, b_codes[l - 1], -1), mask=m_codes)
-    tl.store(p_chain + o_m, b_chain, mask=o_t < T)
+    tl.store(p_n_tokens + o_m, b_n_tokens, mask=o_t < T)
 
 
 @lru_cache(maxsize=64)
@@ -114,20 +114,19 @@ def pair_rows(codes: Tensor, pairs: tuple[tuple[int, int], ...], dtype: torch.dt
     return rows
 
 
-def token_codes(
-    input_ids: Tensor, token_table: Tensor, segment_ids: Tensor | None, spec: AddressSpec
-) -> tuple[Tensor, Tensor]:
+def token_codes(stream: TokenStream, spec: AddressSpec) -> tuple[Tensor, Tensor]:
     """Codes ``[B * T, L]`` of the SID that begins at each token, down to the last active level that it has, and its
     length in tokens int32 ``[B * T]``. Levels past the last active one are not written."""
+    input_ids, token_table, segment_ids = stream
     B, T = input_ids.shape
     address = address_of(spec)
     codes = torch.empty(
         (B * T, spec.levels), dtype=torch.int64 if address.wide else torch.int32, device=input_ids.device
     )
-    chain = torch.empty((B * T,), dtype=torch.int32, device=input_ids.device)
-    if chain.numel():
+    n_tokens = torch.empty((B * T,), dtype=torch.int32, device=input_ids.device)
+    if n_tokens.numel():
         BM = 64
         token_codes_kernel[(B * blocks(T, BM),)](
-            input_ids, token_table, segment_ids, codes, chain, T, token_table.shape[0], address, BM, **LAUNCH
+            input_ids, token_table, segment_ids, codes, n_tokens, T, token_table.shape[0], address, BM, **LAUNCH
         )
-    return codes, chain
+    return codes, n_tokens

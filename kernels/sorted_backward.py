@@ -1,8 +1,8 @@
 """Launchers of the sorting backward: the same sums to a dense gradient, to a list of touched rows, or into an update.
 
-    prefix, full mode    sort the codes -> rows of the runs -> sort and mark rows that runs share -> sum and finish
+    prefix, full mode    sort the codes -> rows of the runs -> sort and mark rows that runs share -> sum and write
                          -> merge the shared ones
-    suffix mode          rows of all terms -> sort -> sum and finish
+    suffix mode          rows of all terms -> sort -> sum and write
 
 Shapes depend on the batch's shape alone and nothing is read back to the host, so all of it can be captured in a CUDA
 graph. The same input gives the same bits.
@@ -10,24 +10,19 @@ graph. The same input gives the same bits.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefixmem_fast.addressing.spec import AddressSpec
-from prefixmem_fast.operation.reference import accumulator
+from prefixmem_fast._dtypes import accumulator
+from prefixmem_fast.addressing import AddressSpec, TokenStream
 
 from .rows import pair_rows, token_codes
-from .sorted_prefixes import most_sids, nesting_of, sort_prefixes, sum_prefixes
+from .sorted_prefixes import most_sids, sort_plan_of, sort_prefixes, sum_prefixes
 from .sorted_rows import sum_terms, sum_values, terms_of
 from .tiles import LAUNCH, blocks, zero_table
-from .update import STORE, Destination, Rule, destination_of
-
-if TYPE_CHECKING:
-    from prefixmem_fast.optim.rows import RowUpdate
+from .update import STORE, Destination, Epilogue
 
 
 @triton.jit(do_not_specialize=["E"])
@@ -51,91 +46,94 @@ def mark_shared_kernel(p_rows, p_order, p_ranks, p_slots, p_keys, E, BE: tl.cons
     tl.store(p_keys + o_e, tl.where(m_shared, b_key, -1), mask=m_e)
 
 
-def dense(grad: Tensor, inputs: tuple, spec: AddressSpec) -> Tensor:
-    """Dense gradient ``[R, w]`` in the dtype of grad; `inputs` is (codes,) or (input_ids, token_table, segment_ids)."""
+def dense(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec) -> Tensor:
+    """Dense gradient ``[R, w]`` in the dtype of grad; contiguous codes ``[M, L]`` or a token stream."""
     total = zero_table(spec, grad.shape[-1] // spec.heads, grad.dtype, grad.device)
-    _run(grad, inputs, spec, Destination(total), STORE)
+    _sum(grad, source, spec, Destination(total), STORE)
     return total
 
 
-def update(grad: Tensor, inputs: tuple, spec: AddressSpec, update: RowUpdate) -> None:
-    """Update the touched rows of the update's table, each once."""
-    _run(grad, inputs, spec, *destination_of(update), update)
+def update(
+    grad: Tensor,
+    source: Tensor | TokenStream,
+    spec: AddressSpec,
+    destination: Destination,
+    epilogue: Epilogue,
+    squares: list[Tensor] | None,
+) -> None:
+    """Update the touched rows of the destination's table, each once; `squares` gains the sum of their squares."""
+    _sum(grad, source, spec, destination, epilogue, squares)
 
 
-def padded_rows(grad: Tensor, inputs: tuple, spec: AddressSpec) -> tuple[Tensor, Tensor]:
+def padded_rows(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec) -> tuple[Tensor, Tensor]:
     """The touched rows int64 ``[E]``, ascending, and their sums ``[E, w]``, in the accumulator's dtype.
 
     E is the number of rows the batch would touch if all were distinct. Entries past the last touched row repeat it with
     zeros; a batch without any touched row gives row 0 with zeros.
     """
-    return _run(grad, inputs, spec, None, STORE)
+    return _sum(grad, source, spec, None, STORE)
 
 
-def update_sparse(grad: Tensor, update: RowUpdate) -> None:
-    """Update the rows of a sparse gradient; entries of one row are summed first."""
-    rows, order = torch.sort(grad._indices()[0], stable=True)
+def update_sparse(
+    rows: Tensor, values: Tensor, destination: Destination, epilogue: Epilogue, squares: list[Tensor] | None
+) -> None:
+    """Update the rows int64 ``[E]`` of a sparse gradient ``[E, w]``; entries of one row are summed first."""
     if rows.numel():
-        values = grad._values()
-        sum_values(rows, order, values, accumulator(values.dtype), *destination_of(update), update)
+        rows, order = torch.sort(rows, stable=True)
+        sum_values(rows, order, values, accumulator(values.dtype), destination, epilogue, squares)
 
 
-def _run(
+def _sum(
     grad: Tensor,
-    inputs: tuple,
+    source: Tensor | TokenStream,
     spec: AddressSpec,
     destination: Destination | None,
-    rule: Rule,
-    update: RowUpdate | None = None,
+    epilogue: Epilogue,
+    squares: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Sum and finish into `destination`; without one, into a list of the touched rows, which is returned."""
-    grad = grad.contiguous()
-    if len(inputs) == 1:
-        codes, chain = inputs[0].contiguous(), None
-    else:
-        input_ids, token_table, segment_ids = (None if x is None else x.contiguous() for x in inputs)
-        codes, chain = token_codes(input_ids, token_table, segment_ids, spec)
-    run = _run_windows if spec.mode == "suffix" else _run_nested
-    return run(grad, codes, chain, spec, destination, rule, update)
+    """Sum into `destination`; without one, into a list of the touched rows, which is returned."""
+    codes, n_tokens = token_codes(source, spec) if isinstance(source, TokenStream) else (source, None)
+    run = _sum_windows_of if spec.mode == "suffix" else _sum_prefixes_of
+    return run(grad, codes, n_tokens, spec, destination, epilogue, squares)
 
 
-def _run_nested(grad, codes, chain, spec, destination, rule, update):
+def _sum_prefixes_of(grad, codes, n_tokens, spec, destination, epilogue, squares):
     ranked = destination is None
-    nesting = nesting_of(spec, ranked)
+    plan = sort_plan_of(spec, ranked)
     W, dtype = grad.shape[-1] // spec.heads, accumulator(grad.dtype)
-    if not most_sids(codes, chain, spec) or not nesting.orders:
+    if not most_sids(codes, n_tokens, spec) or not plan.orders:
         return _empty(grad, W) if ranked else None
-    prefixes = sort_prefixes(codes, chain, spec, nesting, _row_dtype(spec))
-    slots = shared = found = None
-    if nesting.n_checked:
+    prefixes = sort_prefixes(codes, n_tokens, spec, plan, _row_dtype(spec))
+    slots = shared = touched = None
+    if plan.n_checked:
         rows, runs = torch.sort(prefixes.rows, stable=True)
         entries = rows.numel()
         ranks = None
         if ranked:
-            ranks, *found = _rank(rows, W, dtype)
-            destination = Destination(found[1])
+            ranks, *touched = _rank(rows, W, dtype)
+            destination = Destination(touched[1])
         slots = torch.empty((entries,), dtype=torch.int32, device=grad.device)
         keys = torch.empty_like(rows)
         mark_shared_kernel[(blocks(entries, 512),)](rows, runs, ranks, slots, keys, entries, 512, **LAUNCH)
         shared = torch.empty((entries, W), dtype=dtype, device=grad.device)
-    sum_prefixes(grad, codes, chain, prefixes, slots, shared, destination, rule, spec, nesting, update)
-    if nesting.n_checked:
-        sum_values(keys, runs, shared, dtype, destination, rule, update)
-    return found
+    sum_prefixes(grad, codes, n_tokens, prefixes, slots, shared, destination, epilogue, spec, plan, squares)
+    if plan.n_checked:
+        sum_values(keys, runs, shared, dtype, destination, epilogue, squares)
+    return touched
 
 
-def _run_windows(grad, codes, chain, spec, destination, rule, update):
+def _sum_windows_of(grad, codes, n_tokens, spec, destination, epilogue, squares):
     W, dtype = grad.shape[-1] // spec.heads, accumulator(grad.dtype)
     rows = pair_rows(codes, terms_of(spec).pairs, _row_dtype(spec), spec)
     if not rows.numel():
         return _empty(grad, W) if destination is None else None
     keys, order = torch.sort(rows.flatten(), stable=True)
-    found = None
+    touched = None
     if destination is None:
-        ranks, *found = _rank(keys, W, dtype)
-        keys, destination = torch.where(keys >= 0, ranks, -1), Destination(found[1])
-    sum_terms(keys, order, grad, chain, dtype, destination, rule, spec, update)
-    return found
+        ranks, *touched = _rank(keys, W, dtype)
+        keys, destination = torch.where(keys >= 0, ranks, -1), Destination(touched[1])
+    sum_terms(keys, order, grad, n_tokens, dtype, destination, epilogue, spec, squares)
+    return touched
 
 
 def _rank(rows: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

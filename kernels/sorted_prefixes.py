@@ -4,34 +4,31 @@ Sorted by their codes, the SIDs that share a prefix stand side by side, for ever
 first order at which SID i differs from the one before it: a run of order n ends before i where differs[i] <= n.
 
 Equal counts of consecutive SIDs make a block, whatever their prefixes, so a hot prefix costs no more than a cold one.
-A lane walks its block, reads each SID's gradient once, adds it to one running sum an order, and finishes each run where
-it ends: rows hashed in registers, then stored or updated. Runs that reach into the neighbouring blocks leave partial
-sums, two a block, that the same kernel sums in turn, in a fixed order. No atomics, no row-id tensor but for the check
-below.
+A lane walks its block, reads each SID's gradient once, adds it to one running sum an order, and writes each run's row
+where it ends: rows hashed in registers, then stored or updated. Runs that reach into the neighbouring blocks leave
+partial sums, two a block, that the same kernel sums in turn, in a fixed order. No atomics, no row-id tensor but for the
+check below.
 
 Two prefixes of one order may hash to one row. Each run's last SID writes its rows, they are sorted, and runs that share
-a row are marked: their sums are put aside in `shared` and merged by `segment.py`, in sorted order.
+a row are marked: their sums are put aside in `shared` and merged by `sorted_rows.py`, in sorted order.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefixmem_fast.addressing.spec import AddressSpec
-from prefixmem_fast.operation.reference import accumulator
+from prefixmem_fast._dtypes import accumulator
+from prefixmem_fast.addressing import AddressSpec
 
 from .address import address_of, load_sid_codes, order_rows
 from .tiles import LAUNCH, blocks, column_tile, roomy_launch, tile_of
-from .update import STORE, Destination, Rule, counting, finish_rows, store_squares
-
-if TYPE_CHECKING:
-    from prefixmem_fast.optim.rows import RowUpdate
+from .update import STORE, Destination, Epilogue, store_squares, with_squares, write_rows
 
 BUDGET = 2048  # bytes of one running sum a program
 WARPS = 2  # 8 values a thread: 16-byte reads of bfloat16
@@ -42,7 +39,7 @@ def block_of(sids: int) -> int:
     return 32 if sids >= 16_384 else 8
 
 
-class Nesting(NamedTuple):
+class SortPlan(NamedTuple):
     """Compile-time constants beside the address."""
 
     orders: tuple[int, ...]  # that receive a gradient, ascending
@@ -56,7 +53,7 @@ class Nesting(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def nesting_of(spec: AddressSpec, ranked: bool) -> Nesting:
+def sort_plan_of(spec: AddressSpec, ranked: bool) -> SortPlan:
     if spec.mode == "prefix":
         orders = spec.orders_at(spec.active_levels[-1])
     else:
@@ -71,17 +68,17 @@ def nesting_of(spec: AddressSpec, ranked: bool) -> Nesting:
         words[position], shifts[position] = word, 63 - left
         left -= bits
     places = tuple(checked.index(n) if n in checked else -1 for n in orders)
-    return Nesting(orders, places, len(checked), depth, tuple(words), tuple(shifts), word + 1, ranked)
+    return SortPlan(orders, places, len(checked), depth, tuple(words), tuple(shifts), word + 1, ranked)
 
 
 @triton.jit(do_not_specialize=["M"])
-def pack_codes_kernel(p_codes, p_first, p_keys, M, nesting: tl.constexpr, address: tl.constexpr, BM: tl.constexpr):
+def pack_codes_kernel(p_codes, p_first, p_keys, M, plan: tl.constexpr, address: tl.constexpr, BM: tl.constexpr):
     """codes [.., L] of the SIDs first[M], -1 for none -> sort keys int64 [words, M], least significant first.
 
     Ended prefixes come before all others.
     """
-    DEPTH: tl.constexpr = nesting.depth
-    WORDS: tl.constexpr = nesting.n_words
+    DEPTH: tl.constexpr = plan.depth
+    WORDS: tl.constexpr = plan.n_words
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     b_sid = o_m
     if p_first is not None:
@@ -90,9 +87,9 @@ def pack_codes_kernel(p_codes, p_first, p_keys, M, nesting: tl.constexpr, addres
     for word in tl.static_range(WORDS):
         b_key = tl.zeros([BM], tl.int64)
         for i in tl.static_range(DEPTH):
-            if nesting.words[i] == word:
+            if plan.words[i] == word:
                 b_digit = tl.where(b_length > i, b_codes[i].to(tl.int64) + 1, 0)
-                b_key = b_key | (b_digit << nesting.shifts[i])
+                b_key = b_key | (b_digit << plan.shifts[i])
         tl.store(p_keys + word * M.to(tl.int64) + o_m, b_key, mask=o_m < M)
 
 
@@ -103,7 +100,7 @@ def prefixes_kernel(
     p_differs,
     p_rows,
     M,
-    nesting: tl.constexpr,
+    plan: tl.constexpr,
     address: tl.constexpr,
     BM: tl.constexpr,
     BH: tl.constexpr,
@@ -113,9 +110,9 @@ def prefixes_kernel(
     Where none ends, the rows are -1.
     """
     H: tl.constexpr = address.heads
-    C: tl.constexpr = nesting.n_checked
-    J: tl.constexpr = len(nesting.orders)
-    DEPTH: tl.constexpr = nesting.depth
+    C: tl.constexpr = plan.n_checked
+    J: tl.constexpr = len(plan.orders)
+    DEPTH: tl.constexpr = plan.depth
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_m = o_m < M
     b_sid = tl.load(p_order + o_m, mask=m_m, other=-1)
@@ -132,28 +129,28 @@ def prefixes_kernel(
     tl.store(p_differs + o_m, tl.full([BM], 1, tl.int8), mask=o_m == 0)
     o_h = tl.arange(0, BH)
     for j in tl.static_range(J):
-        if nesting.checked[j] >= 0:
-            b_row, m_row = order_rows(b_codes, b_length, o_h, nesting.orders[j], nesting.orders[j], address)
-            b_row = tl.where((m_row & (b_differs <= nesting.orders[j]))[:, None], b_row, -1)
-            p_row = p_rows + (o_m * (C * H) + nesting.checked[j] * H)[:, None] + o_h[None, :]
+        if plan.checked[j] >= 0:
+            b_row, m_row = order_rows(b_codes, b_length, o_h, plan.orders[j], plan.orders[j], address)
+            b_row = tl.where((m_row & (b_differs <= plan.orders[j]))[:, None], b_row, -1)
+            p_row = p_rows + (o_m * (C * H) + plan.checked[j] * H)[:, None] + o_h[None, :]
             tl.store(p_row, b_row.to(p_rows.dtype.element_ty), mask=m_m[:, None] & (o_h < H)[None, :])
 
 
 @triton.jit
-def nested_gradient(
-    p_grad, p_chain, b_sid, m_sid, o_d, m_d, b_sums, W: tl.constexpr, nesting: tl.constexpr, address: tl.constexpr
+def add_gradient(
+    p_grad, p_n_tokens, b_sid, m_sid, o_d, m_d, b_sums, W: tl.constexpr, plan: tl.constexpr, address: tl.constexpr
 ):
     """Running sums, one an order, plus a SID's gradient: order n takes level n and, in prefix mode, those above."""
     A: tl.constexpr = address.active
     H: tl.constexpr = address.heads
     LAST: tl.constexpr = address.last_active
-    J: tl.constexpr = len(nesting.orders)
+    J: tl.constexpr = len(plan.orders)
     b_level = tl.zeros_like(b_sums[0])
     for l in tl.static_range(LAST, 0, -1):
         if address.slot_of_level[l - 1] >= 0:
             m_level = m_sid
-            if p_chain is not None:  # a token stream: the level's gradient stands at the SID's l-th token
-                m_level = m_level & (tl.load(p_chain + b_sid, mask=m_level, other=0) >= l)
+            if p_n_tokens is not None:  # a token stream: the level's gradient stands at the SID's l-th token
+                m_level = m_level & (tl.load(p_n_tokens + b_sid, mask=m_level, other=0) >= l)
                 o_vector = b_sid + (l - 1)
             else:
                 o_vector = b_sid * A + address.slot_of_level[l - 1]
@@ -162,7 +159,7 @@ def nested_gradient(
             b_level = b_level + b_grad if address.mode == "prefix" else b_grad
         b_new = ()
         for j in tl.static_range(J):
-            if nesting.orders[j] == l:
+            if plan.orders[j] == l:
                 b_new = b_new + (b_sums[j] + b_level,)
             else:
                 b_new = b_new + (b_sums[j],)
@@ -171,10 +168,10 @@ def nested_gradient(
 
 
 @triton.jit(do_not_specialize=["E"])
-def nested_sum_kernel(
+def sum_prefixes_kernel(
     p_order,
     p_codes,
-    p_chain,
+    p_n_tokens,
     p_slots,
     p_differs,
     p_grad,
@@ -187,24 +184,24 @@ def nested_sum_kernel(
     p_edge_places,
     E,
     W: tl.constexpr,
-    nesting: tl.constexpr,
+    plan: tl.constexpr,
     address: tl.constexpr,
     LEAF: tl.constexpr,
-    rule: tl.constexpr,
+    epilogue: tl.constexpr,
     BLOCK: tl.constexpr,
     BB: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """Sum the runs of every order over entries [E] and finish them. Grid: (tiles of BB blocks, column tiles).
+    """Sum the runs of every order over entries [E] and write their rows. Grid: (tiles of BB blocks, column tiles).
 
     LEAF: entry e is SID order[e] with its gradient. Otherwise it is a partial sum of each order, values [E, J, H * W];
     entries 2b and 2b + 1 are what block b shared with the block before it and with the one after it, and an order has a
     value there where it did share. places [E, J] is where among the sorted SIDs the run ended.
     """
     H: tl.constexpr = address.heads
-    C: tl.constexpr = nesting.n_checked
-    J: tl.constexpr = len(nesting.orders)
+    C: tl.constexpr = plan.n_checked
+    J: tl.constexpr = len(plan.orders)
     D: tl.constexpr = H * W
     ACC: tl.constexpr = p_edge_values.dtype.element_ty
     i_block = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
@@ -214,13 +211,13 @@ def nested_sum_kernel(
 
     b_first = tl.load(p_differs + o_first, mask=m_block, other=1).to(tl.int32)
     b_here = b_first
-    b_least = tl.full([BB], nesting.depth + 1, tl.int32)  # least of `differs` in the block
+    b_least = tl.full([BB], plan.depth + 1, tl.int32)  # least of `differs` in the block
     b_squares = tl.zeros([BB, BH, BW], ACC)
     b_sums, m_open, m_any, b_places = (), (), (), ()
     for j in tl.static_range(J):
         b_sums = b_sums + (tl.zeros([BB, BH, BW], ACC),)
-        m_open = m_open + (m_block & (i_block > 0) & (b_first > nesting.orders[j]),)  # began in an earlier block
-        m_any = m_any + (b_first > nesting.depth + 1,)  # false
+        m_open = m_open + (m_block & (i_block > 0) & (b_first > plan.orders[j]),)  # began in an earlier block
+        m_any = m_any + (b_first > plan.depth + 1,)  # false
         b_places = b_places + (o_first,)
     i = 0
     n_walk = tl.minimum(BLOCK, E - tl.program_id(0) * (BB * BLOCK))
@@ -231,38 +228,38 @@ def nested_sum_kernel(
         b_sid = o_e
         if LEAF:
             b_sid = tl.load(p_order + o_e, mask=m_e, other=-1)
-            b_codes, b_length = load_sid_codes(p_codes, b_sid, b_sid >= 0, nesting.depth, address)
+            b_codes, b_length = load_sid_codes(p_codes, b_sid, b_sid >= 0, plan.depth, address)
             m_sid = b_length > 0
-            b_sums = nested_gradient(p_grad, p_chain, b_sid, m_sid, o_d, m_d, b_sums, W, nesting, address)
+            b_sums = add_gradient(p_grad, p_n_tokens, b_sid, m_sid, o_d, m_d, b_sums, W, plan, address)
         b_kept, m_kept_open, m_kept_any, b_kept_places = (), (), (), ()
         for j in tl.static_range(J):
             b_sum, m_some, b_place = b_sums[j], m_any[j], o_e
             if not LEAF:
-                m_value = m_e & (tl.where(o_e % 2 == 0, b_here, b_next) > nesting.orders[j])
+                m_value = m_e & (tl.where(o_e % 2 == 0, b_here, b_next) > plan.orders[j])
                 p_value = p_values + ((o_e * J + j) * D)[:, None, None] + o_d
                 b_sum += tl.load(p_value, mask=m_value[:, None, None] & m_d, other=0.0)
-                m_head = m_value & (o_e % 2 == 0)
-                b_place = tl.load(p_places + o_e * J + j, mask=m_head, other=0).to(tl.int64)
-                b_place = tl.where(m_head, b_place, b_places[j])
+                m_lead = m_value & (o_e % 2 == 0)
+                b_place = tl.load(p_places + o_e * J + j, mask=m_lead, other=0).to(tl.int64)
+                b_place = tl.where(m_lead, b_place, b_places[j])
                 m_some = m_some | m_value
-            m_end = m_e & (b_next <= nesting.orders[j])
+            m_end = m_e & (b_next <= plan.orders[j])
             m_done = m_end & ~m_open[j]
             if not LEAF:
                 m_done = m_done & m_some
                 b_sid = tl.load(p_order + b_place, mask=m_done, other=0)
-                b_codes, b_length = load_sid_codes(p_codes, b_sid, m_done, nesting.orders[j], address)
-            b_row, m_row = order_rows(b_codes, b_length, o_h, nesting.orders[j], nesting.orders[j], address)
+                b_codes, b_length = load_sid_codes(p_codes, b_sid, m_done, plan.orders[j], address)
+            b_row, m_row = order_rows(b_codes, b_length, o_h, plan.orders[j], plan.orders[j], address)
             m_row = (m_done & m_row)[:, None] & (o_h < H)[None, :]
-            if nesting.checked[j] >= 0:
-                o_slot = ((b_place * C + nesting.checked[j]) * H)[:, None] + o_h[None, :]
+            if plan.checked[j] >= 0:
+                o_slot = ((b_place * C + plan.checked[j]) * H)[:, None] + o_h[None, :]
                 b_slot = tl.load(p_slots + o_slot, mask=m_row, other=0)
                 m_shared = m_row & (b_slot < 0)
                 p_aside = p_shared + (o_slot * W)[:, :, None] + o_w[None, None, :]
                 tl.store(p_aside, b_sum, mask=m_shared[:, :, None] & m_d)
                 m_row = m_row & (b_slot >= 0)
-                if nesting.ranked:
+                if plan.ranked:
                     b_row = b_slot.to(tl.int64)
-            finish_rows(destination, b_row, b_sum, m_row, o_w, W, rule)
+            write_rows(destination, b_row, b_sum, m_row, o_w, W, epilogue)
             if destination.squares is not None:
                 b_squares += tl.where(m_row[:, :, None], b_sum * b_sum, 0.0)
 
@@ -275,17 +272,17 @@ def nested_sum_kernel(
             m_kept_any = m_kept_any + (m_some & ~m_end,)
             b_kept_places = b_kept_places + (b_place,)
         b_sums, m_open, m_any, b_places = b_kept, m_kept_open, m_kept_any, b_kept_places
-        b_least = tl.minimum(b_least, tl.where(m_e, b_here, nesting.depth + 1))
+        b_least = tl.minimum(b_least, tl.where(m_e, b_here, plan.depth + 1))
         b_here = b_next
         i += 1
 
     for j in tl.static_range(J):
-        # A run that fills the whole block goes to the head; a zero at the tail keeps the two neighbours apart.
-        m_runs_on = m_block & (o_first + BLOCK < E) & (b_here > nesting.orders[j])
+        # A run that fills the whole block goes to the left edge; a zero at the right one keeps its neighbours apart.
+        m_runs_on = m_block & (o_first + BLOCK < E) & (b_here > plan.orders[j])
         p_edge = p_edge_values + ((i_block * 2 * J + j) * D)[:, None, None] + o_d
         tl.store(p_edge, b_sums[j], mask=(m_runs_on & m_open[j])[:, None, None] & m_d)
-        b_tail = tl.where(m_open[j][:, None, None], 0.0, b_sums[j])
-        tl.store(p_edge + J * D, b_tail, mask=m_runs_on[:, None, None] & m_d)
+        b_trail = tl.where(m_open[j][:, None, None], 0.0, b_sums[j])
+        tl.store(p_edge + J * D, b_trail, mask=m_runs_on[:, None, None] & m_d)
     store_squares(destination, b_squares)
     tl.store(p_edge_differs + i_block * 2, b_first.to(tl.int8), mask=m_block)
     tl.store(p_edge_differs + i_block * 2 + 1, b_least.to(tl.int8), mask=m_block)
@@ -299,29 +296,29 @@ class Prefixes(NamedTuple):
     rows: Tensor | None  # [M * checked * H] of the runs that end at each place, -1 elsewhere; None if none is checked
 
 
-def most_sids(codes: Tensor, chain: Tensor | None, spec: AddressSpec) -> int:
+def most_sids(codes: Tensor, n_tokens: Tensor | None, spec: AddressSpec) -> int:
     """A bound on the SIDs that reach an active level; in a token stream each takes as many tokens as that level."""
-    return len(codes) // (1 if chain is None else spec.active_levels[0])
+    return len(codes) // (1 if n_tokens is None else spec.active_levels[0])
 
 
-def _first_tokens(chain: Tensor, slots: int, spec: AddressSpec) -> Tensor:
+def _first_tokens(n_tokens: Tensor, slots: int, spec: AddressSpec) -> Tensor:
     """Tokens int64 ``[slots]`` at which a SID begins that reaches an active level, then -1."""
-    begins = chain >= spec.active_levels[0]
+    begins = n_tokens >= spec.active_levels[0]
     place = torch.where(begins, torch.cumsum(begins, 0) - 1, slots)
-    tokens = torch.full((slots + 1,), -1, dtype=torch.int64, device=chain.device)
-    tokens.scatter_(0, place, torch.arange(len(chain), device=chain.device))
+    tokens = torch.full((slots + 1,), -1, dtype=torch.int64, device=n_tokens.device)
+    tokens.scatter_(0, place, torch.arange(len(n_tokens), device=n_tokens.device))
     return tokens[:slots]
 
 
 def sort_prefixes(
-    codes: Tensor, chain: Tensor | None, spec: AddressSpec, nesting: Nesting, row_dtype: torch.dtype
+    codes: Tensor, n_tokens: Tensor | None, spec: AddressSpec, plan: SortPlan, row_dtype: torch.dtype
 ) -> Prefixes:
-    """Sort contiguous codes ``[M, L]``, M > 0; in a token stream those of each token, with `chain` of `token_codes`."""
-    M, device = most_sids(codes, chain, spec), codes.device
-    first = None if chain is None else _first_tokens(chain, M, spec)
+    """Sort contiguous codes ``[M, L]``, M > 0; in a token stream with `n_tokens` of `token_codes`."""
+    M, device = most_sids(codes, n_tokens, spec), codes.device
+    first = None if n_tokens is None else _first_tokens(n_tokens, M, spec)
     address = address_of(spec)
-    keys = torch.empty((nesting.n_words, M), dtype=torch.int64, device=device)
-    pack_codes_kernel[(blocks(M, 128),)](codes, first, keys, M, nesting, address, 128, **LAUNCH)
+    keys = torch.empty((plan.n_words, M), dtype=torch.int64, device=device)
+    pack_codes_kernel[(blocks(M, 128),)](codes, first, keys, M, plan, address, 128, **LAUNCH)
     order = torch.sort(keys[0], stable=True)[1]
     for key in keys[1:]:
         order = order[torch.sort(key[order], stable=True)[1]]
@@ -331,30 +328,30 @@ def sort_prefixes(
     BH = triton.next_power_of_2(spec.heads)
     BM = max(min(256 // BH, 64), 1)
     differs = torch.empty((M + 1,), dtype=torch.int8, device=device)
-    shape = (M * nesting.n_checked * spec.heads,)
-    rows = torch.empty(shape, dtype=row_dtype, device=device) if nesting.n_checked else None
-    prefixes_kernel[(blocks(M, BM),)](order, codes, differs, rows, M, nesting, address, BM, BH, **LAUNCH)
+    shape = (M * plan.n_checked * spec.heads,)
+    rows = torch.empty(shape, dtype=row_dtype, device=device) if plan.n_checked else None
+    prefixes_kernel[(blocks(M, BM),)](order, codes, differs, rows, M, plan, address, BM, BH, **LAUNCH)
     return Prefixes(order, differs, rows)
 
 
 def sum_prefixes(
     grad: Tensor,
     codes: Tensor,
-    chain: Tensor | None,
+    n_tokens: Tensor | None,
     prefixes: Prefixes,
     slots: Tensor | None,
     shared: Tensor | None,
     destination: Destination,
-    rule: Rule,
+    epilogue: Epilogue,
     spec: AddressSpec,
-    nesting: Nesting,
-    update: RowUpdate | None,
+    plan: SortPlan,
+    squares: list[Tensor] | None,
 ) -> None:
-    """Sum the gradient over every prefix and finish the rows that one prefix alone has; the others go to `shared`."""
-    W, J, device = grad.shape[-1] // spec.heads, len(nesting.orders), grad.device
+    """Sum the gradient over every prefix and write the rows that one prefix alone has; the others go to `shared`."""
+    W, J, device = grad.shape[-1] // spec.heads, len(plan.orders), grad.device
     dtype = accumulator(grad.dtype)
     whole_row = triton.next_power_of_2(W) * dtype.itemsize
-    tile = tile_of(spec.heads, W, grad.dtype, BUDGET if rule == STORE else max(BUDGET, whole_row))
+    tile = tile_of(spec.heads, W, grad.dtype, BUDGET if epilogue == STORE else max(BUDGET, whole_row))
     entries, differs, values, places = len(prefixes.order), prefixes.differs, None, None
     block, launch = block_of(entries), roomy_launch(WARPS)
     while True:
@@ -363,12 +360,32 @@ def sum_prefixes(
         edge_values = torch.empty((2 * n_blocks, J, spec.heads * W), dtype=dtype, device=device)
         edge_places = torch.empty((2 * n_blocks, J), dtype=torch.int32, device=device)
         grid = (blocks(n_blocks, tile.BM), tile.columns)
-        nested_sum_kernel[grid](
-            prefixes.order, codes, chain, slots, differs, grad, values, places, shared,
-            counting(destination, update, grid[0] * grid[1], dtype),
-            edge_differs, edge_values, edge_places, entries,
-            W, nesting, address_of(spec), values is None, rule, block, tile.BM, tile.BH, tile.BW, **launch,
-        )  # fmt: skip
+        sum_prefixes_kernel[grid](
+            prefixes.order,
+            codes,
+            n_tokens,
+            slots,
+            differs,
+            grad,
+            values,
+            places,
+            shared,
+            with_squares(destination, squares, grid[0] * grid[1], dtype),
+            edge_differs,
+            edge_values,
+            edge_places,
+            entries,
+            W,
+            plan,
+            address_of(spec),
+            values is None,
+            epilogue,
+            block,
+            tile.BM,
+            tile.BH,
+            tile.BW,
+            **launch,
+        )
         if n_blocks == 1:
             return
         entries, differs, values, places = 2 * n_blocks, edge_differs, edge_values, edge_places

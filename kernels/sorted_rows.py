@@ -1,9 +1,9 @@
 """Sums of equal rows over a list sorted by row, in an order that only the sizes decide.
 
 Equal counts of consecutive entries make a block, whatever the rows, so a hot row costs no more than a cold one. A run
-of one row that lies inside a block is finished at once. A block's first and last runs may reach into its neighbours:
+of one row that lies inside a block is written at once. A block's first and last runs may reach into its neighbours:
 their partial sums, two a block, form a list 16 times shorter that is sorted already, and the same kernel sums that list
-in turn until one block is left. No atomics; each touched row is finished once.
+in turn until one block is left. No atomics; each touched row is written once.
 
 An entry is a value of a list, or, in suffix mode, a term: one (SID, pair, head) whose value is read from dS.
 """
@@ -11,21 +11,18 @@ An entry is a value of a list, or, in suffix mode, a term: one (SID, pair, head)
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefixmem_fast.addressing.spec import AddressSpec
+from prefixmem_fast.addressing import AddressSpec
 
 from .address import Address, address_of
 from .tiles import blocks, roomy_launch
-from .update import STORE, Destination, Rule, counting, finish_rows, store_squares
-
-if TYPE_CHECKING:
-    from prefixmem_fast.optim.rows import RowUpdate
+from .update import STORE, Destination, Epilogue, store_squares, with_squares, write_rows
 
 BLOCK = 32  # entries a block
 
@@ -51,7 +48,7 @@ def terms_of(spec: AddressSpec) -> Terms:
 @triton.jit
 def term_gradient(
     p_grad,
-    p_chain,
+    p_n_tokens,
     b_term,
     m_term,
     o_w,
@@ -71,8 +68,8 @@ def term_gradient(
     for l in tl.static_range(LAST, 0, -1):
         if address.slot_of_level[l - 1] >= 0:
             m_level = m_term & (b_pair >= terms.low[l - 1]) & (b_pair < terms.high[l - 1])
-            if p_chain is not None:  # a token stream: the level's gradient stands at the SID's l-th token
-                m_level = m_level & (tl.load(p_chain + b_sid, mask=m_level, other=0) >= l)
+            if p_n_tokens is not None:  # a token stream: the level's gradient stands at the SID's l-th token
+                m_level = m_level & (tl.load(p_n_tokens + b_sid, mask=m_level, other=0) >= l)
                 o_vector = b_sid + (l - 1)
             else:
                 o_vector = b_sid * A + address.slot_of_level[l - 1]
@@ -82,11 +79,11 @@ def term_gradient(
 
 
 @triton.jit(do_not_specialize=["E"])
-def segment_sum_kernel(
+def sum_rows_kernel(
     p_keys,
     p_entries,
     p_grad,
-    p_chain,
+    p_n_tokens,
     p_values,
     destination,
     p_edge_keys,
@@ -95,16 +92,16 @@ def segment_sum_kernel(
     W: tl.constexpr,
     terms: tl.constexpr,
     address: tl.constexpr,
-    rule: tl.constexpr,
+    epilogue: tl.constexpr,
     BLOCK: tl.constexpr,
     BB: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """Sum runs of equal keys [E] and finish the row of each key; key -1 is no row. Grid: (tiles of BB blocks, column
+    """Sum runs of equal keys [E] and write the row of each key; key -1 is no row. Grid: (tiles of BB blocks, column
     tiles).
 
     Entry e has the value of term entries[e] where terms are given, else values[entries[e]], else values[e].
-    Each lane of [BB, BW] walks the entries of its block, finishes a run where it ends, and keeps the block's edges.
+    Each lane of [BB, BW] walks the entries of its block, writes a run's row where it ends, and keeps the block's edges.
     """
     ACC: tl.constexpr = p_edge_values.dtype.element_ty
     i_block = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
@@ -113,13 +110,13 @@ def segment_sum_kernel(
     o_first = i_block * BLOCK
 
     b_first = tl.load(p_keys + o_first, mask=o_first < E, other=-1).to(tl.int64)
-    m_head = (i_block > 0) & (o_first < E) & (b_first >= 0)
-    m_head = m_head & (tl.load(p_keys + o_first - 1, mask=m_head, other=-1) == b_first)
-    m_open = m_head  # the current run began in an earlier block
-    m_same = m_head
+    m_lead = (i_block > 0) & (o_first < E) & (b_first >= 0)
+    m_lead = m_lead & (tl.load(p_keys + o_first - 1, mask=m_lead, other=-1) == b_first)
+    m_open = m_lead  # the current run began in an earlier block
+    m_same = m_lead
     b_key, b_last = b_first, b_first
     b_sum = tl.zeros([BB, BW], ACC)
-    b_head = tl.zeros([BB, BW], ACC)
+    b_lead = tl.zeros([BB, BW], ACC)
     b_squares = tl.zeros([BB, BW], ACC)
     i = 0
     n_walk = tl.minimum(BLOCK, E - tl.program_id(0) * (BB * BLOCK))
@@ -130,48 +127,48 @@ def segment_sum_kernel(
         if p_entries is not None:
             b_entry = tl.load(p_entries + o_e, mask=m_e, other=0).to(tl.int64)
         if terms is not None:
-            b_sum += term_gradient(p_grad, p_chain, b_entry, m_e, o_w, m_w, W, ACC, terms, address)
+            b_sum += term_gradient(p_grad, p_n_tokens, b_entry, m_e, o_w, m_w, W, ACC, terms, address)
         else:
             p_value = p_values + (b_entry * W)[:, None] + o_w[None, :]
             b_sum += tl.load(p_value, mask=m_e[:, None] & m_w[None, :], other=0.0).to(ACC)
         b_next = tl.load(p_keys + o_e + 1, mask=o_e + 1 < E, other=-1).to(tl.int64)
         m_same = m_e & (b_next == b_key)
         m_end = m_e & (b_next != b_key)
-        finish_rows(destination, b_key[:, None], b_sum[:, None, :], (m_end & ~m_open)[:, None], o_w, W, rule)
+        write_rows(destination, b_key[:, None], b_sum[:, None, :], (m_end & ~m_open)[:, None], o_w, W, epilogue)
         if destination.squares is not None:
             b_squares += tl.where((m_end & ~m_open)[:, None], b_sum * b_sum, 0.0)
-        b_head = tl.where((m_end & m_open)[:, None], b_sum, b_head)
+        b_lead = tl.where((m_end & m_open)[:, None], b_sum, b_lead)
         b_sum = tl.where(m_end[:, None], 0.0, b_sum)
         m_open = m_open & m_same
         b_last, b_key = b_key, b_next
         i += 1
 
-    # A run that fills the whole block is head and tail at once: its sum is the head's, a zero keeps the two adjacent.
-    b_head = tl.where((m_open & m_same)[:, None], b_sum, b_head)
-    b_tail = tl.where(m_open[:, None], 0.0, b_sum)
+    # A run that fills the whole block leads and trails: its sum is the leading one, a zero keeps the two adjacent.
+    b_lead = tl.where((m_open & m_same)[:, None], b_sum, b_lead)
+    b_trail = tl.where(m_open[:, None], 0.0, b_sum)
     store_squares(destination, b_squares)
     m_block = o_first < E
-    tl.store(p_edge_keys + i_block * 2, tl.where(m_head, b_first, -1), mask=m_block)
+    tl.store(p_edge_keys + i_block * 2, tl.where(m_lead, b_first, -1), mask=m_block)
     tl.store(p_edge_keys + i_block * 2 + 1, tl.where(m_same, b_last, -1), mask=m_block)
     p_edge = p_edge_values + (i_block * (2 * W))[:, None] + o_w[None, :]
-    tl.store(p_edge, b_head, mask=m_head[:, None] & m_w[None, :])
-    tl.store(p_edge + W, b_tail, mask=m_same[:, None] & m_w[None, :])
+    tl.store(p_edge, b_lead, mask=m_lead[:, None] & m_w[None, :])
+    tl.store(p_edge + W, b_trail, mask=m_same[:, None] & m_w[None, :])
 
 
 def sum_terms(
     keys: Tensor,
     order: Tensor,
     grad: Tensor,
-    chain: Tensor | None,
+    n_tokens: Tensor | None,
     dtype: torch.dtype,
     destination: Destination,
-    rule: Rule,
+    epilogue: Epilogue,
     spec: AddressSpec,
-    update: RowUpdate | None,
+    squares: list[Tensor] | None,
 ) -> None:
-    """Sum and finish the terms `order` ``[E]`` of keys ``[E]``, sorted; their values are read from dS."""
-    given = (keys, order, grad, chain, None, terms_of(spec), address_of(spec))
-    _sum_sorted(*given, grad.shape[-1] // spec.heads, dtype, destination, rule, update)
+    """Sum and write the terms `order` ``[E]`` of keys ``[E]``, sorted; their values are read from dS."""
+    given = (keys, order, grad, n_tokens, None, terms_of(spec), address_of(spec))
+    _sum_sorted(*given, grad.shape[-1] // spec.heads, dtype, destination, epilogue, squares)
 
 
 def sum_values(
@@ -180,29 +177,29 @@ def sum_values(
     values: Tensor,
     dtype: torch.dtype,
     destination: Destination,
-    rule: Rule,
-    update: RowUpdate | None,
+    epilogue: Epilogue,
+    squares: list[Tensor] | None,
 ) -> None:
-    """Sum and finish the entries `order` ``[E]`` of keys ``[E]``, sorted; their values are in the list ``[V, w]``."""
-    _sum_sorted(keys, order, None, None, values, None, None, values.shape[1], dtype, destination, rule, update)
+    """Sum and write the entries `order` ``[E]`` of keys ``[E]``, sorted; their values are in the list ``[V, w]``."""
+    _sum_sorted(keys, order, None, None, values, None, None, values.shape[1], dtype, destination, epilogue, squares)
 
 
 def _sum_sorted(
     keys: Tensor,
     order: Tensor | None,
     grad: Tensor | None,
-    chain: Tensor | None,
+    n_tokens: Tensor | None,
     values: Tensor | None,
     terms: Terms | None,
     address: Address | None,
     W: int,
     dtype: torch.dtype,
     destination: Destination,
-    rule: Rule,
-    update: RowUpdate | None,
+    epilogue: Epilogue,
+    squares: list[Tensor] | None,
 ) -> None:
     BW = triton.next_power_of_2(W)
-    BW = min(BW, 256) if rule == STORE else BW
+    BW = min(BW, 256) if epilogue == STORE else BW
     BB = min(max(1024 // BW, 1), 64)
     launch = roomy_launch(4)
     while True:
@@ -211,11 +208,25 @@ def _sum_sorted(
         edge_keys = torch.empty((2 * n_blocks,), dtype=keys.dtype, device=keys.device)
         edge_values = torch.empty((2 * n_blocks, W), dtype=dtype, device=keys.device)
         grid = (blocks(n_blocks, BB), blocks(W, BW))
-        segment_sum_kernel[grid](
-            keys, order, grad, chain, values, counting(destination, update, grid[0] * grid[1], dtype),
-            edge_keys, edge_values, entries,
-            W, terms, address, rule, BLOCK, BB, BW, **launch,
-        )  # fmt: skip
+        sum_rows_kernel[grid](
+            keys,
+            order,
+            grad,
+            n_tokens,
+            values,
+            with_squares(destination, squares, grid[0] * grid[1], dtype),
+            edge_keys,
+            edge_values,
+            entries,
+            W,
+            terms,
+            address,
+            epilogue,
+            BLOCK,
+            BB,
+            BW,
+            **launch,
+        )
         if n_blocks == 1:
             return
         keys, order, values, terms = edge_keys, None, edge_values, None

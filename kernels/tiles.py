@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefixmem_fast.addressing.spec import AddressSpec
-from prefixmem_fast.operation.backends import interpreting
-from prefixmem_fast.operation.reference import accumulator
+from prefixmem_fast._dtypes import accumulator
+from prefixmem_fast._triton import interpreting
+from prefixmem_fast.addressing import AddressSpec
 
 # Naming the option keeps the bits equal across Triton's changing defaults, and equal to PyTorch's.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}

@@ -56,16 +56,16 @@ def load_token_codes(p_ids, p_table, p_segments, o_t, m_t, T, V, address: tl.con
     LAST: tl.constexpr = address.last_active
     b_codes = ()
     b_length = tl.zeros_like(o_t).to(tl.int32)
-    b_chain = tl.zeros_like(b_length)
+    b_n_tokens = tl.zeros_like(b_length)
     for l in tl.static_range(1, LAST + 1):
-        m_next = m_t & (b_chain == l - 1) & (o_t + (l - 1) < T)
+        m_next = m_t & (b_n_tokens == l - 1) & (o_t + (l - 1) < T)
         if l > 1:
             m_next = same_segment(p_segments, o_t, o_t + (l - 1), m_next)
         b_level, b_code = load_token(p_ids, p_table, o_t + (l - 1), m_next, V)
         m_next = m_next & (b_level == l)
-        b_chain += m_next.to(tl.int32)
+        b_n_tokens += m_next.to(tl.int32)
         b_codes, b_length = append_code(b_codes, b_length, tl.where(m_next, b_code, -1), l, address)
-    return b_codes, tl.where(b_chain >= address.first_active, b_length, 0), b_chain
+    return b_codes, tl.where(b_n_tokens >= address.first_active, b_length, 0), b_n_tokens
 
 
 @triton.jit

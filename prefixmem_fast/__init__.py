@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from .addressing.spec import AddressSpec
+from ._version import __version__
+from .addressing import AddressSpec
 from .checkpoint import CheckpointError
-from .encoder.decoding import DecodingState
-from .encoder.modules import PrefixMem, PrefixMemConfig, PrefixMemory
+from .encoder import DecodingState, PrefixMem, PrefixMemConfig, PrefixMemory
 from .huggingface.attach import attach, detach
-from .operation.operators import prefix_memory, prefix_rows, token_memory
+from .operation import prefix_memory, prefix_rows, token_memory
 from .sid import Catalogue, SIDTrie, SIDVocabulary
 
-__version__ = "0.1.0"
 if not (Path(__file__).parent / "kernels").is_dir():  # a checkout, where kernels/ and bench/ lie beside this folder
     __path__.append(str(Path(__file__).parents[1]))
+
 _OF_TRANSFORMERS = ("GeneratedItems", "SIDLogitsProcessor", "generate_items")
 __all__ = [
     "AddressSpec",
@@ -26,6 +26,7 @@ __all__ = [
     "SIDLogitsProcessor",
     "SIDTrie",
     "SIDVocabulary",
+    "__version__",
     "attach",
     "detach",
     "generate_items",

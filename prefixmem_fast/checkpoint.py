@@ -1,4 +1,4 @@
-"""Encoders and vocabularies on disk: safetensors files, and a config.json that says what they are.
+"""Tensors and what describes them on disk: safetensors files, and a config.json that says what they are.
 
 config.json holds the encoder's config with its address spec, the vocabulary, and for each tensor its dtype, shape,
 SHA-256 and the files that hold its rows; a digest over all of it comes last. Weights files bear their content's digest
@@ -6,32 +6,28 @@ in their names, so a new checkpoint never overwrites the files of the old one, a
 makes the new one valid at once.
 
 Beside a model saved by transformers, whose own files hold the encoder's tensors, the folder `prefixmem` has this
-config.json alone.
+config.json alone. Nothing here knows a class of the package: configs and vocabularies are dicts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .sid.vocabulary import SIDVocabulary
-
-if TYPE_CHECKING:
-    from .encoder.modules import PrefixMem
+from ._files import write_file
+from ._version import __version__
 
 FORMAT_VERSION = 1
 FOLDER = "prefixmem"  # the encoder's folder beside a model
-_CONFIG, _VOCABULARY = "config.json", "sid_vocabulary.json"
+CONFIG = "config.json"
+_VOCABULARY = "sid_vocabulary.json"
 _CHUNK_BYTES = 64 << 20
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -40,10 +36,11 @@ class CheckpointError(ValueError):
     """A checkpoint is damaged, or is not what it is asked to be."""
 
 
-def save_encoder(
-    encoder: PrefixMem,
-    path: str | Path,
-    vocabulary: SIDVocabulary | None = None,
+def save(
+    path: Path,
+    config: dict[str, Any],
+    vocabulary: dict[str, Any] | None,
+    tensors: Mapping[str, Tensor],
     *,
     max_shard_size: int | str = "2GB",
     weights: bool = True,
@@ -51,45 +48,31 @@ def save_encoder(
     """Write an encoder into a folder.
 
     Args:
-        vocabulary: kept with it.
+        config, vocabulary: dicts for JSON.
+        tensors: by name, contiguous.
         max_shard_size: bytes of a weights file, or a string such as "500MB"; larger tables are split by rows.
         weights: False where a model's own files beside the folder hold the tensors; where they do not, they are
             written all the same.
 
     Raises:
-        TypeError, ValueError: an argument is not as stated.
+        ValueError: `max_shard_size` is no size, or the folder's config.json is of something else.
         OSError: the folder cannot be written; what was in it is left as it was.
     """
-    from . import __version__
-
     limit = _bytes_of(max_shard_size)
-    if vocabulary is not None:
-        vocabulary.check_codebooks(encoder.config)
-    path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    if (path / _CONFIG).is_file() and not _is_ours(path / _CONFIG):
-        raise ValueError(f"{path / _CONFIG} belongs to something else, a model perhaps; give a folder of its own")
+    if (path / CONFIG).is_file() and not _is_ours(path / CONFIG):
+        raise ValueError(f"{path / CONFIG} belongs to something else, a model perhaps; give a folder of its own")
     replaced = _files_named(path)
-    tensors = _tensors_of(encoder)
     entries = None if weights else _entries_in_model(list(tensors), path.parent)
     written: list[Path] = []
     try:
         if entries is None:
             entries = {name: _entry(_chunks_of(tensor)) for name, tensor in tensors.items()}
-            for file, parts in _shards(tensors, entries, limit):
-                _write_tensors(path / file, parts)
+            for file, rows in _shards(tensors, entries, limit):
+                _write_tensors(path / file, rows)
                 written.append(path / file)
-        _write_json(
-            path / _CONFIG,
-            {
-                "format": "prefixmem",
-                "format_version": FORMAT_VERSION,
-                "package_version": __version__,
-                "encoder": encoder.config.to_dict(),
-                "vocabulary": None if vocabulary is None else vocabulary.to_dict(),
-                "tensors": entries,
-            },
-        )
+        values = {"encoder": config, "vocabulary": vocabulary, "tensors": entries}
+        _write_json(path / CONFIG, "prefixmem", {"package_version": __version__, **values})
     except BaseException:
         for file in written:
             if file.name not in replaced:
@@ -99,94 +82,66 @@ def save_encoder(
         (path / name).unlink(missing_ok=True)
 
 
-def load_encoder(
-    kind: type[PrefixMem],
-    path: str | Path,
-    *,
-    hidden_size: int | None = None,
-    active_levels: Sequence[int] | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    verify: bool = True,
-    **how: Any,
-) -> PrefixMem:
-    """Read what `save_encoder` wrote; see `PrefixMem.from_pretrained`."""
-    folder = _folder(path)
-    stored = _read_config(folder)
-    try:
-        config = kind.config_class.from_dict(stored["encoder"])
-        fresh = hidden_size is not None and hidden_size != config.hidden_size
-        if fresh:
-            config = replace(config, hidden_size=hidden_size)
-        if active_levels is not None:
-            config = config.with_active_levels(active_levels)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / _CONFIG}: {error}") from error
-    if dtype is None:
-        dtype = getattr(torch, next(iter(stored["tensors"].values()))["dtype"])
-    with torch.inference_mode(False), torch.no_grad():  # loaded while serving, it can still be trained
-        made = kind(config, device="meta", dtype=dtype, **how)
-        encoder = made.to_empty(device=device or torch.get_default_device())
-        names = [name for name, _ in encoder.named_parameters() if not (fresh and name == "out_proj.weight")]
-        _copy_weights(encoder, folder, stored, names, verify)
-        if fresh:
-            encoder.reset_output()
-    return encoder
-
-
-def kind_of_encoder(path: str | Path) -> str:
-    """ "prefixmem" or "sid-transformer": what the folder of an encoder, or of a model saved with one, holds."""
-    return _read_config(_folder(path))["encoder"].get("kind", "prefixmem")
-
-
-def load_weights(encoder: PrefixMem, path: str | Path) -> None:
-    """Read the tensors of a checkpoint into an encoder of the same spec and sizes; on an error it is left as it was.
+def read(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of an encoder in `path`, or beside a model in it, and its config.json: encoder, vocabulary, tensors.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or of another config; both are printed.
+        FileNotFoundError: no encoder is there.
+        CheckpointError: config.json is damaged, or of another version.
     """
     folder = _folder(path)
-    stored = _read_config(folder)
-    own = encoder.config.to_dict()
-    free = ("memory_init_std", "output_init_std")  # how weights started does not matter any more
-    names = [name for name in own if name not in free and stored["encoder"].get(name) != own[name]]
-    if names:
-        raise CheckpointError(
-            f"{folder / _CONFIG} is of another encoder: it differs in {', '.join(names)}\n"
-            f"  checkpoint: { {name: stored['encoder'].get(name) for name in names} }\n"
-            f"  encoder:    { {name: own[name] for name in names} }"
-        )
-    _copy_weights(encoder, folder, stored, [name for name, _ in encoder.named_parameters()], verify=True)
+    return folder, _read_json(folder / CONFIG, "prefixmem")
 
 
-def save_vocabulary(vocabulary: SIDVocabulary, path: str | Path) -> None:
+def copy_tensors(
+    targets: Mapping[str, Tensor], folder: Path, stored: Mapping[str, Any], *, verify: bool = True
+) -> None:
+    """Read tensors into `targets`, by name; they are changed once all files have been checked.
+
+    Args:
+        folder, stored: what `read` returned.
+        verify: compare the SHA-256 of each tensor with the stored one; one more pass over the files.
+
+    Raises:
+        CheckpointError: a tensor is missing, of another shape, damaged or cut.
+    """
+    sources = {}
+    for name, target in targets.items():
+        entry = stored["tensors"].get(name)
+        if entry is None or entry["shape"] != list(target.shape):
+            problem = "is missing" if entry is None else f"has shape {entry['shape']}"
+            raise CheckpointError(f"{folder / CONFIG}: {name} {problem}; the config needs {list(target.shape)}")
+        sources[name] = _Rows(name, entry, folder)
+    if verify:
+        for source in sources.values():
+            source.check()
+    for name, source in sources.items():
+        start = 0
+        for chunk in source.chunks():
+            targets[name][start : start + len(chunk)].copy_(chunk)
+            start += len(chunk)
+
+
+def save_vocabulary(vocabulary: dict[str, Any], path: str | Path) -> None:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    values = {"format": "prefixmem vocabulary", "format_version": FORMAT_VERSION, "vocabulary": vocabulary.to_dict()}
-    _write_json(path / _VOCABULARY, values)
+    _write_json(path / _VOCABULARY, "prefixmem vocabulary", {"vocabulary": vocabulary})
 
 
-def load_vocabulary(path: str | Path) -> SIDVocabulary:
-    path = Path(path)
-    if (path / _VOCABULARY).is_file():
-        file = path / _VOCABULARY
+def read_vocabulary(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file that holds the vocabulary of a folder, alone or with an encoder, and the vocabulary."""
+    file = Path(path) / _VOCABULARY
+    if file.is_file():
         stored = _read_json(file, "prefixmem vocabulary")
     else:
-        file = _folder(path) / _CONFIG
-        stored = _read_config(file.parent)
+        folder, stored = read(path)
+        file = folder / CONFIG
     if stored.get("vocabulary") is None:
         raise CheckpointError(f"{file} holds no vocabulary; the encoder was saved without one")
-    try:
-        return SIDVocabulary.from_dict(stored["vocabulary"])
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
+    return file, stored["vocabulary"]
 
 
 # Writing
-
-
-def _tensors_of(encoder: PrefixMem) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in encoder.named_parameters()}
 
 
 def _entry(chunks: Iterable[Tensor]) -> dict[str, Any]:
@@ -260,25 +215,11 @@ def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     write_file(file, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
 
 
-def _write_json(file: Path, values: dict[str, Any]) -> None:
+def _write_json(file: Path, kind: str, values: dict[str, Any]) -> None:
+    values = {"format": kind, "format_version": FORMAT_VERSION, **values}
     values = {**values, "digest": _digest(values)}
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
     write_file(file, lambda temporary: Path(temporary).write_text("{\n" + lines + "\n}\n", encoding="utf-8"))
-
-
-def write_file(file: Path, write: Any) -> None:
-    """All of a file, or none of it: written under another name first."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's files are the owner's alone
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _digest(values: dict[str, Any]) -> str:
@@ -301,15 +242,13 @@ def _folder(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is no folder; give a local one that save_pretrained wrote")
-    folder = path / FOLDER if (path / FOLDER / _CONFIG).is_file() else path
-    if not (folder / _CONFIG).is_file():
-        raise FileNotFoundError(f"{path} holds no encoder: neither {_CONFIG} nor {FOLDER}/{_CONFIG} is there")
+    folder = path / FOLDER if (path / FOLDER / CONFIG).is_file() else path
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{path} holds no encoder: neither {CONFIG} nor {FOLDER}/{CONFIG} is there")
     return folder
 
 
 def _read_json(file: Path, kind: str) -> dict[str, Any]:
-    from . import __version__
-
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, ValueError) as error:
@@ -331,10 +270,6 @@ def _read_json(file: Path, kind: str) -> dict[str, Any]:
     return stored
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / _CONFIG, "prefixmem")
-
-
 def _is_ours(file: Path) -> bool:
     """Whether a config.json is one of an encoder, sound or damaged."""
     try:
@@ -345,7 +280,7 @@ def _is_ours(file: Path) -> bool:
 
 def _files_named(folder: Path) -> set[str]:
     try:
-        entries = _read_config(folder)["tensors"].values()
+        entries = _read_json(folder / CONFIG, "prefixmem")["tensors"].values()
         return {part["file"] for entry in entries for part in entry.get("parts", ())}
     except (OSError, CheckpointError):
         return set()
@@ -368,22 +303,22 @@ class _Rows:
                 for chunk in _chunks_in(file, key):
                     if chunk.dtype != dtype or chunk.shape[1:] != shape[1:]:
                         raise CheckpointError(
-                            f"{file} holds {key} as {chunk.dtype}, rows of {tuple(chunk.shape[1:])}; {_CONFIG} says "
+                            f"{file} holds {key} as {chunk.dtype}, rows of {tuple(chunk.shape[1:])}; {CONFIG} says "
                             f"{dtype} {shape}"
                         )
                     yield chunk
                     rows += len(chunk)
             except FileNotFoundError:
-                raise CheckpointError(f"{file} is not there, and {_CONFIG} names it for {self.name}") from None
+                raise CheckpointError(f"{file} is not there, and {CONFIG} names it for {self.name}") from None
         if rows != shape[0]:
-            raise CheckpointError(f"the files hold {rows} rows of {self.name}; {_CONFIG} says {shape[0]}")
+            raise CheckpointError(f"the files hold {rows} rows of {self.name}; {CONFIG} says {shape[0]}")
 
     def check(self) -> None:
         found = _entry(self.chunks())["sha256"]
         if found != self.entry["sha256"]:
             files = ", ".join(str(file) for file in dict.fromkeys(file for file, _ in self.parts))
             raise CheckpointError(
-                f"{self.name} in {files} is damaged, or not the one that {_CONFIG} was saved with: its SHA-256 is "
+                f"{self.name} in {files} is damaged, or not the one that {CONFIG} was saved with: its SHA-256 is "
                 f"{found}, stored is {self.entry['sha256']}"
             )
 
@@ -410,22 +345,3 @@ def _find_in_model(key: str, folder: Path) -> tuple[Path, str]:
             f"the model's files in {folder} hold no {key}; was the model saved with the encoder on it?"
         )
     return folder / files[found], found
-
-
-def _copy_weights(encoder: PrefixMem, folder: Path, stored: dict[str, Any], names: list[str], verify: bool) -> None:
-    targets = _tensors_of(encoder)
-    sources = {}
-    for name in names:
-        entry = stored["tensors"].get(name)
-        if entry is None or entry["shape"] != list(targets[name].shape):
-            found = "is missing" if entry is None else f"has shape {entry['shape']}"
-            raise CheckpointError(f"{folder / _CONFIG}: {name} {found}; the config needs {list(targets[name].shape)}")
-        sources[name] = _Rows(name, entry, folder)
-    if verify:
-        for source in sources.values():
-            source.check()
-    for name, source in sources.items():
-        start = 0
-        for chunk in source.chunks():
-            targets[name][start : start + len(chunk)].copy_(chunk)
-            start += len(chunk)

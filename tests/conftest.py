@@ -29,3 +29,37 @@ def poisoned_empty():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def backend_calls(monkeypatch):
+    """(backend, function) of every call of a backend's function, in their order."""
+    from prefixmem_fast.operation.backends import BACKENDS, functions_of
+    from prefixmem_fast.operation.interface import FUNCTIONS
+
+    calls = []
+    for backend in BACKENDS[1:]:
+        functions = functions_of(backend)
+        for name in FUNCTIONS:
+            monkeypatch.setattr(functions, name, _spy(getattr(functions, name), (backend, name), calls))
+    return calls
+
+
+def _spy(function, call, calls):
+    """Notes calls from outside; a backend's functions also call one another."""
+
+    def spy(*arguments, **options):
+        if running:
+            return function(*arguments, **options)
+        calls.append(call)
+        running.append(call)
+        try:
+            return function(*arguments, **options)
+        finally:
+            running.clear()
+
+    running = _RUNNING
+    return spy
+
+
+_RUNNING: list[tuple[str, str]] = []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixmem_fast import AddressSpec, PrefixMem, PrefixMemConfig, attach, optim
+from prefixmem_fast.addressing import TokenStream
 from prefixmem_fast.operation import reference
 
 from ..suite import LEARNING, Case, Contender, benchmark, learning
@@ -83,7 +84,7 @@ class Model:
         W_out.normal_(std=1.0, generator=generator)
         found = float(self.loss(ids))
         table = self.vocabulary.token_table(ids.device)
-        S = reference.token_memory(ids, table, memory, self.encoder.config.spec)
+        S = reference.forward(TokenStream(ids, table), memory, self.encoder.config.spec)
         embeddings = self.model.get_input_embeddings()(ids) + nn.functional.linear(S, W_out)
         W_out.zero_()
         with warnings.catch_warnings():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prefixmem_fast import prefix_rows, token_memory
+from prefixmem_fast.addressing import TokenStream
 from prefixmem_fast.operation import reference
 
 from ..measure import Mark, unmarked
@@ -90,7 +91,7 @@ def _reading(workload: Workload, device: str, providers: tuple[type[Provider], .
     if reason := _no_codes(workload):
         return _absent([p.reads for p in providers], reason)
     spec, weight, batches = workload.spec, workload.weight(device), workload.batches(device)
-    expected = reference.prefix_memory(batches[0][:CHECKED], weight, spec)
+    expected = reference.forward(batches[0][:CHECKED], weight, spec)
 
     @torch.no_grad()
     def step(one: Provider, turn: int, mark: Mark) -> None:
@@ -115,7 +116,7 @@ def tokens(device: str, **given: Any) -> Case:
     rows = max(workload.sids // 32, 1)
     codes = workload.batches(device)
     batches = [token_stream(batch, vocabulary, rows, TEXT) for batch in codes]
-    expected = reference.token_memory(batches[0], table, weight, spec)
+    expected = reference.forward(TokenStream(batches[0], table), weight, spec)
 
     @torch.no_grad()
     def step(read: Callable[[Tensor], Tensor], turn: int, mark: Mark) -> None:
@@ -207,7 +208,7 @@ def _training(
         return _absent([p.trains() for p in providers], reason)
     spec, batches, grad = workload.spec, workload.batches(device), workload.gradient(device)
     codes, weight = batches[0], workload.weight(device)
-    expected = reference.prefix_memory(codes[:CHECKED], weight, spec)
+    expected = reference.forward(codes[:CHECKED], weight, spec)
     sample = sampled_rows(workload, codes, grad)
     before = weight[sample.rows].double()
     del weight

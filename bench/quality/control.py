@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixmem_fast import PrefixMem, SIDVocabulary, attach
-from prefixmem_fast.operation import reference
+from prefixmem_fast.addressing import TokenStream, token_codes
 from prefixmem_fast.recommender.training.arms import build_encoder
 from prefixmem_fast.recommender.training.config import RunConfig
 
@@ -39,7 +39,9 @@ class PermutedPrefixMem(PrefixMem):
         new_tokens: int | None = None,
     ) -> Tensor:
         spec = self.config.spec
-        codes, level = reference.token_codes(input_ids, vocabulary.token_table(input_ids.device), spec, segment_ids)
+        codes, level = token_codes(
+            TokenStream(input_ids, vocabulary.token_table(input_ids.device), segment_ids), spec.levels
+        )
         if new_tokens is not None:
             codes, level = codes[:, codes.shape[1] - new_tokens :], level[:, level.shape[1] - new_tokens :]
         out = codes.new_zeros(*level.shape, self.config.memory_dim, dtype=self.memory.weight.dtype)

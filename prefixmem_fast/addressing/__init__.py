@@ -1,0 +1,13 @@
+"""Where a memory row lives: the address spec, and in PyTorch the rows of a Semantic ID and of a token stream.
+
+spec.py          AddressSpec: the tables, their sizes and their primes
+primes.py        the seeded generator of the primes
+addresses.py     codes -> rows: the prefix hash and the exact index
+token_stream.py  tokens -> codes: which tokens form a Semantic ID
+"""
+
+from .addresses import prefix_length, prefix_rows
+from .spec import ADDRESSING, MODES, AddressSpec
+from .token_stream import TokenStream, token_codes
+
+__all__ = ["ADDRESSING", "MODES", "AddressSpec", "TokenStream", "prefix_length", "prefix_rows", "token_codes"]

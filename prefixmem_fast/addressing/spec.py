@@ -16,9 +16,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from operator import index
 from typing import Any
 
+from .. import _checks
 from .primes import draw_primes
 
 MODES = ("prefix", "suffix", "full")
@@ -99,35 +99,35 @@ class AddressSpec:
             object.__setattr__(self, name, value)
 
     def _validate(self) -> None:
-        sizes = check_codebook_sizes(self.codebook_sizes)
-        max_order = positive("max_order", self.max_order)
-        heads = positive("heads", self.heads)
+        sizes = _checks.codebook_sizes(self.codebook_sizes)
+        max_order = _checks.positive("max_order", self.max_order)
+        heads = _checks.positive("heads", self.heads)
 
         rows = self.table_rows
         if hasattr(rows, "__iter__"):
-            rows = integers("table_rows", rows)
+            rows = _checks.integers("table_rows", rows)
             if len(rows) != max_order:
                 raise ValueError(
                     f"table_rows has {len(rows)} entries, max_order is {max_order}; "
                     "give one number, or one for each order"
                 )
         else:
-            rows = (integer("table_rows", rows),) * max_order
+            rows = (_checks.integer("table_rows", rows),) * max_order
         if min(rows) < 1:
             raise ValueError(f"table_rows = {self.table_rows!r} holds a value below 1; every order needs a row")
 
-        _choice("mode", self.mode, MODES)
-        _choice("addressing", self.addressing, ADDRESSING)
+        _checks.choice("mode", self.mode, MODES)
+        _checks.choice("addressing", self.addressing, ADDRESSING)
         active = tuple(range(1, len(sizes) + 1))
         if self.active_levels is not None:
-            given = integers("active_levels", self.active_levels)
+            given = _checks.integers("active_levels", self.active_levels)
             if not given or any(level not in active for level in given) or sorted(set(given)) != list(given):
                 raise ValueError(
                     f"active_levels = {given} is not allowed; give strictly increasing levels "
                     f"of 1..{len(sizes)}, or None for all of them"
                 )
             active = given
-        seed = integer("seed", self.seed)
+        seed = _checks.integer("seed", self.seed)
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed = {seed} is outside 0..2^64 - 1")
         if type(self.version) is not int or self.version != VERSION:
@@ -243,47 +243,3 @@ class AddressSpec:
             if name not in arguments and value != own[name]:
                 raise ValueError(f"the address spec gives {name} = {value}, but its arguments derive {own[name]}")
         return spec
-
-
-def integer(name: str, value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} = {value!r} is not an integer")
-    try:
-        return index(value)
-    except TypeError:
-        raise TypeError(f"{name} = {value!r} is not an integer") from None
-
-
-def integers(name: str, values: Any) -> tuple[int, ...]:
-    try:
-        values = tuple(values)
-    except TypeError:
-        raise TypeError(f"{name} = {values!r} is not a sequence of integers") from None
-    return tuple(integer(f"{name}[{i}]", value) for i, value in enumerate(values))
-
-
-def check_codebook_sizes(values: Any) -> tuple[int, ...]:
-    sizes = integers("codebook_sizes", values)
-    if not sizes:
-        raise ValueError("codebook_sizes is empty; give one positive size a level, for example (2048,) * 5")
-    for level, size in enumerate(sizes, 1):
-        if size < 1:
-            raise ValueError(f"codebook_sizes[{level - 1}] = {size} is not positive; every level needs a code")
-    return sizes
-
-
-def positive(name: str, value: Any) -> int:
-    value = integer(name, value)
-    if value < 1:
-        raise ValueError(f"{name} = {value} is not positive; give 1 or more")
-    return value
-
-
-def not_negative(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} = {value!r} is not a finite number of 0 or more")
-
-
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} = {value!r} is unknown; allowed are {', '.join(map(repr, allowed))}")

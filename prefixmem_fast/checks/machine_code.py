@@ -1,7 +1,7 @@
 """Compile every kernel for GPUs that are not here, and read registers, spills and access widths from the machine code.
 
-The kernels' own launchers run on meta tensors, so what is compiled is what a real launch would compile: the argument
-types, the alignment and the block sizes are theirs. A stand-in driver names the target and launches nothing.
+The functions of the triton backend run on meta tensors, so what is compiled is what a real launch would compile: the
+argument types, the alignment and the block sizes are theirs. A stand-in driver names the target and launches nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ from typing import Any
 
 import torch
 
-from ..addressing.spec import MODES, AddressSpec
-from ..operation.backends import TRITON_PROBLEM, BackendError, interpreting
-from ..operation.reference import accumulator
+from .._dtypes import accumulator
+from .._triton import TRITON_PROBLEM, interpreting
+from ..addressing import MODES, AddressSpec, TokenStream
+from ..operation import BackendError
+from ..operation.backends import functions_of
+from ..operation.interface import PrefixState
+from ..operation.rules import RULES, Hyper, RowUpdate
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -33,7 +37,7 @@ WIDTH = 64  # the paper: d_mem = 256 over 4 heads
 class Compiled:
     """One kernel, compiled for one target. Widths are bytes a thread moves in one instruction, with their counts.
 
-    Of two `nested_sum` or `segment_sum` of one launcher the first reads gradients, the second the partial sums of the
+    Of two `sum_prefixes` or `sum_rows` of one launcher the first reads gradients, the second the partial sums of the
     first.
     """
 
@@ -86,19 +90,7 @@ _SORTING = {
 
 def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 65_536) -> dict[str, Callable[[], Any]]:
     """Every kernel as a call of its launcher on meta tensors; the gradients that sort launch several kernels."""
-    from ..kernels import (
-        atomic_backward as backward,
-    )
-    from ..kernels import (
-        decode,
-        forward,
-        rows,
-    )
-    from ..kernels import (
-        sorted_backward as row_gradient,
-    )
-    from ..optim.rows import RowUpdate
-    from ..optim.rules import RULES, Hyper
+    triton = functions_of("triton")
 
     def meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -118,21 +110,20 @@ def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 65_5
         ]
         hyper = Hyper(0.1, 0.1, 1e-8, 0.9, 0.999, meta(dtype=wide), meta(dtype=wide))
         seed = 0 if dtype == torch.bfloat16 else None
-        row_gradient.update(grad, (codes,), spec, RowUpdate(weight, rule, state, meta(), hyper, seed))
+        triton.fused_update(grad, codes, spec, RowUpdate(weight, rule, state, meta(), hyper, seed))
 
-    tokens = (ids, table, segments)
-    state = (meta(1, 256, spec.levels), meta(1, 256), meta(256, spec.heads, width, dtype=wide))
-    step = (meta(256), table, weight, *state)
+    stream = TokenStream(ids, table, segments)
+    state = PrefixState(meta(1, 256, spec.levels), meta(1, 256), meta(256, spec.heads, width, dtype=wide))
     return {
-        "prefix_memory_fwd": lambda: forward.prefix_memory_fwd(codes, weight, spec),
-        "token_memory_fwd": lambda: forward.token_memory_fwd(*tokens, weight, spec),
-        "prefix_memory_bwd": lambda: backward.prefix_memory_bwd(grad, codes, spec),
-        "token_memory_bwd": lambda: backward.token_memory_bwd(token_grad, *tokens, spec),
-        "prefix_rows": lambda: rows.prefix_rows(codes, spec),
-        "token_step": lambda: decode.token_step(*step, spec),
-        "deterministic_bwd": lambda: row_gradient.dense(grad, (codes,), spec),
-        "deterministic_token_bwd": lambda: row_gradient.dense(token_grad, tokens, spec),
-        "sparse_bwd": lambda: row_gradient.padded_rows(grad, (codes,), spec),
+        "prefix_memory_fwd": lambda: triton.forward(codes, weight, spec),
+        "token_memory_fwd": lambda: triton.forward(stream, weight, spec),
+        "prefix_memory_bwd": lambda: triton.dense_gradient(grad, codes, spec),
+        "token_memory_bwd": lambda: triton.dense_gradient(token_grad, stream, spec),
+        "prefix_rows": lambda: triton.prefix_rows(codes, spec),
+        "token_step": lambda: triton.decoding_step(meta(256), table, state, weight, spec),
+        "deterministic_bwd": lambda: triton.dense_gradient(grad, codes, spec, deterministic=True),
+        "deterministic_token_bwd": lambda: triton.dense_gradient(token_grad, stream, spec, deterministic=True),
+        "sparse_bwd": lambda: triton.row_sums(grad, codes, spec, dtype),
         **{f"{rule}_bwd": lambda rule=rule: update(rule) for rule in RULES},
     }
 

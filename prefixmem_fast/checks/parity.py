@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..addressing.spec import MODES, AddressSpec
-from ..operation import reference
-from ..operation.operators import prefix_memory, prefix_rows, token_memory
+from .._dtypes import accumulator as accumulator_of
+from ..addressing import MODES, AddressSpec, TokenStream
+from ..operation import prefix_memory, prefix_rows, reference, token_memory
 from . import oracle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -84,7 +84,7 @@ def sum_bound(terms: Tensor, magnitude: Tensor, exact: Tensor, dtype: torch.dtyp
     Accumulation is in float32, or float64 for float64. One unit in the last place, not half of one, is granted to the
     final rounding: the Triton interpreter truncates to bfloat16. Atomics flush subnormal numbers.
     """
-    accumulator = torch.finfo(reference.accumulator(dtype))
+    accumulator = torch.finfo(accumulator_of(dtype))
     final = torch.finfo(dtype)
     subnormal = final.smallest_normal * final.eps
     return (
@@ -253,35 +253,31 @@ def _check_codes(report: Report, case: Case, backends: tuple[str, ...], generato
         "",
         backends,
         generator,
-        lambda weight, **how: prefix_memory(codes, weight, spec, **how),
-        lambda weight: reference.prefix_memory(codes, weight, spec),
-        lambda grad: reference.prefix_memory_backward(grad, codes, spec),
-        lambda grad: reference.row_gradient(grad, codes, spec)[0],
+        lambda weight, **options: prefix_memory(codes, weight, spec, **options),
+        codes,
     )
 
 
 def _check_tokens(report: Report, case: Case, backends: tuple[str, ...], generator: torch.Generator) -> None:
-    arguments = (case.input_ids, case.token_table)
+    stream = TokenStream(case.input_ids, case.token_table, case.segment_ids)
     _check_sums(
         report,
         case,
         "token ",
         backends,
         generator,
-        lambda weight, **how: token_memory(*arguments, weight, case.spec, segment_ids=case.segment_ids, **how),
-        lambda weight: reference.token_memory(*arguments, weight, case.spec, case.segment_ids),
-        lambda grad: reference.token_memory_backward(grad, *arguments, case.spec, case.segment_ids),
-        lambda grad: reference.token_row_gradient(grad, *arguments, case.spec, case.segment_ids)[0],
+        lambda weight, **options: token_memory(*stream[:2], weight, case.spec, segment_ids=stream[2], **options),
+        stream,
     )
 
 
-def _check_sums(report, case, kind, backends, generator, operation, forward, backward, touched) -> None:
+def _check_sums(report, case, kind, backends, generator, operation, source) -> None:
     """One operation, forward and gradients, on every backend, against float64 and its derived bounds."""
-    weight = case.weight
-    exact, bound = exact_sums(forward, weight)
+    weight, spec = case.weight, case.spec
+    exact, bound = exact_sums(lambda weight: reference.forward(source, weight, spec), weight)
     grad = torch.randn(exact.shape, generator=generator, dtype=torch.float64).to(weight)
-    exact_grad, grad_bound = exact_sums(backward, grad)
-    touched_rows = touched(grad)
+    exact_grad, grad_bound = exact_sums(lambda grad: reference.dense_gradient(grad, source, spec), grad)
+    touched_rows = reference.row_sums(grad, source, spec, grad.dtype).rows
 
     for backend in ("reference", *backends):
         leaf = weight.detach().clone().requires_grad_()

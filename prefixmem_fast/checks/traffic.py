@@ -33,10 +33,10 @@ from .. import (
     prefix_rows,
     token_memory,
 )
-from ..checkpoint import write_file
+from .._files import write_file
+from .._triton import interpreting
 from ..kernels import sorted_backward as row_gradient
 from ..kernels import sorted_prefixes as nested
-from ..operation.backends import interpreting
 
 SECTOR = 32  # bytes
 L, N, H, W, CODES = 5, 4, 4, 64, 2048  # the paper's shape

@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     check_libraries()
     import numpy as np
 
-    from ..checkpoint import write_file
+    from .._files import write_file
     from ..recommender.evaluation.report import evaluate, reachable_by, table
     from ..recommender.training.run import load_run
 

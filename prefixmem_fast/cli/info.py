@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..operation.backends import BACKENDS, interpreting, unavailable
+from .._triton import interpreting
+from ..operation.backends import BACKENDS, backend_problem
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +58,7 @@ def collect() -> dict[str, Any]:
         },
         "gpus": gpus,
         "interpreter": interpreting(),
-        "backends": {backend: unavailable(backend, device) for backend in BACKENDS[1:]},
+        "backends": {backend: backend_problem(backend, device) for backend in BACKENDS[1:]},
     }
 
 

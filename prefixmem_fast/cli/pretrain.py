@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
 
         report = pretrain(config, out, **how)
     else:
-        from ..encoder.modules import PrefixMem
+        from ..encoder import PrefixMem
         from ..recommender.training.classification import ENCODER
         from ..recommender.training.run import MODEL, train
         from ..sid import SIDVocabulary

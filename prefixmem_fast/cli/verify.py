@@ -11,9 +11,10 @@ from dataclasses import asdict
 import torch
 from tqdm import tqdm
 
+from .._triton import interpreting
 from ..checks import machine_code as offline
 from ..checks.parity import verify
-from ..operation.backends import BACKENDS, interpreting, resolve, unavailable
+from ..operation.backends import BACKENDS, backend_problem, choose_backend
 from .info import collect
 
 
@@ -44,10 +45,10 @@ def _verify(options: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
     skipped = None
     if options.backend == "auto":
-        skipped = unavailable("triton", torch.device(device))
-        backends = tuple(name for name in ("triton", "cpu") if unavailable(name, torch.device(device)) is None)
+        skipped = backend_problem("triton", torch.device(device))
+        backends = tuple(name for name in ("triton", "cpu") if backend_problem(name, torch.device(device)) is None)
     else:
-        resolve(options.backend, tensors=torch.empty(0, device=device))
+        choose_backend(options.backend, tensors=torch.empty(0, device=device))
         backends = () if options.backend == "reference" else (options.backend,)
 
     began = time.monotonic()

@@ -1,0 +1,25 @@
+"""The encoder as modules: tables, W_out, decoding a token at a time, and the paper's comparator.
+
+config.py           PrefixMemConfig
+memory.py           PrefixMemory: the tables, S
+projection.py       W_out
+prefixmem.py        PrefixMem: m = W_out * S
+decoding.py         DecodingState: one token of each sequence
+sid_transformer.py  SIDTransformer: the comparator in the same slot
+saving.py           folders of encoders
+"""
+
+from .config import PrefixMemConfig
+from .decoding import DecodingState
+from .memory import PrefixMemory
+from .prefixmem import PrefixMem
+from .sid_transformer import SIDTransformer, SIDTransformerConfig
+
+__all__ = [
+    "DecodingState",
+    "PrefixMem",
+    "PrefixMemConfig",
+    "PrefixMemory",
+    "SIDTransformer",
+    "SIDTransformerConfig",
+]

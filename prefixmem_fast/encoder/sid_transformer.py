@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..addressing.spec import AddressSpec, check_codebook_sizes, not_negative, positive
-from ..checkpoint import load_encoder, save_encoder
-from ..operation.operators import check_codes, check_tensor
-from ..operation.reference import token_codes
-from .modules import OutputProjection
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from ..sid import SIDVocabulary
+from .. import _checks
+from ..addressing import AddressSpec, TokenStream, prefix_length, token_codes
+from ..operation.functions import check_codes, check_stream
+from ..sid import SIDVocabulary
+from .projection import OutputProjection
+from .saving import load_encoder, save_encoder
 
 
 @dataclass(frozen=True)
@@ -52,13 +49,13 @@ class SIDTransformerConfig:
     def __post_init__(self) -> None:
         # The checks of codebooks and levels are those of an address spec.
         spec = AddressSpec(self.codebook_sizes, table_rows=1, max_order=1, heads=1, active_levels=self.active_levels)
-        object.__setattr__(self, "codebook_sizes", check_codebook_sizes(self.codebook_sizes))
+        object.__setattr__(self, "codebook_sizes", _checks.codebook_sizes(self.codebook_sizes))
         object.__setattr__(self, "active_levels", spec.active_levels)
         for name in ("hidden_size", "width", "layers", "heads"):
-            object.__setattr__(self, name, positive(name, getattr(self, name)))
+            object.__setattr__(self, name, _checks.positive(name, getattr(self, name)))
         if self.width % self.heads:
             raise ValueError(f"width = {self.width} is no multiple of heads = {self.heads}")
-        not_negative("output_init_std", self.output_init_std)
+        _checks.not_negative("output_init_std", self.output_init_std)
 
     def with_active_levels(self, active_levels: Sequence[int]) -> SIDTransformerConfig:
         """The same transformer, added at other levels."""
@@ -98,18 +95,24 @@ class SIDTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        made = {"device": device, "dtype": dtype}
-        self.codes = nn.Embedding(sum(config.codebook_sizes), config.width, **made)
-        self.levels = nn.Embedding(config.levels, config.width, **made)
+        factory = {"device": device, "dtype": dtype}
+        self.codes = nn.Embedding(sum(config.codebook_sizes), config.width, **factory)
+        self.levels = nn.Embedding(config.levels, config.width, **factory)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                config.width, config.heads, 4 * config.width, dropout=0.0, activation="gelu", batch_first=True,
-                norm_first=True, **made,
+                config.width,
+                config.heads,
+                4 * config.width,
+                dropout=0.0,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
+                **factory,
             )
             for _ in range(config.layers)
-        )  # fmt: skip
-        self.norm = nn.LayerNorm(config.width, **made)
-        self.out_proj = OutputProjection(config, **made)
+        )
+        self.norm = nn.LayerNorm(config.width, **factory)
+        self.out_proj = OutputProjection(config, **factory)
         for table in (self.codes, self.levels):
             nn.init.normal_(table.weight, std=0.02)
 
@@ -120,10 +123,11 @@ class SIDTransformer(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Integer ``[..., L]`` to ``[..., L, hidden_size]``, zero at inactive levels; codes out of range end a SID."""
         config, shape = self.config, codes.shape
-        check_codes(codes, config)
+        check_codes(codes, config.levels)
         codes = codes.reshape(-1, config.levels).long()
         sizes = codes.new_tensor(config.codebook_sizes)
-        alive = ((codes >= 0) & (codes < sizes)).cumprod(-1).bool()  # [M, L]
+        length = prefix_length(codes, config.codebook_sizes)
+        alive = torch.arange(config.levels, device=codes.device) < length[:, None]  # [M, L]
         x = self.codes(torch.where(alive, codes, 0) + sizes.cumsum(0) - sizes) + self.levels.weight
         if len(codes):  # attention over nothing is an error
             mask = nn.Transformer.generate_square_subsequent_mask(config.levels, x.device, x.dtype)
@@ -144,13 +148,9 @@ class SIDTransformer(nn.Module):
     ) -> Tensor:
         """Over a token stream, as `PrefixMem.encode_tokens`: ``[B, T, hidden_size]``, zero at text."""
         vocabulary.check_codebooks(self.config)
-        check_tensor("input_ids", input_ids, (torch.int32, torch.int64), 2, "[B, T]")
-        if segment_ids is not None and segment_ids.shape != input_ids.shape:
-            raise ValueError(
-                f"segment_ids has shape {tuple(segment_ids.shape)}; give that of input_ids, {tuple(input_ids.shape)}"
-            )
-        table = vocabulary.token_table(input_ids.device)
-        codes, level = token_codes(input_ids, table, self.config, segment_ids)
+        stream = TokenStream(input_ids, vocabulary.token_table(input_ids.device), segment_ids)
+        check_stream(stream)
+        codes, level = token_codes(stream, self.config.levels)
         inside = (level > 0).flatten()
         goes_on = torch.zeros_like(level, dtype=torch.bool)
         goes_on[:, :-1] = level[:, 1:] == level[:, :-1] + 1

@@ -72,11 +72,17 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     return Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=7, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            vocab_size=7,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
-    )  # fmt: skip
+    )
 
 
 def text_of(history: list[int], catalogue: Catalogue, vocabulary: SIDVocabulary) -> str:
@@ -104,13 +110,20 @@ def train(folder: Path, catalogue: Catalogue, histories: list[list[int]], steps:
     texts = [text_of(history[:-1], catalogue, vocabulary) + "<eos>" for history in histories]
     rows = [{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]]
     arguments = TrainingArguments(
-        str(folder / "run"), max_steps=steps, per_device_train_batch_size=64, logging_steps=max(steps // 5, 1),
-        save_strategy="no", report_to=[],
-    )  # fmt: skip
+        str(folder / "run"),
+        max_steps=steps,
+        per_device_train_batch_size=64,
+        logging_steps=max(steps // 5, 1),
+        save_strategy="no",
+        report_to=[],
+    )
     trainer = Trainer(
-        model, arguments, train_dataset=rows, data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        model,
+        arguments,
+        train_dataset=rows,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         optimizers=(optim.for_model(model, lr=3e-3), None),  # rows of the tables: row-wise Adagrad; the rest: AdamW
-    )  # fmt: skip
+    )
     trainer.train()
     model.save_pretrained(folder / "adapters")  # the adapters, and the encoder beside them
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..encoder.modules import PrefixMem
-from ..encoder.sid_transformer import SIDTransformer
+from ..encoder import PrefixMem, SIDTransformer
 from ..sid import SIDVocabulary
 from .files import leave_files, watch_files
 from .hooks import NAME, Attachment, parameters_of, places_of, unwrapped

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoint import FOLDER, load_weights, save_encoder
+from ..checkpoint import FOLDER
+from ..encoder.saving import load_weights, save_encoder
 from .hooks import unwrapped
 
 

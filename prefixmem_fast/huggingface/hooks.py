@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..encoder.modules import PrefixMem
+from ..encoder import PrefixMem
 from ..sid import SIDVocabulary
 from .token_history import begin_history, history_of
 

@@ -1,0 +1,17 @@
+"""The operation: codes, or a token stream, and the table to the memory S, and its gradient back to the table.
+
+functions.py      what users call: prefix_rows, prefix_memory, token_memory
+operators.py      the same as torch custom operators, with their derivatives
+row_gradients.py  the gradient as rows: grad="sparse" and grad="fused"
+backends.py       which backend runs, chosen once; each is one file with the same functions:
+  reference.py      plain PyTorch: the definition
+  cpu.py            PyTorch that stays in a CPU's caches
+  triton.py         the kernels; the one file that imports them
+rules.py          what an optimizer does to a touched row: the definitions
+rounding.py       stochastic rounding of bfloat16 tables
+"""
+
+from .backends import BACKENDS, BackendError
+from .functions import GRADS, prefix_memory, prefix_rows, token_memory
+
+__all__ = ["BACKENDS", "GRADS", "BackendError", "prefix_memory", "prefix_rows", "token_memory"]

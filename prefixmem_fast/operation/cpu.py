@@ -1,9 +1,9 @@
 """PrefixMem for training on a CPU: the reference's results by a path whose temporary tensors stay in the cache.
 
 forward    a running sum over levels, a few SIDs at a time
-backward   one stable sort of the codes orders all prefixes; prefixes nest, so the sums of order n come from the
+gradient   one stable sort of the codes orders all prefixes; prefixes nest, so the sums of order n come from the
            sums of order n + 1; rows that several prefixes share by a hash collision are merged last
-destination  chunks of unique rows with their sums, which become a dense gradient, a sparse one, or an update
+then       chunks of unique rows with their sums become a dense gradient, a sparse one, or an update
 """
 
 from __future__ import annotations
@@ -15,24 +15,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..addressing.spec import AddressSpec
-from . import reference
+from .._dtypes import accumulator
+from ..addressing import AddressSpec, TokenStream, prefix_rows, token_codes
+from ..addressing.addresses import cut_prefix, order_rows
+from ..addressing.token_stream import token_entries
+from .interface import PrefixState, RowSums
+from .rules import RowUpdate
+
+__all__ = [
+    "decoding_step",
+    "dense_gradient",
+    "forward",
+    "fused_update",
+    "prefix_rows",
+    "row_sums",
+    "sparse_update",
+    "state_copies",
+]
 
 # Bytes of one temporary tensor: it stays in a level-2 cache, while larger ones wait for new pages.
 _CHUNK_BYTES = 1 << 20
 
 
-def chunks(total: int, bytes_each: int) -> Iterator[slice]:
+def _chunks(total: int, bytes_each: int) -> Iterator[slice]:
     size = max(_CHUNK_BYTES // max(bytes_each, 1), 1)
     return (slice(low, min(low + size, total)) for low in range(0, total, size))
 
 
-def gather(table: Tensor, rows: Tensor) -> Tensor:
+def _gather(table: Tensor, rows: Tensor) -> Tensor:
     """table[rows] ``[E, w]``: bags of one row, because embedding_bag prefetches and index_select does not."""
     return F.embedding_bag(rows[:, None], table, mode="sum")
 
 
-class Sids(NamedTuple):
+# Forward
+
+
+def forward(source: Tensor | TokenStream, weight: Tensor, spec: AddressSpec) -> Tensor:
+    """S; see `reference.forward`."""
+    width = spec.heads * weight.shape[1]
+    if isinstance(source, TokenStream):
+        out = torch.zeros((source.input_ids.numel(), width), dtype=weight.dtype)
+        found = _find_sids(source, spec)
+        sids = _Sids(*cut_prefix(found.codes, spec))
+    else:
+        out = torch.empty((len(source), len(spec.active_levels), width), dtype=weight.dtype)
+        sids = _Sids(*cut_prefix(source, spec))
+    for part in _chunks(len(sids.codes), width * 4):
+        for a, total in _level_sums(_Sids(sids.codes[part], sids.length[part]), weight, spec):
+            if isinstance(source, TokenStream):
+                level = spec.active_levels[a]
+                here = found.tokens[part] >= level
+                out[found.first[part][here] + (level - 1)] = total.flatten(1)[here].to(out.dtype)
+            else:
+                out[part, a] = total.flatten(1)
+    return out.view(*source.input_ids.shape, width) if isinstance(source, TokenStream) else out
+
+
+class _Sids(NamedTuple):
     """The Semantic IDs of a batch, wherever they stand."""
 
     codes: Tensor  # int64 [M, L]; -1 from the end of the prefix on
@@ -40,12 +79,7 @@ class Sids(NamedTuple):
     grad: Tensor | None = None  # [M, A, H * w], gradient of S
 
 
-def _cut(codes: Tensor, spec: AddressSpec) -> Sids:
-    length = reference.prefix_length(codes, spec)
-    return Sids(torch.where(torch.arange(spec.levels) < length[:, None], codes.long(), -1), length)
-
-
-class TokenSids(NamedTuple):
+class _TokenSids(NamedTuple):
     """The Semantic IDs of a token stream ``[B, T]``."""
 
     codes: Tensor  # int64 [M, L]; -1 past the last active level that has a token
@@ -53,8 +87,8 @@ class TokenSids(NamedTuple):
     tokens: Tensor  # int64 [M], how many tokens follow one another
 
 
-def _find_sids(input_ids: Tensor, table: Tensor, spec: AddressSpec, segment_ids: Tensor | None) -> TokenSids:
-    codes, level = reference.token_codes(input_ids, table, spec, segment_ids)
+def _find_sids(stream: TokenStream, spec: AddressSpec) -> _TokenSids:
+    codes, level = token_codes(stream, spec.levels)
     flat = level.flatten()
     first = (flat == 1).nonzero().squeeze(1)
     last_place = len(flat) - 1
@@ -66,12 +100,12 @@ def _find_sids(input_ids: Tensor, table: Tensor, spec: AddressSpec, segment_ids:
     for active in spec.active_levels:
         read = torch.where(tokens >= active, active, read)
     codes = torch.where(torch.arange(spec.levels) < read[:, None], codes, -1)
-    return TokenSids(codes, first, tokens)
+    return _TokenSids(codes, first, tokens)
 
 
-def _level_sums(sids: Sids, weight: Tensor, spec: AddressSpec) -> Iterator[tuple[int, Tensor]]:
+def _level_sums(sids: _Sids, weight: Tensor, spec: AddressSpec) -> Iterator[tuple[int, Tensor]]:
     """(index of the active level, S ``[M, H, w]`` in the accumulator's dtype), by ascending level."""
-    total = torch.zeros((len(sids.codes), spec.heads, weight.shape[1]), dtype=reference.accumulator(weight.dtype))
+    total = torch.zeros((len(sids.codes), spec.heads, weight.shape[1]), dtype=accumulator(weight.dtype))
     summed = 0
     for a, level in enumerate(spec.active_levels):
         if spec.mode != "prefix":
@@ -80,7 +114,7 @@ def _level_sums(sids: Sids, weight: Tensor, spec: AddressSpec) -> Iterator[tuple
         for order in spec.orders_at(level):
             if order > summed:
                 rows, alive = _order_rows(sids, level, order, spec)
-                read = gather(weight, rows.flatten()).view(total.shape)
+                read = _gather(weight, rows.flatten()).view(total.shape)
                 if not alive.all():
                     read = torch.where(alive[:, None, None], read, 0)
                 total += read
@@ -88,76 +122,84 @@ def _level_sums(sids: Sids, weight: Tensor, spec: AddressSpec) -> Iterator[tuple
         yield a, total
 
 
-def _order_rows(sids: Sids, level: int, order: int, spec: AddressSpec) -> tuple[Tensor, Tensor]:
+def _order_rows(sids: _Sids, level: int, order: int, spec: AddressSpec) -> tuple[Tensor, Tensor]:
     """Rows ``[M, H]`` and where they exist ``[M]``; where they do not, the row is any."""
     first, last = spec.window(level, order)
     window = sids.codes[:, first - 1 : last].clamp(min=0)
-    return reference.order_rows(window, order, spec), sids.length >= last
+    return order_rows(window, order, spec), sids.length >= last
 
 
-def prefix_memory(codes: Tensor, weight: Tensor, spec: AddressSpec) -> Tensor:
-    """S of codes ``[M, L]``: ``[M, A, H * w]``; see `reference.prefix_memory`."""
-    width = spec.heads * weight.shape[1]
-    out = torch.empty((len(codes), len(spec.active_levels), width), dtype=weight.dtype)
-    sids = _cut(codes, spec)
-    for part in chunks(len(codes), width * 4):
-        for a, total in _level_sums(Sids(sids.codes[part], sids.length[part]), weight, spec):
-            out[part, a] = total.flatten(1)
-    return out
+# Gradient
 
 
-def token_memory(
-    input_ids: Tensor, token_table: Tensor, weight: Tensor, spec: AddressSpec, segment_ids: Tensor | None = None
+def dense_gradient(
+    grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec, deterministic: bool = False
 ) -> Tensor:
-    """S over a token stream ``[B, T]``: ``[B, T, H * w]``; see `reference.token_memory`."""
-    width = spec.heads * weight.shape[1]
-    out = torch.zeros((input_ids.numel(), width), dtype=weight.dtype)
-    found = _find_sids(input_ids, token_table, spec, segment_ids)
-    sids = _cut(found.codes, spec)
-    for part in chunks(len(sids.codes), width * 4):
-        first, tokens = found.first[part], found.tokens[part]
-        for a, total in _level_sums(Sids(sids.codes[part], sids.length[part]), weight, spec):
-            level = spec.active_levels[a]
-            here = tokens >= level
-            out[first[here] + (level - 1)] = total.flatten(1)[here].to(out.dtype)
-    return out.view(*input_ids.shape, width)
+    """``[R, w]`` of the dtype of `grad`, the same bits run after run."""
+    total = torch.zeros((spec.total_rows, grad.shape[-1] // spec.heads), dtype=grad.dtype)
+    for rows, sums in _in_chunks(_groups(grad, source, spec)):
+        total.index_copy_(0, rows, sums.to(grad.dtype))
+    return total
 
 
-class Group(NamedTuple):
+def row_sums(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec, dtype: torch.dtype) -> RowSums:
+    """The touched rows and their sums in `dtype`, held once."""
+    width = grad.shape[-1] // spec.heads
+    most = grad.numel() // width * spec.max_order  # a bound on the rows; memory past them is never touched
+    sums = torch.empty((most, width), dtype=dtype)
+    rows: list[Tensor] = []
+    end = most  # filled from the back, as the last order comes first
+    for group in _groups(grad, source, spec):
+        start = end - len(group.rows)
+        place = start
+        for part in group.sums:
+            sums[place : place + len(part)] = part
+            place += len(part)
+        rows.insert(0, group.rows)
+        end = start
+    return RowSums(torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64), sums[end:], True)
+
+
+def fused_update(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec, update: RowUpdate) -> None:
+    """Update the touched rows of the update's table, each once, a chunk at a time."""
+    for rows, sums in _in_chunks(_groups(grad, source, spec)):
+        update.apply(rows, sums, _gather)
+
+
+def sparse_update(grad: Tensor, update: RowUpdate) -> None:
+    """Update the rows of a sparse gradient ``[R, w]``; entries of one row are summed first, in float32."""
+    rows, values = grad._indices()[0], grad._values()
+    if grad.is_coalesced() or bool((rows[1:] > rows[:-1]).all()):
+        for part in _chunks(len(rows), values.shape[1] * values.element_size()):
+            update.apply(rows[part], values[part], _gather)
+        return
+    values = values.to(accumulator(values.dtype))
+    merged = _merged(_Source(rows, torch.arange(len(rows)), values))
+    for touched, sums in _in_chunks(iter([merged])):
+        update.apply(touched, sums, _gather)
+
+
+class _Group(NamedTuple):
     """The touched rows of one order, int64 ``[U]``, ascending and each once, and their sums ``[.., w]`` in chunks."""
 
     rows: Tensor
     sums: Iterator[Tensor]
 
 
-def row_gradient(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Iterator[Group]:
-    """Gradient of `prefix_memory` with respect to the rows that it read, an order at a time.
-
-    Args:
-        grad: ``[M, A, H * w]``, gradient of S.
-        codes: integer ``[M, L]``.
-
-    Yields:
-        a group for each order, the last order first; sums are float32 (float64 for a float64 gradient) and are to be
-        taken before the next group.
-    """
-    return _row_sums(_cut(codes, spec)._replace(grad=grad), spec)
-
-
-def token_row_gradient(
-    grad: Tensor, input_ids: Tensor, token_table: Tensor, spec: AddressSpec, segment_ids: Tensor | None = None
-) -> Iterator[Group]:
-    """`row_gradient` of `token_memory`: from ``[B, T, H * w]``."""
-    found = _find_sids(input_ids, token_table, spec, segment_ids)
-    grad = grad.reshape(-1, grad.shape[-1])
-    levels = found.first.new_tensor(spec.active_levels)
-    here = found.tokens[:, None] >= levels  # [M, A]
-    places = (found.first[:, None] + (levels - 1)).clamp(max=max(len(grad) - 1, 0))
-    by_level = torch.where(here[..., None], grad[places], 0)
-    return _row_sums(_cut(found.codes, spec)._replace(grad=by_level), spec)
+def _groups(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec) -> Iterator[_Group]:
+    """A group for each order, the last order first; its sums, in the accumulator's dtype, are to be taken before the
+    next group."""
+    if isinstance(source, TokenStream):
+        found = _find_sids(source, spec)
+        grad = grad.reshape(-1, grad.shape[-1])
+        levels = found.first.new_tensor(spec.active_levels)
+        here = found.tokens[:, None] >= levels  # [M, A]
+        places = (found.first[:, None] + (levels - 1)).clamp(max=max(len(grad) - 1, 0))
+        grad, source = torch.where(here[..., None], grad[places], 0), found.codes
+    return _order_sums(_Sids(*cut_prefix(source, spec), grad), spec)
 
 
-def in_chunks(groups: Iterator[Group]) -> Iterator[tuple[Tensor, Tensor]]:
+def _in_chunks(groups: Iterator[_Group]) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows ``[U]`` and sums ``[U, w]``, a chunk at a time."""
     for rows, sums in groups:
         start = 0
@@ -166,46 +208,7 @@ def in_chunks(groups: Iterator[Group]) -> Iterator[tuple[Tensor, Tensor]]:
             start += len(part)
 
 
-def as_list(groups: Iterator[Group], most: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """All rows ``[U]``, ascending, and their sums ``[U, w]``, held once.
-
-    Args:
-        most: a bound on U; memory past U is reserved and never touched.
-    """
-    values = torch.empty((most, width), dtype=dtype)
-    rows: list[Tensor] = []
-    end = most  # filled from the back, as the last order comes first
-    for group in groups:
-        start = end - len(group.rows)
-        place = start
-        for part in group.sums:
-            values[place : place + len(part)] = part
-            place += len(part)
-        rows.insert(0, group.rows)
-        end = start
-    return torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64), values[end:]
-
-
-def prefix_memory_backward(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Tensor:
-    """Dense gradient ``[R, w]`` of the dtype of `grad`."""
-    return _dense(row_gradient(grad, codes, spec), grad, spec)
-
-
-def token_memory_backward(
-    grad: Tensor, input_ids: Tensor, token_table: Tensor, spec: AddressSpec, segment_ids: Tensor | None = None
-) -> Tensor:
-    """Dense gradient ``[R, w]`` of the dtype of `grad`."""
-    return _dense(token_row_gradient(grad, input_ids, token_table, spec, segment_ids), grad, spec)
-
-
-def _dense(groups: Iterator[Group], grad: Tensor, spec: AddressSpec) -> Tensor:
-    total = torch.zeros((spec.total_rows, grad.shape[-1] // spec.heads), dtype=grad.dtype)
-    for rows, values in in_chunks(groups):
-        total.index_copy_(0, rows, values.to(grad.dtype))
-    return total
-
-
-class Source(NamedTuple):
+class _Source(NamedTuple):
     """What adds to the rows of one order: value ``vectors[index[e]]`` to row ``rows[e]``."""
 
     rows: Tensor  # int64 [E]
@@ -213,23 +216,18 @@ class Source(NamedTuple):
     vectors: Tensor  # [V, w]
 
 
-def _row_sums(sids: Sids, spec: AddressSpec) -> Iterator[Group]:
+def _order_sums(sids: _Sids, spec: AddressSpec) -> Iterator[_Group]:
     if not len(sids.codes):
         return
-    grad = sids.grad.to(reference.accumulator(sids.grad.dtype)).contiguous()
+    grad = sids.grad.to(accumulator(sids.grad.dtype)).contiguous()
     sids = sids._replace(grad=grad)
     sources = _window_sources(sids, spec) if spec.mode == "suffix" else _prefix_sources(sids, spec)
     yield from map(_merged, sources)  # map lets go of a source before the next is made
 
 
-def merge(rows: Tensor, values: Tensor) -> Group:
-    """Sums of values ``[E, w]`` by rows ``[E]``."""
-    return _merged(Source(rows, torch.arange(len(rows)), values.to(reference.accumulator(values.dtype))))
-
-
-def _merged(source: Source) -> Group:
+def _merged(source: _Source) -> _Group:
     if not len(source.rows):
-        return Group(source.rows, iter(()))
+        return _Group(source.rows, iter(()))
     rows, order = torch.sort(source.rows, stable=True)
     new = torch.ones_like(rows, dtype=torch.bool)
     torch.ne(rows[1:], rows[:-1], out=new[1:])
@@ -238,11 +236,11 @@ def _merged(source: Source) -> Group:
     index = source.index[order]
 
     def sums() -> Iterator[Tensor]:
-        for part in chunks(len(starts), source.vectors.shape[1] * source.vectors.element_size()):
+        for part in _chunks(len(starts), source.vectors.shape[1] * source.vectors.element_size()):
             low, high = starts[part][0].item(), ends[part][-1].item()
             yield _segment_sums(source.vectors, index[low:high], starts[part] - low)
 
-    return Group(rows[starts], sums())
+    return _Group(rows[starts], sums())
 
 
 def _segment_sums(vectors: Tensor, index: Tensor, starts: Tensor) -> Tensor:
@@ -250,7 +248,7 @@ def _segment_sums(vectors: Tensor, index: Tensor, starts: Tensor) -> Tensor:
     return F.embedding_bag(index, vectors, starts, mode="sum")
 
 
-def _window_sources(sids: Sids, spec: AddressSpec) -> Iterator[Source]:
+def _window_sources(sids: _Sids, spec: AddressSpec) -> Iterator[_Source]:
     """Suffix mode, by descending order: every active level feeds rows of its own."""
     M, A = sids.grad.shape[:2]
     vectors = sids.grad.view(M * A * spec.heads, -1)
@@ -264,10 +262,10 @@ def _window_sources(sids: Sids, spec: AddressSpec) -> Iterator[Source]:
                 rows.append(row[alive].flatten())
                 index.append(((sid * A + a) * spec.heads + heads).flatten())
         if rows:
-            yield Source(torch.cat(rows), torch.cat(index), vectors)
+            yield _Source(torch.cat(rows), torch.cat(index), vectors)
 
 
-def _prefix_sources(sids: Sids, spec: AddressSpec) -> Iterator[Source]:
+def _prefix_sources(sids: _Sids, spec: AddressSpec) -> Iterator[_Source]:
     """Prefix and full mode, by descending order: the sums of all SIDs of one prefix, for each distinct prefix.
 
     Sorted by their codes, the SIDs of every prefix of every order stand side by side. Order n reads the gradient of
@@ -298,10 +296,10 @@ def _prefix_sources(sids: Sids, spec: AddressSpec) -> Iterator[Source]:
             if levels:
                 sums += level_sums(levels, starts)
         inner = starts
-        found = Sids(codes[starts], length[starts])
+        found = _Sids(codes[starts], length[starts])
         rows, alive = _order_rows(found, order, order, spec)
         kept = (alive.nonzero() * spec.heads + torch.arange(spec.heads)).flatten()
-        yield Source(rows[alive].flatten(), kept, sums.view(len(sums) * spec.heads, -1))
+        yield _Source(rows[alive].flatten(), kept, sums.view(len(sums) * spec.heads, -1))
 
 
 def _argsort_prefixes(codes: Tensor, spec: AddressSpec) -> Tensor:
@@ -319,3 +317,39 @@ def _argsort_prefixes(codes: Tensor, spec: AddressSpec) -> Tensor:
     for key in keys[1:]:
         order = order[torch.argsort(key[order], stable=True)]
     return order
+
+
+# Decoding
+
+
+def state_copies(weight: Tensor, spec: AddressSpec) -> int:
+    return 1
+
+
+def decoding_step(tokens: Tensor, token_table: Tensor, state: PrefixState, weight: Tensor, spec: AddressSpec) -> Tensor:
+    """S ``[B, H * w]`` after one more token; see `reference.decoding_step`. Each order is hashed once a step."""
+    codes, level, total = state.codes[0], state.level[0], state.total
+    token_level, code = token_entries(tokens, token_table)
+    level.copy_(torch.where((token_level == 1) | (token_level == level + 1), token_level, 0))
+    levels = torch.arange(1, spec.levels + 1)
+    codes.copy_(torch.where(levels == level[:, None], code[:, None], torch.where((level > 1)[:, None], codes, -1)))
+    total.masked_fill_((level <= 1 if spec.mode == "prefix" else level >= 0)[:, None, None], 0)
+    for rows in _rows_at_level(codes, level, spec):
+        total.add_(torch.where((rows >= 0)[..., None], weight[rows.clamp(min=0)].to(total.dtype), 0))
+    active = (level[:, None] == level.new_tensor(spec.active_levels)).any(1)
+    return torch.where(active[:, None, None], total, 0).to(weight.dtype).flatten(1)
+
+
+def _rows_at_level(codes: Tensor, level: Tensor, spec: AddressSpec) -> Iterator[Tensor]:
+    """Rows ``[B, H]``, -1 for none, that a level adds to the sum before it; level 0 adds none."""
+    last_order = min(spec.max_order, spec.levels)
+    if spec.mode != "prefix":
+        rows = prefix_rows(codes, spec)  # [B, L, N, H]
+        rows = rows.take_along_dim((level.clamp(min=1) - 1)[:, None, None, None], 1).squeeze(1)  # [B, N, H]
+        yield from torch.where((level > 0)[:, None, None], rows, -1).unbind(1)
+        return
+    codes, length = cut_prefix(codes, spec)
+    rows = torch.stack([order_rows(codes[:, :n].clamp(min=0), n, spec) for n in range(1, last_order + 1)], 1)
+    rows = rows.take_along_dim((level.clamp(1, last_order) - 1)[:, None, None], 1).squeeze(1)  # [B, H]
+    exists = (level > 0) & (level <= last_order) & (length >= level)
+    yield torch.where(exists[:, None], rows, -1)

@@ -1,10 +1,8 @@
 """Optimizers whose step costs what the touched rows cost, and one call for a whole model with an encoder.
 
-rules.py      the optimizers in plain PyTorch: the definitions
-rows.py       SGD, RowWiseAdagrad, RowWiseAdam, LazyAdam
-rounding.py   stochastic rounding of bfloat16 tables
-model.py      for_model: rows one way, everything else by AdamW
-clip.py       clip_grad_norm_ over dense and sparse gradients
+rows.py    SGD, RowWiseAdagrad, RowWiseAdam, LazyAdam; `operation/rules.py` defines what they do to a row
+model.py   for_model: rows one way, everything else by AdamW
+clip.py    clip_grad_norm_ over dense and sparse gradients
 """
 
 from .clip import clip_grad_norm_

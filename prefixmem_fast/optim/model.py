@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..encoder.modules import PrefixMem, PrefixMemory
-from ..encoder.sid_transformer import SIDTransformer
+from ..encoder import PrefixMem, PrefixMemory, SIDTransformer
 from .rows import RowOptimizer, RowWiseAdagrad, restore_state
 
 
@@ -126,6 +125,12 @@ class ModelOptimizer(torch.optim.Optimizer):
         for part in self._parts:
             part.step()
         return loss
+
+    def release(self) -> None:
+        """Let go of the tables, see `RowOptimizer.release`."""
+        for part in self._parts:
+            if isinstance(part, RowOptimizer):
+                part.release()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

@@ -6,6 +6,7 @@ the optimizer that holds the weight and has it update the rows there and then; `
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,57 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..addressing.spec import integer
-from ..operation.backends import resolve
-from ..operation.cpu import chunks, gather
-from ..operation.reference import accumulator
-from ..operation.row_gradient import FusedGradient, bind_optimizer, sparse_rows
-from .rounding import random_bits, stochastic_round
-from .rules import RULES, Hyper, decay
-
-
-class RowUpdate:
-    """One step of one table: the rule, its numbers and its state, ready to be applied to rows.
-
-    Attributes:
-        weight: the table ``[R, w]``.
-        rule: a name of `rules.RULES`.
-        state: the rule's state tensors ``[R]`` or ``[R, w]`` in its order; None for a first moment that is not kept.
-        step: int64, 0-dimensional, on the table's device; counts this step already.
-        hyper: the numbers of the step.
-        seed: of stochastic rounding; None to round to nearest.
-        squares: None, or a list to which sums of the squared gradient are added, 1-dimensional.
-    """
-
-    def __init__(
-        self, weight: Tensor, rule: str, state: list[Tensor | None], step: Tensor, hyper: Hyper, seed: int | None
-    ) -> None:
-        self.weight, self.rule, self.state = weight, rule, state
-        self.step, self.hyper, self.seed = step, hyper, seed
-        self.sum_dtype = accumulator(weight.dtype)
-        self.squares: list[Tensor] | None = None
-
-    def apply(self, rows: Tensor, values: Tensor) -> None:
-        """Update `rows` ``[U]``, each once, with their gradients ``[U, w]``; in PyTorch, a chunk at a time."""
-        for part in chunks(len(rows), values.shape[1] * values.element_size()):
-            self._apply_chunk(rows[part], values[part])
-
-    def _apply_chunk(self, rows: Tensor, values: Tensor) -> None:
-        if self.squares is not None:
-            self.squares.append(torch.linalg.vector_norm(values).square()[None])
-        w = decay(gather(self.weight, rows).to(self.sum_dtype), self.hyper)
-        kept = [None if s is None else gather(s, rows) if s.dim() == 2 else s[rows] for s in self.state]
-        w, *new = RULES[self.rule].update(w, values.to(self.sum_dtype), *kept, self.hyper)
-        for state, values in zip(self.state, new, strict=True):
-            if state is not None:
-                state.index_copy_(0, rows, values)
-        if self.seed is not None:
-            w = stochastic_round(w, random_bits(self.seed, self.step, rows, w.shape[1]))
-        self.weight.index_copy_(0, rows, w.to(self.weight.dtype))
+from .. import _checks
+from .._dtypes import accumulator
+from ..operation.backends import choose_backend, functions_of
+from ..operation.fused_gradient import FusedGradient
+from ..operation.rules import RULES, Hyper, RowUpdate
+from ..operation.table import table_of
 
 
 class RowOptimizer(torch.optim.Optimizer):
-    """What the optimizers below share. Parameters are tables ``[R, w]``, trained with grad="sparse" or "fused"."""
+    """What the optimizers below share. Parameters are tables ``[R, w]``, trained with grad="sparse" or "fused".
+
+    A table has one optimizer at a time, since its backward pass may call it. `release` lets another one take over.
+
+    Raises:
+        ValueError, TypeError: an argument is not as stated.
+        RuntimeError: another optimizer holds one of the tables.
+    """
 
     rule: str
 
@@ -75,13 +42,16 @@ class RowOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         _check_group(group)
         for weight in group["params"]:
-            if weight.dim() != 2 or not weight.is_floating_point():
-                raise ValueError(
-                    f"params holds a {weight.dtype} of shape {tuple(weight.shape)}; row-wise optimizers take the "
-                    "tables of PrefixMemory, [R, w]; give the rest of a model to another optimizer, or the whole "
-                    "model to prefixmem_fast.optim.for_model"
-                )
-            bind_optimizer(weight, self)
+            _check_table(weight, self)
+        for weight in group["params"]:
+            table_of(weight).optimizer = self
+
+    def release(self) -> None:
+        """Let go of the tables: another optimizer may be built over them, and this one does not step any more."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if table_of(weight).optimizer is self:
+                    table_of(weight).optimizer = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -89,6 +59,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: a gradient is dense.
+            RuntimeError: `release` has let go of a table.
         """
         loss = None
         if closure is not None:
@@ -96,6 +67,11 @@ class RowOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for weight in group["params"]:
+                if weight.grad is not None and table_of(weight).optimizer is not self:
+                    raise RuntimeError(
+                        f"this {type(self).__name__} has let go of its table of shape {tuple(weight.shape)}; step with "
+                        "the optimizer that holds it now"
+                    )
                 if isinstance(weight.grad, FusedGradient):
                     weight.grad = None
                 elif weight.grad is not None:
@@ -108,14 +84,8 @@ class RowOptimizer(torch.optim.Optimizer):
                 f"a table of shape {tuple(weight.shape)} has a dense gradient; {type(self).__name__} takes "
                 'grad="sparse" or grad="fused": set it on the module, or train the table with torch.optim'
             )
-        update = self.begin(weight)
-        if resolve("auto", weight=weight) == "triton":
-            from ..kernels import update as kernels
-
-            with torch.cuda.device_of(weight):
-                kernels.update_sparse(grad, update)
-        else:
-            update.apply(*sparse_rows(grad))
+        backend = table_of(weight).backend or choose_backend("auto", weight=weight)
+        functions_of(backend).sparse_update(grad, self.begin(weight))
         torch.autograd.graph.increment_version(weight)
 
     def begin(self, weight: Tensor) -> RowUpdate:
@@ -139,9 +109,13 @@ class RowOptimizer(torch.optim.Optimizer):
             hyper = hyper._replace(correction1=correction1, correction2=correction2)
         stochastic = weight.dtype == torch.bfloat16 and group["stochastic_rounding"]
         return RowUpdate(
-            weight.detach(), self.rule, [state.get(name) for name in names], state["step"], hyper,
+            weight.detach(),
+            self.rule,
+            [state.get(name) for name in names],
+            state["step"],
+            hyper,
             group["seed"] if stochastic else None,
-        )  # fmt: skip
+        )
 
     def _start(self, weight: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         dtype = accumulator(weight.dtype)
@@ -171,6 +145,23 @@ def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) 
                 optimizer.state[weight][name] = value.to(weight.device, copy=True)
 
 
+def _check_table(weight: Tensor, optimizer: RowOptimizer) -> None:
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"params holds a {weight.dtype} of shape {tuple(weight.shape)}; row-wise optimizers take the "
+            "tables of PrefixMemory, [R, w]; give the rest of a model to another optimizer, or the whole "
+            "model to prefixmem_fast.optim.for_model"
+        )
+    if table_of(weight).optimizer not in (None, optimizer):
+        gc.collect()  # an optimizer that nobody holds may live on in a reference cycle, with its schedule
+    holder = table_of(weight).optimizer
+    if holder not in (None, optimizer):
+        raise RuntimeError(
+            f"a {type(holder).__name__} holds the table of shape {tuple(weight.shape)} already, and a table has one "
+            "optimizer at a time; call its release() first, or drop it"
+        )
+
+
 def _check_group(group: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay", "eps", "initial_accumulator_value"):
         value = group.get(name, 0.0)
@@ -185,7 +176,7 @@ def _check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"betas = {betas!r}; give two numbers in [0, 1)")
     if not isinstance(group["stochastic_rounding"], bool):
         raise TypeError(f"stochastic_rounding = {group['stochastic_rounding']!r} is not a bool; give True or False")
-    if not 0 <= integer("seed", group["seed"]) < 1 << 63:
+    if not 0 <= _checks.integer("seed", group["seed"]) < 1 << 63:
         raise ValueError(f"seed = {group['seed']} is outside 0..2^63 - 1")
 
 

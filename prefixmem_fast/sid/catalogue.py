@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..addressing.spec import check_codebook_sizes
+from .. import _checks
 from .formats import TokenFormat, recognise
 
 
@@ -45,7 +45,7 @@ class Catalogue:
         _check_unique(self.items)
         self.codes = codes.to("cpu", torch.int64)
         largest = self.codes.amax(0)
-        self.codebook_sizes = check_codebook_sizes(
+        self.codebook_sizes = _checks.codebook_sizes(
             [max(int(code) + 1, 1) for code in largest] if codebook_sizes is None else codebook_sizes
         )
         if len(self.codebook_sizes) != codes.shape[1]:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..addressing.spec import check_codebook_sizes, integer, integers
-from ..operation.reference import token_entries
+from .. import _checks, checkpoint
+from ..addressing.token_stream import token_entries
 from .formats import KNOWN_FORMATS, TokenFormat, recognise
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # 2 GiB of table; the largest vocabularies have a few million ids.
@@ -65,7 +64,7 @@ class SIDVocabulary:
             TypeError: something is not an integer, a pair or a mapping.
             ValueError: an id, level or code is out of range, or two ids share one (level, code).
         """
-        sizes = check_codebook_sizes(codebook_sizes)
+        sizes = _checks.codebook_sizes(codebook_sizes)
         if max(sizes) > 1 << 31:
             raise ValueError(f"codebook_sizes = {sizes}; a level of a vocabulary has at most 2^31 codes")
         if not isinstance(tokens, Mapping):
@@ -77,10 +76,10 @@ class SIDVocabulary:
             return f"token id {token}" + (f" ({names[token]})" if token in names else "")
 
         for token, entry in tokens.items():
-            token = integer("token id", token)
+            token = _checks.integer("token id", token)
             if not 0 <= token < _MOST_IDS:
                 raise ValueError(f"{call(token)} is outside 0..{_MOST_IDS - 1}")
-            entry = integers(f"the entry of {call(token)}", entry)
+            entry = _checks.integers(f"the entry of {call(token)}", entry)
             if len(entry) != 2:
                 raise ValueError(f"{call(token)} has the entry {entry}; give (level, code)")
             level, code = entry
@@ -119,7 +118,7 @@ class SIDVocabulary:
             missing = [token for token in tokens if token not in ids]
             if missing:
                 raise ValueError(f"the tokenizer has no token {missing[0]!r}; SIDVocabulary.extend adds tokens")
-            found = {token: integers(f"the entry of {token!r}", entry) for token, entry in tokens.items()}
+            found = {token: _checks.integers(f"the entry of {token!r}", entry) for token, entry in tokens.items()}
         else:
             form = TokenFormat(token_format, codebook_sizes) if token_format else recognise(ids, codebook_sizes)
             found = {token: entry for token in ids if (entry := form.read(token)) is not None}
@@ -160,7 +159,7 @@ class SIDVocabulary:
             TypeError, ValueError: an argument is not as stated, the tokenizer has one of the tokens already, or it
                 would not read them back as single tokens; nothing has been changed then.
         """
-        sizes = check_codebook_sizes(codebook_sizes)
+        sizes = _checks.codebook_sizes(codebook_sizes)
         form = TokenFormat(token_format, sizes)
         if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
             raise ValueError(f"noise = {noise!r} is not a finite number of 0 or more")
@@ -312,9 +311,7 @@ class SIDVocabulary:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write ``sid_vocabulary.json`` into a folder."""
-        from ..checkpoint import save_vocabulary
-
-        save_vocabulary(self, path)
+        checkpoint.save_vocabulary(self.to_dict(), path)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> SIDVocabulary:
@@ -327,9 +324,11 @@ class SIDVocabulary:
         Raises:
             FileNotFoundError, ValueError: the file is not there or damaged, or the tokenizer has other ids.
         """
-        from ..checkpoint import load_vocabulary
-
-        vocabulary = load_vocabulary(path)
+        file, values = checkpoint.read_vocabulary(path)
+        try:
+            vocabulary = cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise checkpoint.CheckpointError(f"{file}: {error}") from error
         if tokenizer is not None:
             vocabulary.check_tokenizer(tokenizer)
         return vocabulary

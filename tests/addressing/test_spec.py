@@ -10,7 +10,7 @@ from hypothesis import given
 from prefixmem_fast import AddressSpec, prefix_rows
 from prefixmem_fast.addressing.primes import draw_primes, is_prime, splitmix64
 from prefixmem_fast.checks import oracle
-from tests.strategies import specs
+from tests.helpers.strategies import specs
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("rows_v1.json").read_text())
 

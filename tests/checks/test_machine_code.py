@@ -44,7 +44,7 @@ def test_every_kernel(target):
 def neither_spills_nor_local_memory(compiled):
     kernels = {
         "prefix_memory_fwd", "token_memory_fwd", "prefix_memory_bwd", "token_memory_bwd", "prefix_rows", "token_codes",
-        "pack_codes", "prefixes", "mark_shared", "nested_sum", "segment_sum", "token_step",
+        "pack_codes", "prefixes", "mark_shared", "sum_prefixes", "sum_rows", "token_step",
     }  # fmt: skip
     if compiled[0]["target"] != "sm_90":
         kernels.remove("token_codes")  # goes with a gradient in bfloat16
@@ -80,11 +80,11 @@ def forward_registers_leave_room_for_many_warps(compiled):
 
 ATOMICS = """
 import torch
-from prefixmem_fast import offline
-for name, call in offline.launches(offline.paper_spec(), torch.float32, 64).items():
+from prefixmem_fast.checks import machine_code
+for name, call in machine_code.launches(machine_code.paper_spec(), torch.float32, 64).items():
     if name in ("sparse_bwd", "sgd_bwd", "row_adam_bwd", "lazy_adam_bwd"):
         continue  # the same kernels with other endings, seconds each
-    for kernel in offline.compiled_by(call, "sm_90"):
+    for kernel in machine_code.compiled_by(call, "sm_90"):
         ptx = kernel.asm["ptx"]
         assert "acq_rel" not in ptx and "membar" not in ptx and "fence" not in ptx, name
         print(name, ptx.count(".relaxed."))
@@ -99,18 +99,19 @@ def test_atomics_are_relaxed():
 
 ODD_SHAPES = """
 import torch
-from prefixmem_fast import AddressSpec, offline
+from prefixmem_fast import AddressSpec
+from prefixmem_fast.checks import machine_code
 shapes = (
     ((1 << 20,) * 5, 3, 20, torch.bfloat16), ((256,) * 4, 4, 1, torch.float32), ((2048,) * 5, 1, 256, torch.float16)
 )
 for target, count in (("sm_90", 3), ("gfx942", 1)):
     for sizes, heads, width, dtype in shapes[:count]:
-        for name, call in offline.launches(AddressSpec(sizes, heads=heads), dtype, width).items():
+        for name, call in machine_code.launches(AddressSpec(sizes, heads=heads), dtype, width).items():
             sorts = name.endswith("_bwd") and name not in ("prefix_memory_bwd", "token_memory_bwd")
             if sorts and (name != "row_adagrad_bwd" or target != "sm_90"):
                 continue
-            for kernel in offline.compiled_by(call, target):
-                found = offline._inspect(kernel, "", "prefix", str(dtype), target)
+            for kernel in machine_code.compiled_by(call, target):
+                found = machine_code._inspect(kernel, "", "prefix", str(dtype), target)
                 if not found.clean:
                     print(sizes, heads, width, found)
 """
@@ -123,16 +124,18 @@ def test_odd_shapes_without_spills():
 
 RECOMPILE = """
 import torch
-from prefixmem_fast import offline
-from prefixmem_fast.kernels import backward, forward, nested, row_gradient, rows, segment
-spec = offline.paper_spec()
-kernels = (forward.prefix_memory_fwd_kernel, forward.token_memory_fwd_kernel, backward.prefix_memory_bwd_kernel,
-           backward.token_memory_bwd_kernel, rows.token_codes_kernel, nested.pack_codes_kernel, nested.prefixes_kernel,
-           row_gradient.mark_shared_kernel, segment.segment_sum_kernel, nested.nested_sum_kernel)
+from prefixmem_fast.checks import machine_code
+from prefixmem_fast.kernels import atomic_backward, forward, rows, sorted_backward, sorted_prefixes, sorted_rows
+spec = machine_code.paper_spec()
+kernels = (forward.prefix_memory_fwd_kernel, forward.token_memory_fwd_kernel,
+           atomic_backward.prefix_memory_bwd_kernel,
+           atomic_backward.token_memory_bwd_kernel, rows.token_codes_kernel, sorted_prefixes.pack_codes_kernel,
+           sorted_prefixes.prefixes_kernel,
+           sorted_backward.mark_shared_kernel, sorted_rows.sum_rows_kernel, sorted_prefixes.sum_prefixes_kernel)
 for sids in (1, 2, 16, 17, 4096, 1 << 20):
-    for name, call in offline.launches(spec, torch.float32, 64, sids).items():
+    for name, call in machine_code.launches(spec, torch.float32, 64, sids).items():
         if name not in ("sparse_bwd", "sgd_bwd", "row_adam_bwd", "lazy_adam_bwd", "row_adagrad_bwd"):
-            offline.compiled_by(call, "sm_90")
+            machine_code.compiled_by(call, "sm_90")
 print([len(kernel.device_caches["sm_90"][0]) for kernel in kernels])
 """
 

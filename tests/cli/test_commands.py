@@ -71,7 +71,7 @@ def test_verify_finds_a_planted_fault(capsys, monkeypatch, module, function, whe
 def test_verify_finds_a_fault_of_the_reference(capsys, monkeypatch):
     from prefixmem_fast.operation import reference
 
-    monkeypatch.setattr(reference, "prefix_memory", _off_by_one(reference.prefix_memory))
+    monkeypatch.setattr(reference, "forward", _off_by_one(reference.forward))
     code, report = run_json(capsys, "verify", "--cases", "4", "--backend", "reference")
     assert code == 1
     assert any("against the oracle" in mismatch for mismatch in report["mismatches"])

@@ -15,6 +15,7 @@ from prefixmem_fast import (
     SIDVocabulary,
     checkpoint,
 )
+from prefixmem_fast.encoder import saving
 from tests.huggingface.models import encoder, vocabulary
 from tests.sid.test_formats import tokenizer
 
@@ -197,7 +198,7 @@ def test_damaged_checkpoints(tmp_path, damage, message):
     one = encoder()
     state = {name: tensor.clone() for name, tensor in one.state_dict().items()}
     with pytest.raises(CheckpointError):
-        checkpoint.load_weights(one, tmp_path)
+        saving.load_weights(one, tmp_path)
     assert all(torch.equal(one.state_dict()[name], tensor) for name, tensor in state.items()), "left half loaded"
 
 
@@ -234,7 +235,7 @@ def test_another_encoder_is_refused_with_both_printed(tmp_path):
     saved(tmp_path)
     other = PrefixMem(PrefixMemConfig(AddressSpec((4, 5, 6), table_rows=51, heads=2, max_order=3), 8, 32))
     with pytest.raises(CheckpointError, match=r"differs in spec\n  checkpoint: .*50, 50.*\n  encoder: .*51, 51"):
-        checkpoint.load_weights(other, tmp_path)
+        saving.load_weights(other, tmp_path)
 
 
 def test_nothing_there(tmp_path):

@@ -14,10 +14,9 @@ from prefixmem_fast import (
     SIDTrie,
     SIDVocabulary,
     attach,
-    checkpoint,
 )
-from prefixmem_fast.checkpoint import kind_of_encoder
-from prefixmem_fast.encoder.sid_transformer import SIDTransformer, SIDTransformerConfig
+from prefixmem_fast.encoder import SIDTransformer, SIDTransformerConfig, saving
+from prefixmem_fast.encoder.saving import kind_of_encoder
 from prefixmem_fast.huggingface.attach import detach
 from tests.huggingface.models import HIDDEN, SIZES, encoder, prompts, sid, tiny_model, vocabulary
 from tests.recommender.evaluation.test_teacher_forcing import catalogue
@@ -352,10 +351,10 @@ def test_weights_are_read_into_another(tmp_path):
     module, other = made(), made()
     torch.nn.init.zeros_(other.codes.weight)
     module.save_pretrained(tmp_path)
-    checkpoint.load_weights(other, tmp_path)
+    saving.load_weights(other, tmp_path)
     assert torch.equal(other.codes.weight, module.codes.weight)
     with pytest.raises(CheckpointError, match="it differs in layers"):
-        checkpoint.load_weights(made(layers=1), tmp_path)
+        saving.load_weights(made(layers=1), tmp_path)
 
 
 def test_each_folder_says_what_it_holds(tmp_path):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from prefixmem_fast.operation.backends import interpreting
+from prefixmem_fast._triton import interpreting
 
 
 @pytest.fixture(autouse=True)

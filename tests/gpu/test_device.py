@@ -33,7 +33,7 @@ def case(spec=PAPER, sids=10_000, width=64, dtype=torch.bfloat16):
 def test_forward_rounds_as_the_reference_does(dtype):
     """Both add the orders in turn in float32 and round once to nearest: equal bit for bit on a device."""
     codes, weight = case(dtype=dtype)
-    assert torch.equal(prefix_memory(codes, weight, PAPER), reference.prefix_memory(codes, weight, PAPER))
+    assert torch.equal(prefix_memory(codes, weight, PAPER), reference.forward(codes, weight, PAPER))
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
@@ -45,7 +45,7 @@ def test_gradient(deterministic, hot):
     out = prefix_memory(codes, weight, PAPER, deterministic=deterministic)
     grad = torch.randn_like(out)
     (found,) = torch.autograd.grad(out, weight, grad)
-    exact, bound = exact_sums(lambda g: reference.prefix_memory_backward(g, codes, PAPER), grad)
+    exact, bound = exact_sums(lambda g: reference.dense_gradient(g, codes, PAPER), grad)
     assert ((found - exact).abs() <= bound).all()
 
 
@@ -91,8 +91,8 @@ def test_forward_and_backward_in_a_cuda_graph():
             (found,) = torch.autograd.grad(out, weight, grad)
         codes.copy_(torch.randint(0, 2048, codes.shape, device="cuda"))
         graph.replay()
-        assert torch.equal(out, reference.prefix_memory(codes, weight, PAPER))
-        assert torch.equal(found, reference.prefix_memory_backward(grad, codes, PAPER)), "sums of ones are exact"
+        assert torch.equal(out, reference.forward(codes, weight, PAPER))
+        assert torch.equal(found, reference.dense_gradient(grad, codes, PAPER)), "sums of ones are exact"
 
 
 OPTIMIZERS = [optim.SGD, optim.RowWiseAdagrad, optim.RowWiseAdam, optim.LazyAdam]

@@ -84,7 +84,7 @@ _DDP = """
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from prefixmem_fast import attach
-from tests.integrations.models import encoder, prompts, sid, tiny_model, vocabulary
+from tests.huggingface.models import encoder, prompts, sid, tiny_model, vocabulary
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)

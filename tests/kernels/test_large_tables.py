@@ -6,8 +6,7 @@ import torch
 
 from prefixmem_fast import AddressSpec, prefix_rows
 from prefixmem_fast.kernels import atomic_backward as backward
-from prefixmem_fast.kernels import forward
-from prefixmem_fast.kernels import sorted_backward as row_gradient
+from prefixmem_fast.kernels import forward, sorted_backward
 
 # 4 x 10^7 rows of 64: 2.56 x 10^9 elements, past 2^31 = 2.147 x 10^9.
 SPEC = AddressSpec((2048,) * 4, heads=2, table_rows=5_000_000, addressing="hash")
@@ -43,12 +42,12 @@ def test_forward_past_2_31_elements(unpoisoned):
 
 
 def _deterministic(grad, codes, spec):
-    return row_gradient.dense(grad, (codes,), spec)
+    return sorted_backward.dense(grad, codes, spec)
 
 
 @pytest.mark.parametrize(
     ("module", "gradient"),
-    [(backward, backward.prefix_memory_bwd), (row_gradient, _deterministic)],
+    [(backward, backward.prefix_memory_bwd), (sorted_backward, _deterministic)],
     ids=["fast", "deterministic"],
 )
 def test_gradient_past_2_31_elements(module, gradient, monkeypatch, unpoisoned):

@@ -1,36 +1,15 @@
 """Every kernel in the Triton interpreter against the reference: rows and copies bit for bit, sums within bounds."""
 
-import random
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixmem_fast import AddressSpec, prefix_memory, prefix_rows, token_memory
-from prefixmem_fast.checks.parity import exact_sums, random_tokens
+from prefixmem_fast.addressing import TokenStream
 from prefixmem_fast.operation import reference
-from tests.strategies import codes_for, specs
-
-FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-MODES = ["prefix", "suffix", "full"]
-
-
-def name(value):
-    return str(value).removeprefix("torch.")
-
-
-def assert_exact_sums(found, operation, values):
-    """`found` against the float64 sums, within the bound that the number and size of the summands give."""
-    exact, bound = exact_sums(operation, values)
-    assert found.isfinite().all()
-    error = (found.double() - exact).abs()
-    assert (error <= bound).all(), f"{(error / bound).max().item():.3g} times the bound"
-
-
-def token_case(spec, shape, seed=0):
-    ids, table = random_tokens(random.Random(seed), spec, shape)
-    return torch.tensor(ids, dtype=torch.int64).reshape(shape), torch.tensor(table, dtype=torch.int32)
+from tests.helpers.cases import FLOATS, MODES, assert_exact_sums, dtype_name, token_case
+from tests.helpers.strategies import codes_for, specs
 
 
 @given(specs(largest_code=3_000_000_000), st.data())
@@ -47,16 +26,16 @@ def test_any_spec(spec, width, data):
     codes = data.draw(codes_for(spec))
     weight = torch.randn(spec.total_rows, width, requires_grad=True)
     out = prefix_memory(codes, weight, spec, backend="triton")
-    assert torch.equal(out, reference.prefix_memory(codes, weight, spec))
+    assert torch.equal(out, reference.forward(codes, weight, spec))
     grad = torch.randn_like(out)
     for deterministic in (False, True):
         out = prefix_memory(codes, weight, spec, backend="triton", deterministic=deterministic)
         (found,) = torch.autograd.grad(out, weight, grad)
-        assert_exact_sums(found, lambda g: reference.prefix_memory_backward(g, codes, spec), grad)
+        assert_exact_sums(found, lambda g: reference.dense_gradient(g, codes, spec), grad)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
 @pytest.mark.parametrize("mode", MODES)
 def test_dtypes(mode, dtype, deterministic):
     """Odd shapes: 63 SIDs, three heads, a width of 20."""
@@ -64,14 +43,14 @@ def test_dtypes(mode, dtype, deterministic):
     codes = torch.randint(-1, 10, (63, 5), dtype=torch.int32)
     weight = torch.randn(spec.total_rows, 20).to(dtype).requires_grad_()
     out = prefix_memory(codes, weight, spec, backend="triton", deterministic=deterministic)
-    assert_exact_sums(out.detach(), lambda w: reference.prefix_memory(codes, w, spec), weight.detach())
+    assert_exact_sums(out.detach(), lambda w: reference.forward(codes, w, spec), weight.detach())
     grad = torch.randn(out.shape).to(dtype)
     out.backward(grad)
     assert weight.grad.dtype == dtype
-    assert_exact_sums(weight.grad, lambda g: reference.prefix_memory_backward(g, codes, spec), grad)
+    assert_exact_sums(weight.grad, lambda g: reference.dense_gradient(g, codes, spec), grad)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
 def test_one_row_is_copied_exactly(dtype):
     """With one order there is nothing to sum: an off-by-one would not hide behind a tolerance."""
     spec = AddressSpec((11,), max_order=1, heads=4, table_rows=11)
@@ -91,28 +70,28 @@ def test_token_stream(mode, packed):
     weight = torch.randn(spec.total_rows, 12, requires_grad=True)
     out = token_memory(ids, table, weight, spec, segment_ids=segments, backend="triton")
     assert out.detach().abs().sum(-1).count_nonzero() > 50
-    assert torch.equal(out, reference.token_memory(ids, table, weight, spec, segments))
+    assert torch.equal(out, reference.forward(TokenStream(ids, table, segments), weight, spec))
     grad = torch.randn_like(out)
     for deterministic in (False, True):
         out = token_memory(
             ids, table, weight, spec, segment_ids=segments, backend="triton", deterministic=deterministic
         )
         (found,) = torch.autograd.grad(out, weight, grad)
-        assert_exact_sums(found, lambda g: reference.token_memory_backward(g, ids, table, spec, segments), grad)
+        assert_exact_sums(found, lambda g: reference.dense_gradient(g, TokenStream(ids, table, segments), spec), grad)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
 def test_token_stream_dtypes(dtype):
     spec = AddressSpec((6, 300, 9), heads=2, table_rows=50, active_levels=(2, 3))
     ids, table = token_case(spec, (2, 31), seed=1)
     weight = torch.randn(spec.total_rows, 8).to(dtype).requires_grad_()
     out = token_memory(ids.int(), table, weight, spec, backend="triton")
-    assert_exact_sums(out.detach(), lambda w: reference.token_memory(ids, table, w, spec), weight.detach())
+    assert_exact_sums(out.detach(), lambda w: reference.forward(TokenStream(ids, table), w, spec), weight.detach())
     grad = torch.randn(out.shape).to(dtype)
     for deterministic in (False, True):
         out = token_memory(ids, table, weight, spec, backend="triton", deterministic=deterministic)
         (found,) = torch.autograd.grad(out, weight, grad)
-        assert_exact_sums(found, lambda g: reference.token_memory_backward(g, ids, table, spec), grad)
+        assert_exact_sums(found, lambda g: reference.dense_gradient(g, TokenStream(ids, table), spec), grad)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (5, 1), (1, 200)], ids=str)
@@ -123,7 +102,7 @@ def test_token_shapes(shape):
     weight = torch.randn(spec.total_rows, 4, requires_grad=True)
     for deterministic in (False, True):
         out = token_memory(ids, table, weight, spec, backend="triton", deterministic=deterministic)
-        assert torch.equal(out, reference.token_memory(ids, table, weight, spec))
+        assert torch.equal(out, reference.forward(TokenStream(ids, table), weight, spec))
         out.sum().backward()
 
 
@@ -148,11 +127,11 @@ def test_wide_rows_are_split_into_column_tiles():
     codes = torch.randint(0, 5, (3, 2))
     weight = torch.randn(spec.total_rows, 2100, requires_grad=True)
     out = prefix_memory(codes, weight, spec, backend="triton")
-    assert torch.equal(out, reference.prefix_memory(codes, weight, spec))
+    assert torch.equal(out, reference.forward(codes, weight, spec))
     for deterministic in (False, True):
         out = prefix_memory(codes, weight, spec, backend="triton", deterministic=deterministic)
         (found,) = torch.autograd.grad(out, weight, torch.ones_like(out))
-        assert torch.equal(found, reference.prefix_memory_backward(torch.ones_like(out), codes, spec))
+        assert torch.equal(found, reference.dense_gradient(torch.ones_like(out), codes, spec))
 
 
 def test_many_heads():
@@ -160,7 +139,7 @@ def test_many_heads():
     codes = torch.randint(0, 5, (3, 2))
     weight = torch.randn(spec.total_rows, 1)
     out = prefix_memory(codes, weight, spec, backend="triton")
-    assert torch.equal(out, reference.prefix_memory(codes, weight, spec))
+    assert torch.equal(out, reference.forward(codes, weight, spec))
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
@@ -173,7 +152,7 @@ def test_all_sids_equal(rows, deterministic):
     out = prefix_memory(codes, weight, spec, backend="triton", deterministic=deterministic)
     grad = torch.randint(-8, 9, out.shape).float()
     out.backward(grad)
-    assert torch.equal(weight.grad, reference.prefix_memory_backward(grad, codes, spec))
+    assert torch.equal(weight.grad, reference.dense_gradient(grad, codes, spec))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -188,7 +167,7 @@ def test_deterministic_bits(mode):
         out = prefix_memory(codes.clone(), weight, spec, backend="triton", deterministic=True)
         found.append(torch.autograd.grad(out, weight, grad.clone())[0])
     assert torch.equal(*found)
-    assert_exact_sums(found[0], lambda g: reference.prefix_memory_backward(g, codes, spec), grad)
+    assert_exact_sums(found[0], lambda g: reference.dense_gradient(g, codes, spec), grad)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
@@ -212,4 +191,4 @@ def test_nan_in_unread_rows_does_not_leak():
     weight[rows[rows >= 0]] = 1.0
     out = prefix_memory(codes, weight, spec, backend="triton")
     assert out.isfinite().all()
-    assert torch.equal(out, reference.prefix_memory(codes, weight, spec))
+    assert torch.equal(out, reference.forward(codes, weight, spec))

@@ -6,21 +6,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixmem_fast import AddressSpec, prefix_memory
+from prefixmem_fast.addressing import TokenStream
 from prefixmem_fast.operation import cpu, reference
-from tests.kernels.test_parity import assert_exact_sums, token_case
-from tests.strategies import codes_for, specs
+from tests.helpers.cases import assert_exact_sums, token_case
+from tests.helpers.strategies import codes_for, specs
 
 
-def rows_of(groups):
-    """All rows, ascending; no row may come twice."""
-    rows = [torch.empty(0, dtype=torch.int64)]
-    for group in groups:
-        assert (group.rows[1:] > group.rows[:-1]).all()
-        assert sum(map(len, group.sums)) == len(group.rows)
-        rows.append(group.rows)
-    found = torch.cat(rows)
-    assert len(found.unique()) == len(found)
-    return found.sort()[0]
+def assert_row_sums(grad, source, spec):
+    """The touched rows exactly, each once and ascending, and their sums within the bound."""
+    rows, sums, unique = cpu.row_sums(grad, source, spec, grad.dtype)
+    assert unique
+    assert torch.equal(rows, reference.row_sums(grad, source, spec, grad.dtype).rows)
+    assert_exact_sums(sums, lambda g: reference.row_sums(g, source, spec, g.dtype).sums, grad)
+    dense = cpu.dense_gradient(grad, source, spec)
+    assert torch.equal(dense[rows], sums)
+    assert dense.count_nonzero() == sums.count_nonzero()
 
 
 @given(specs(largest_code=3_000_000_000), st.sampled_from((1, 3, 64)), st.data())
@@ -29,12 +29,10 @@ def test_any_spec(spec, width, data):
     """Forward bit for bit (both add the orders in turn); the rows that are touched exactly; sums within their bound."""
     codes = data.draw(codes_for(spec))
     weight = torch.randn(spec.total_rows, width)
-    out = cpu.prefix_memory(codes, weight, spec)
-    assert torch.equal(out, reference.prefix_memory(codes, weight, spec))
+    out = cpu.forward(codes, weight, spec)
+    assert torch.equal(out, reference.forward(codes, weight, spec))
     grad = torch.randn_like(out)
-    assert torch.equal(rows_of(cpu.row_gradient(grad, codes, spec)), reference.row_gradient(grad, codes, spec)[0])
-    found = cpu.prefix_memory_backward(grad, codes, spec)
-    assert_exact_sums(found, lambda g: reference.prefix_memory_backward(g, codes, spec), grad)
+    assert_row_sums(grad, codes, spec)
 
 
 @given(specs(), st.integers(0, 10**6), st.booleans())
@@ -43,14 +41,10 @@ def test_any_token_stream(spec, seed, packed):
     ids, table = token_case(spec, (2, 29), seed)
     segments = torch.arange(29).expand(2, 29).div(7, rounding_mode="floor") if packed else None
     weight = torch.randn(spec.total_rows, 5)
-    out = cpu.token_memory(ids, table, weight, spec, segments)
-    assert torch.equal(out, reference.token_memory(ids, table, weight, spec, segments))
-    grad = torch.randn_like(out)
-    given_ = (ids, table, spec, segments)
-    rows = rows_of(cpu.token_row_gradient(grad, *given_))
-    assert torch.equal(rows, reference.token_row_gradient(grad, *given_)[0])
-    found = cpu.token_memory_backward(grad, *given_)
-    assert_exact_sums(found, lambda g: reference.token_memory_backward(g, *given_), grad)
+    stream = TokenStream(ids, table, segments)
+    out = cpu.forward(stream, weight, spec)
+    assert torch.equal(out, reference.forward(stream, weight, spec))
+    assert_row_sums(torch.randn_like(out), stream, spec)
 
 
 @pytest.mark.parametrize("mode", ["prefix", "suffix", "full"])
@@ -61,16 +55,11 @@ def test_many_chunks(mode, monkeypatch):
     codes = torch.randint(-1, 9, (200, 4))
     codes[::3] = codes[0]
     weight = torch.randn(spec.total_rows, 8)
-    out = cpu.prefix_memory(codes, weight, spec)
-    assert torch.equal(out, reference.prefix_memory(codes, weight, spec))
+    out = cpu.forward(codes, weight, spec)
+    assert torch.equal(out, reference.forward(codes, weight, spec))
     grad = torch.randn_like(out)
-    assert len(list(cpu.in_chunks(cpu.row_gradient(grad, codes, spec)))) > 10
-    rows, values = reference.row_gradient(grad, codes, spec)
-    found_rows, found = cpu.as_list(cpu.row_gradient(grad, codes, spec), 9_999, 8, torch.float32)
-    assert torch.equal(found_rows, rows)
-    torch.testing.assert_close(found, values)
-    found = cpu.prefix_memory_backward(grad, codes, spec)
-    assert_exact_sums(found, lambda g: reference.prefix_memory_backward(g, codes, spec), grad)
+    assert len(list(cpu._in_chunks(cpu._groups(grad, codes, spec)))) > 10
+    assert_row_sums(grad, codes, spec)
 
 
 def test_nan_in_unread_rows_does_not_leak():
@@ -79,13 +68,10 @@ def test_nan_in_unread_rows_does_not_leak():
     weight = torch.full((spec.total_rows, 3), torch.nan)
     rows = reference.prefix_rows(codes, spec)
     weight[rows[rows >= 0]] = 1.0
-    assert torch.equal(cpu.prefix_memory(codes, weight, spec), reference.prefix_memory(codes, weight, spec))
+    assert torch.equal(cpu.forward(codes, weight, spec), reference.forward(codes, weight, spec))
 
 
-def test_auto_takes_it_on_the_cpu(monkeypatch):
-    called = []
-    kept = cpu.prefix_memory
-    monkeypatch.setattr(cpu, "prefix_memory", lambda *given: called.append(1) or kept(*given))
+def test_auto_takes_it_on_the_cpu(backend_calls):
     spec = AddressSpec((4, 4), table_rows=40)
     prefix_memory(torch.zeros(2, 2, dtype=torch.int64), torch.zeros(spec.total_rows, 3), spec)
-    assert called
+    assert backend_calls == [("cpu", "forward")]

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from prefixmem_fast import AddressSpec, prefix_memory, prefix_rows, token_memory
-from prefixmem_fast.operation import operators as ops
+from prefixmem_fast.operation import operators
 from prefixmem_fast.operation.backends import BackendError
 
 SPEC = AddressSpec((5, 4, 3), heads=2, max_order=3, table_rows=7, active_levels=(2, 3))
@@ -26,15 +26,15 @@ def weight(dtype=torch.float32):
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_opcheck(backend, deterministic):
     """Schema, fakes, autograd registration and AOT dispatch of every operator."""
-    how = (SPEC.key, backend, deterministic)
+    options = (SPEC.key, backend, deterministic)
     grad = torch.randn(4, 2, 8, requires_grad=True)
     token_grad = torch.randn(2, 7, 8, requires_grad=True)
-    torch.library.opcheck(ops._prefix_rows, (codes(), SPEC.key, backend))
-    torch.library.opcheck(ops._prefix_memory, (codes(), weight(), *how))
-    torch.library.opcheck(ops._prefix_memory_backward, (grad, codes(), *how))
+    torch.library.opcheck(operators.prefix_rows, (codes(), SPEC.key, backend))
+    torch.library.opcheck(operators.prefix_memory, (codes(), weight(), *options))
+    torch.library.opcheck(operators.prefix_memory_backward, (grad, codes(), *options))
     for segments in (None, torch.zeros_like(IDS)):
-        torch.library.opcheck(ops._token_memory, (IDS, TABLE, segments, weight(), *how))
-        torch.library.opcheck(ops._token_memory_backward, (token_grad, IDS, TABLE, segments, *how))
+        torch.library.opcheck(operators.token_memory, (IDS, TABLE, segments, weight(), *options))
+        torch.library.opcheck(operators.token_memory_backward, (token_grad, IDS, TABLE, segments, *options))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -106,16 +106,16 @@ def test_operators_take_strided_tensors():
     wide = torch.empty(SPEC.total_rows, 8)[:, ::2].copy_(weight().detach())
     strided = codes().T.contiguous().T
     for backend in ("reference", "triton"):
-        found = ops._prefix_memory(strided, wide, SPEC.key, backend, False)
+        found = operators.prefix_memory(strided, wide, SPEC.key, backend, False)
         assert torch.equal(found, prefix_memory(codes(), wide.contiguous(), SPEC))
 
 
 def test_torch_can_ask_for_determinism(monkeypatch):
-    from prefixmem_fast.kernels import sorted_backward as row_gradient
+    from prefixmem_fast.kernels import sorted_backward
 
     called = []
-    kept = row_gradient.dense
-    monkeypatch.setattr(row_gradient, "dense", lambda *given: called.append(1) or kept(*given))
+    dense = sorted_backward.dense
+    monkeypatch.setattr(sorted_backward, "dense", lambda *arguments: called.append(1) or dense(*arguments))
     torch.use_deterministic_algorithms(True)
     prefix_memory(codes(), weight(), SPEC, backend="triton").sum().backward()
     assert called
@@ -167,11 +167,12 @@ def test_triton_on_cpu_tensors_says_what_to_do(monkeypatch):
 
 
 def test_an_old_triton_says_what_to_do(monkeypatch):
+    from prefixmem_fast import _triton
     from prefixmem_fast.operation import backends
 
     assert backends.TRITON_PROBLEM is None
-    for found in ("3.2.0", "3.3rc1"):
-        monkeypatch.setattr(backends, "version", lambda _, found=found: found)
-        monkeypatch.setattr(backends, "TRITON_PROBLEM", backends._find_triton_problem())
-        message = f"triton {found} is older than 3.4; install torch"
+    for installed in ("3.2.0", "3.3rc1"):
+        monkeypatch.setattr(_triton, "version", lambda _, installed=installed: installed)
+        monkeypatch.setattr(backends, "TRITON_PROBLEM", _triton._find_problem())
+        message = f"triton {installed} is older than 3.4; install torch"
         bad(lambda: prefix_memory(codes(), weight(), SPEC, backend="triton"), BackendError, message)

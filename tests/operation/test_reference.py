@@ -5,9 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixmem_fast import AddressSpec, prefix_memory, prefix_rows, token_memory
+from prefixmem_fast.addressing import TokenStream
 from prefixmem_fast.checks import oracle
 from prefixmem_fast.operation import reference
-from tests.strategies import codes_for, specs
+from tests.helpers.strategies import codes_for, specs
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -122,7 +123,7 @@ def test_token_recognition_equals_the_oracle(data):
     ids = torch.tensor(data.draw(st.lists(row, min_size=1, max_size=2)))
     segments = data.draw(st.sampled_from((None, torch.tensor([4, 0, 9]).repeat_interleave(4).expand_as(ids))))
     weight = torch.randn(spec.total_rows, 2, dtype=torch.float64)
-    found = reference.token_memory(ids, table, weight, spec, segments)
+    found = reference.forward(TokenStream(ids, table, segments), weight, spec)
     exact = oracle.token_memory(
         ids.numpy(), table.numpy(), weight.numpy(), spec.to_dict(), None if segments is None else segments.numpy()
     )

@@ -87,6 +87,7 @@ def test_is_the_two_optimizers_side_by_side():
                 torch.save([optimizers[0].state_dict(), schedules[0].state_dict()], stream)
                 stream.seek(0)
                 states = torch.load(stream)
+                optimizers[0].release()
                 optimizers = [for_model(model, 9.0, row_options={"eps": 1.0})]
                 schedules = [torch.optim.lr_scheduler.LambdaLR(optimizers[0], lambda step: 1 / (1 + step))]
                 optimizers[0].load_state_dict(states[0])

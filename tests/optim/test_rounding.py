@@ -3,7 +3,7 @@
 import torch
 
 from prefixmem_fast import optim
-from prefixmem_fast.optim.rounding import mix, random_bits, stochastic_round
+from prefixmem_fast.operation.rounding import mix, random_bits, stochastic_round
 
 
 def test_mix_is_the_published_function():

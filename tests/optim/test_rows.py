@@ -7,10 +7,10 @@ import torch
 
 from prefixmem_fast import AddressSpec, optim, prefix_memory, token_memory
 from prefixmem_fast.operation import reference
-from prefixmem_fast.optim.rules import RULES, Hyper, decay
-from tests.kernels.test_parity import token_case
+from prefixmem_fast.operation.backends import functions_of
+from prefixmem_fast.operation.rules import RULES, Hyper, decay
+from tests.helpers.cases import BACKENDS, token_case
 
-BACKENDS = ["reference", "cpu", "triton"]
 OPTIMIZERS = {
     "sgd": (optim.SGD, {"lr": 0.125}),
     "row_adagrad": (optim.RowWiseAdagrad, {"lr": 0.125, "eps": 1e-8, "initial_accumulator_value": 0.5}),
@@ -54,7 +54,7 @@ def dense_training(weight, batches, spec, name, options):
         out = prefix_memory(codes, leaf, spec, backend="reference")
         out.sin().sum().backward()
         touched = torch.zeros(len(weight), dtype=torch.bool)
-        touched[reference.row_gradient(torch.ones_like(out), codes, spec)[0]] = True
+        touched[reference.row_sums(out.detach(), codes, spec, out.dtype).rows] = True
         hyper = Hyper(
             options["lr"], options.get("weight_decay", 0.0), options.get("eps", 1e-8), beta1, beta2,
             1 - beta1**step, 1 - beta2**step,
@@ -72,7 +72,7 @@ def dense_training(weight, batches, spec, name, options):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", ["prefix", "suffix", "full"])
 @pytest.mark.parametrize("name", EVERY)
-def test_equals_dense_training_on_the_touched_rows(name, mode, backend, grad):
+def test_equals_dense_training_on_the_touched_rows(name, mode, backend, grad, backend_calls):
     """Collisions would show: a row updated once for each of its prefixes is not the row of the summed gradient."""
     spec, batches = case(mode)
     make, options = OPTIMIZERS[name]
@@ -80,6 +80,8 @@ def test_equals_dense_training_on_the_touched_rows(name, mode, backend, grad):
     start = torch.randn(spec.total_rows, 6)
     weight = torch.nn.Parameter(start.clone())
     train(weight, batches, spec, make([weight], **options), grad, backend)
+    a_step = ["forward", "fused_update"] if grad == "fused" else ["forward", "row_sums", "sparse_update"]
+    assert backend_calls == [(backend, function) for function in a_step * len(batches)]
     expected = dense_training(start, batches, spec, name, options)
     torch.testing.assert_close(weight.detach(), expected, rtol=2e-5, atol=2e-6)
 
@@ -87,8 +89,6 @@ def test_equals_dense_training_on_the_touched_rows(name, mode, backend, grad):
 @pytest.mark.parametrize("name", EVERY)
 def test_kernels_give_the_definition(name):
     """One kernel update against the rule in PyTorch on the same sums: equal but for the order within a mean."""
-    from prefixmem_fast.kernels import sorted_backward as row_gradient
-
     make, options = OPTIMIZERS[name]
     rows = torch.tensor([1, 3, 4, 8])
     values = torch.randn(4, 7)
@@ -101,7 +101,7 @@ def test_kernels_give_the_definition(name):
             update = optimizer.begin(weight)
             if kernel:
                 gradient = torch.sparse_coo_tensor(rows[None], values, weight.shape, check_invariants=True)
-                row_gradient.update_sparse(gradient, update)
+                functions_of("triton").sparse_update(gradient, update)
             else:
                 update.apply(rows, values)
         found.append([weight.detach(), *(s for s in optimizer.state[weight].values())])
@@ -234,6 +234,47 @@ def test_learning_rate_in_a_tensor(backend):
     assert torch.equal(*found)
 
 
+def test_the_step_takes_the_backend_of_the_last_reading(backend_calls):
+    """Of a table without any, the device's own; after torch has made one gradient of two, the table's."""
+    spec, batches = case(sids=6)
+    weight = torch.nn.Parameter(torch.randn(spec.total_rows, 4))
+    optimizer = optim.SGD([weight])
+    weight.grad = torch.sparse_coo_tensor([[3, 1]], torch.ones(2, 4), weight.shape)
+    optimizer.step()
+    assert backend_calls == [("cpu", "sparse_update")]
+    weight.grad = None
+    for codes in batches:
+        prefix_memory(codes, weight, spec, backend="triton", grad="sparse").sum().backward()
+    optimizer.step()
+    assert backend_calls[-1] == ("triton", "sparse_update")
+
+
+def test_a_table_has_one_optimizer():
+    """A second one would take over its backward pass, and the first one's state would stand still without a word."""
+    spec, batches = case(sids=6)
+    weight = torch.nn.Parameter(torch.randn(spec.total_rows, 4))
+    first = optim.SGD([weight])
+    with pytest.raises(RuntimeError, match=r"a SGD holds the table of shape .* already.*release\(\) first, or drop it"):
+        optim.LazyAdam([weight])
+    train(weight, batches[:1], spec, first, "fused", "cpu")
+    first.release()
+    second = optim.LazyAdam([weight])
+    train(weight, batches[:1], spec, second, "fused", "cpu")
+    assert second.state[weight]["step"] == 1
+    prefix_memory(batches[0], weight, spec, grad="sparse").sum().backward()
+    with pytest.raises(RuntimeError, match="SGD has let go of its table"):
+        first.step()
+
+
+def test_a_dropped_optimizer_lets_go():
+    """With a schedule it stands in a reference cycle, which only the garbage collector ends."""
+    weight = torch.nn.Parameter(torch.randn(9, 4))
+    optimizer = optim.SGD([weight])
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    del optimizer, schedule
+    optim.LazyAdam([weight])
+
+
 def test_dense_gradients_are_refused():
     spec, batches = case()
     weight = torch.nn.Parameter(torch.randn(spec.total_rows, 4))
@@ -243,14 +284,17 @@ def test_dense_gradients_are_refused():
         optimizer.step()
 
 
-def test_several_processes_refuse_fused(monkeypatch):
+@pytest.mark.parametrize(
+    ("grad", "message"), [("fused", "every process's table by its own batch"), ("sparse", "DistributedDataParallel")]
+)
+def test_several_processes_are_refused(monkeypatch, grad, message):
     spec, batches = case()
     weight = torch.nn.Parameter(torch.randn(spec.total_rows, 4))
     optimizer = optim.SGD([weight])
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="every process's table by its own batch"):
-        prefix_memory(batches[0], weight, spec, grad="fused")
+    with pytest.raises(RuntimeError, match=f'{message}.*use grad="dense"'):
+        prefix_memory(batches[0], weight, spec, grad=grad)
     del optimizer
 
 

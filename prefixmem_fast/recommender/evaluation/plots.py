@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint import write_file
+from ..._files import write_file
 
 # Colours that stay apart in print and for colour-blind eyes (Okabe and Ito), and lines that do so without colour.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from ... import optim
-from ...addressing.spec import AddressSpec
-from ...encoder.modules import PrefixMem, PrefixMemConfig
-from ...encoder.sid_transformer import SIDTransformer, SIDTransformerConfig
+from ...addressing import AddressSpec
+from ...encoder import PrefixMem, PrefixMemConfig, SIDTransformer, SIDTransformerConfig
 from ...huggingface.attach import attach
 from ...sid import SIDVocabulary
 from .config import RunConfig

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ...encoder.modules import PrefixMem
+from ...encoder import PrefixMem
 from .arms import build_encoder
 from .config import RunConfig
 from .run import (

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...addressing.spec import ADDRESSING, MODES
-from ...operation.operators import GRADS
+from ...addressing import ADDRESSING, MODES
+from ...operation import GRADS
 
 CONFIG = "config.yaml"  # the options in the folder of a run
 ARMS = ("plain", "prefixmem", "sid-transformer")
@@ -216,7 +216,7 @@ def read_options(file: str | Path) -> dict[str, Any]:
 def write_options(config: RunConfig, file: Path) -> None:
     import yaml
 
-    from ...checkpoint import write_file
+    from ..._files import write_file
 
     dumper = _with_exponents(yaml.SafeDumper)
     text = yaml.dump(config.to_dict(), Dumper=dumper, sort_keys=False, allow_unicode=True)

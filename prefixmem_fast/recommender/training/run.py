@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checkpoint import write_file
+from ..._files import write_file
 from ...sid import Catalogue, SIDVocabulary
 from ..data import (
     KINDS,
@@ -179,9 +179,9 @@ def load_run(folder: str | Path) -> Run:
     Raises:
         FileNotFoundError, ValueError: the folder holds no finished run, or its data are not where they were.
     """
-    from ...checkpoint import FOLDER, kind_of_encoder
-    from ...encoder.modules import PrefixMem
-    from ...encoder.sid_transformer import SIDTransformer
+    from ...checkpoint import FOLDER
+    from ...encoder import PrefixMem, SIDTransformer
+    from ...encoder.saving import kind_of_encoder
     from ...huggingface.attach import attach
     from .backbone import _load_tokenizer, load_model
 

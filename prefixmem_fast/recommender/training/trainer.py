@@ -13,8 +13,7 @@ from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ...encoder.modules import PrefixMem
-from ...encoder.sid_transformer import SIDTransformer
+from ...encoder import PrefixMem, SIDTransformer
 from ..data import Examples, Tokens
 from ..evaluation.teacher_forcing import teacher_forced
 from .arms import optimizer_for

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from prefixmem_fast import Catalogue, SIDTrie, SIDVocabulary, attach
-from prefixmem_fast.encoder.sid_transformer import SIDTransformer, SIDTransformerConfig
+from prefixmem_fast.encoder import SIDTransformer, SIDTransformerConfig
 from prefixmem_fast.recommender.evaluation import beams as module
 from prefixmem_fast.recommender.evaluation.beams import _by_generate, beam_search
 from prefixmem_fast.recommender.evaluation.prompts import is_encoder_decoder

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prefixmem_fast import Catalogue, attach
-from prefixmem_fast.encoder.sid_transformer import SIDTransformer, SIDTransformerConfig
+from prefixmem_fast.encoder import SIDTransformer, SIDTransformerConfig
 from prefixmem_fast.recommender.data import Examples, Tokens
 from prefixmem_fast.recommender.evaluation.prompts import is_encoder_decoder, prompts_of
 from prefixmem_fast.recommender.evaluation.teacher_forcing import TeacherForced, teacher_forced

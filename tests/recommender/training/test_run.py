@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from prefixmem_fast import PrefixMem
-from prefixmem_fast.encoder.sid_transformer import SIDTransformer
+from prefixmem_fast.encoder import SIDTransformer
 from prefixmem_fast.recommender.evaluation.teacher_forcing import teacher_forced
 from prefixmem_fast.recommender.training import classification
 from prefixmem_fast.recommender.training import run as runs

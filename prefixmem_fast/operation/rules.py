@@ -20,9 +20,14 @@ JMLR 12 (2011); one scalar a row: Gupta et al., arXiv 1412.5735.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from .._dtypes import accumulator
+from .rounding import random_bits, stochastic_round
 
 
 class Hyper(NamedTuple):
@@ -83,3 +88,49 @@ RULES = {
     "row_adam": Rule(row_adam, {"exp_avg": "element", "exp_avg_sq": "row"}),
     "lazy_adam": Rule(lazy_adam, {"exp_avg": "element", "exp_avg_sq": "element"}),
 }
+
+
+def read_rows(table: Tensor, rows: Tensor) -> Tensor:
+    return table[rows]
+
+
+@dataclass
+class RowUpdate:
+    """One step of one table: the rule, its numbers and its state, ready to be applied to rows.
+
+    Attributes:
+        weight: the table ``[R, w]``.
+        rule: a name of `RULES`.
+        state: the rule's state tensors ``[R]`` or ``[R, w]`` in its order; None for a first moment that is not kept.
+        step: int64, 0-dimensional, on the table's device; counts this step already.
+        hyper: the numbers of the step.
+        seed: of stochastic rounding; None to round to nearest.
+        squares: None, or a list to which sums of the squared gradient are added, 1-dimensional.
+    """
+
+    weight: Tensor
+    rule: str
+    state: list[Tensor | None]
+    step: Tensor
+    hyper: Hyper
+    seed: int | None = None
+    squares: list[Tensor] | None = None
+
+    def apply(self, rows: Tensor, sums: Tensor, read: Callable[[Tensor, Tensor], Tensor] = read_rows) -> None:
+        """Update `rows` int64 ``[U]``, each once, with the sums ``[U, w]`` of their gradients.
+
+        Args:
+            read: gives table[rows]; a backend has a faster one.
+        """
+        dtype = accumulator(self.weight.dtype)
+        if self.squares is not None:
+            self.squares.append(torch.linalg.vector_norm(sums).square()[None])
+        w = decay(read(self.weight, rows).to(dtype), self.hyper)
+        kept = [None if s is None else read(s, rows) if s.dim() == 2 else s[rows] for s in self.state]
+        w, *new = RULES[self.rule].update(w, sums.to(dtype), *kept, self.hyper)
+        for state, values in zip(self.state, new, strict=True):
+            if state is not None:
+                state.index_copy_(0, rows, values)
+        if self.seed is not None:
+            w = stochastic_round(w, random_bits(self.seed, self.step, rows, w.shape[1]))
+        self.weight.index_copy_(0, rows, w.to(self.weight.dtype))

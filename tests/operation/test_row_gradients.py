@@ -17,11 +17,9 @@ from prefixmem_fast import (
     prefix_memory,
     token_memory,
 )
+from prefixmem_fast.addressing import TokenStream
 from prefixmem_fast.operation import reference
-from tests.kernels.test_parity import assert_exact_sums, token_case
-
-MODES = ["prefix", "suffix", "full"]
-BACKENDS = ["reference", "cpu", "triton"]
+from tests.helpers.cases import BACKENDS, MODES, assert_exact_sums, token_case
 
 
 def case(mode="prefix", dtype=torch.float32, sids=24):
@@ -46,8 +44,8 @@ def test_sparse_is_the_dense_gradient(mode, backend):
     if backend == "triton":
         assert weight.grad._nnz() == _most_rows(spec, len(codes)), "the number of entries depends on the shape alone"
     found = weight.grad.coalesce()
-    assert torch.equal(found.indices()[0], reference.row_gradient(grad, codes, spec)[0])
-    assert_exact_sums(found.to_dense(), lambda g: reference.prefix_memory_backward(g, codes, spec), grad)
+    assert torch.equal(found.indices()[0], reference.row_sums(grad, codes, spec, grad.dtype).rows)
+    assert_exact_sums(found.to_dense(), lambda g: reference.dense_gradient(g, codes, spec), grad)
 
 
 def _most_rows(spec, sids):
@@ -65,8 +63,8 @@ def test_sparse_of_a_token_stream(backend):
     grad = torch.randn_like(out)
     out.backward(grad)
     found = weight.grad.coalesce()
-    assert torch.equal(found.indices()[0], reference.token_row_gradient(grad, ids, table, spec)[0])
-    assert_exact_sums(found.to_dense(), lambda g: reference.token_memory_backward(g, ids, table, spec), grad)
+    assert torch.equal(found.indices()[0], reference.row_sums(grad, TokenStream(ids, table), spec, grad.dtype).rows)
+    assert_exact_sums(found.to_dense(), lambda g: reference.dense_gradient(g, TokenStream(ids, table), spec), grad)
 
 
 @pytest.mark.parametrize("addressing", ["auto", "hash"])
@@ -74,9 +72,9 @@ def test_sparse_of_a_token_stream(backend):
 @pytest.mark.parametrize("mode", ["prefix", "full"])
 def test_a_hot_prefix_over_many_blocks(mode, block, addressing, monkeypatch):
     """Runs that fill blocks, end at their edges, and reach over several levels of partial sums; sums of ones, exact."""
-    from prefixmem_fast.kernels import sorted_prefixes as nested
+    from prefixmem_fast.kernels import sorted_prefixes
 
-    monkeypatch.setattr(nested, "block_of", lambda sids: block)
+    monkeypatch.setattr(sorted_prefixes, "block_of", lambda sids: block)
     rows = 5 if addressing == "hash" else 27
     spec = AddressSpec((3,) * 3, heads=1, max_order=3, table_rows=rows, mode=mode, addressing=addressing)
     codes = torch.zeros(9 * block + 5, 3, dtype=torch.int64)
@@ -86,7 +84,7 @@ def test_a_hot_prefix_over_many_blocks(mode, block, addressing, monkeypatch):
     codes[-3:] = -1
     weight = torch.zeros(spec.total_rows, 2, requires_grad=True)
     out = prefix_memory(codes, weight, spec, backend="triton", deterministic=True)
-    expected = reference.prefix_memory_backward(torch.ones_like(out), codes, spec)
+    expected = reference.dense_gradient(torch.ones_like(out), codes, spec)
     (dense,) = torch.autograd.grad(out, weight, torch.ones_like(out))
     assert torch.equal(dense, expected)
     out = prefix_memory(codes, weight, spec, backend="triton", grad="sparse")
@@ -97,16 +95,17 @@ def test_a_hot_prefix_over_many_blocks(mode, block, addressing, monkeypatch):
 @pytest.mark.parametrize("largest", [5, 2**20, 2**40])
 def test_sorts_are_lexicographic_and_stable(largest):
     """In one key of 63 bits or in several; colliding rows would be merged, and hide a wrong order."""
-    from prefixmem_fast.kernels import sorted_prefixes as nested
+    from prefixmem_fast.addressing.addresses import cut_prefix
+    from prefixmem_fast.kernels import sorted_prefixes
     from prefixmem_fast.operation import cpu
 
     spec = AddressSpec((largest,) * 4, table_rows=7, addressing="hash")
     codes = torch.randint(0, 3, (200, 4)) * (largest // 3)
     codes[::7, 2] = -1
-    cut = cpu._cut(codes, spec).codes
+    cut, _ = cut_prefix(codes, spec)
     expected = torch.from_numpy(np.lexsort(cut.numpy().T[::-1]))
     assert torch.equal(cpu._argsort_prefixes(cut, spec), expected)
-    found = nested.sort_prefixes(codes, None, spec, nested.nesting_of(spec, False), torch.int64)
+    found = sorted_prefixes.sort_prefixes(codes, None, spec, sorted_prefixes.sort_plan_of(spec, False), torch.int64)
     assert torch.equal(found.order, expected)
     sorted_codes = cut[expected]
     for i in range(1, 200):

@@ -1,0 +1,73 @@
+"""The rows of a Semantic ID, in plain PyTorch: the definition that every kernel is held against.
+
+For order n and head h of a prefix (c_1 .. c_n), see `spec.py`:
+
+    hashed order:  row = offset[n, h] + ( XOR_i c_i * p[i, h] ) mod T_n
+    exact order:   row = offset[n, h] + ( .. (c_1 * K_2 + c_2) * K_3 + .. ) * K_n + c_n
+
+A code below 0 or at least K_l ends the prefix: an order whose window reaches that level has row -1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .spec import AddressSpec
+
+
+def prefix_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
+    """Row in the fused table of every level, order and head.
+
+    Args:
+        codes: integer ``[..., L]``.
+
+    Returns:
+        int64 ``[..., L, N, H]``; -1 where the order does not exist at the level or the prefix has ended.
+    """
+    codes, length = cut_prefix(codes, spec)
+    rows = codes.new_full((*codes.shape[:-1], spec.levels, spec.max_order, spec.heads), -1)
+    for level in range(1, spec.levels + 1):
+        for order in spec.orders_at(level):
+            first, last = spec.window(level, order)
+            alive = (length >= last)[..., None]
+            window = codes[..., first - 1 : last].clamp(min=0)
+            rows[..., level - 1, order - 1, :] = torch.where(alive, order_rows(window, order, spec), -1)
+    return rows
+
+
+def active_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
+    """`prefix_rows` of the active levels: ``[..., A, N, H]``."""
+    return prefix_rows(codes, spec)[..., [level - 1 for level in spec.active_levels], :, :]
+
+
+def prefix_length(codes: Tensor, codebook_sizes: tuple[int, ...]) -> Tensor:
+    """int64 ``[...]``: how many codes of ``[..., L]`` stand before one ends the prefix."""
+    length = torch.zeros_like(codes[..., 0], dtype=torch.int64)
+    alive = torch.ones_like(length, dtype=torch.bool)
+    for code, size in zip(codes.unbind(-1), codebook_sizes, strict=True):
+        alive = alive & (code >= 0) & (code < size)
+        length = length + alive
+    return length
+
+
+def cut_prefix(codes: Tensor, spec: AddressSpec) -> tuple[Tensor, Tensor]:
+    """Codes as int64 ``[..., L]``, -1 from the end of the prefix on, and the length ``[...]`` of the prefix."""
+    length = prefix_length(codes, spec.codebook_sizes)
+    before_end = torch.arange(spec.levels, device=codes.device) < length[..., None]
+    return torch.where(before_end, codes.long(), -1), length
+
+
+def order_rows(window: Tensor, order: int, spec: AddressSpec) -> Tensor:
+    """Rows ``[..., H]`` of the codes ``[..., order]``: mixed radix where the order is exact, else the hash."""
+    if order in spec.exact_orders:
+        index = torch.zeros_like(window[..., 0])
+        for i in range(order):
+            index = index * spec.codebook_sizes[i] + window[..., i]
+        index = index[..., None]
+    else:
+        index = torch.zeros_like(window[..., :1])
+        for i in range(order):
+            index = index ^ (window[..., i, None] * window.new_tensor(spec.multipliers[i]))
+        index = index % spec.rows_per_order[order - 1]
+    return window.new_tensor(spec.offsets[order - 1]) + index

@@ -1,0 +1,67 @@
+"""Semantic IDs in a token stream, in plain PyTorch: the one definition of which tokens form a Semantic ID.
+
+A token of level l belongs to a SID where the l - 1 tokens before it have the levels 1 .. l - 1 in that order, in the
+same row and, where segments are given, in the same segment. Everything else is text.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TokenStream(NamedTuple):
+    """Tokens of a language model.
+
+    Attributes:
+        input_ids: integer ``[B, T]``; ids outside 0 .. V - 1 are text.
+        token_table: integer ``[V, 2]``, (level, code) of each vocabulary id; level 0 is text.
+        segment_ids: integer ``[B, T]``, equal within one packed sequence; None where rows are not packed.
+    """
+
+    input_ids: Tensor
+    token_table: Tensor
+    segment_ids: Tensor | None = None
+
+
+def token_entries(input_ids: Tensor, token_table: Tensor) -> tuple[Tensor, Tensor]:
+    """Level and code, int64, of token ids of any shape; 0 and 0 for text."""
+    known = (input_ids >= 0) & (input_ids < token_table.shape[0])
+    if not token_table.shape[0]:
+        return known.long(), known.long()
+    entries = token_table[torch.where(known, input_ids, 0).long()].long()
+    return torch.where(known[..., None], entries, 0).unbind(-1)
+
+
+def token_codes(stream: TokenStream, levels: int) -> tuple[Tensor, Tensor]:
+    """Recognise the Semantic IDs of a token stream ``[B, T]``.
+
+    Args:
+        levels: L, codes of a whole SID.
+
+    Returns:
+        codes: int64 ``[B, T, L]``, the codes of the SID up to the token, then -1.
+        level: int64 ``[B, T]``, the level of the token within its SID, 0 for text.
+    """
+    token_level, token_code = token_entries(stream.input_ids, stream.token_table)
+    level = torch.zeros_like(token_level)
+    codes = level.new_full((*level.shape, levels), -1)
+    in_sid = token_level == 1
+    for l in range(1, levels + 1):
+        if l > 1:
+            in_sid = _shift(in_sid, False) & (token_level == l)
+            if stream.segment_ids is not None:
+                in_sid[:, 1:] &= stream.segment_ids[:, 1:] == stream.segment_ids[:, :-1]
+            codes = torch.where(in_sid[..., None], _shift(codes, -1), codes)
+        codes[..., l - 1] = torch.where(in_sid, token_code, codes[..., l - 1])
+        level = torch.where(in_sid, l, level)
+    return codes, level
+
+
+def _shift(x: Tensor, fill: bool | int) -> Tensor:
+    """Move every entry one token to the right, `fill` coming in from the left."""
+    shifted = torch.full_like(x, fill)
+    shifted[:, 1:] = x[:, :-1]
+    return shifted

@@ -1,0 +1,163 @@
+"""`PrefixMem`: the tables and W_out.
+
+    m_l = W_out * S_l        (PrefixMem, arXiv 2606.00324)
+
+m_l is added to the input embedding of the token of c_l. There is no gate, no norm and no bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..sid import SIDVocabulary
+from .config import PrefixMemConfig
+from .memory import PrefixMemory, check_config
+from .projection import OutputProjection
+from .saving import load_encoder, save_encoder
+
+
+class PrefixMem(nn.Module):
+    """The encoder: memory tables and the projection W_out to the width of the model's embeddings.
+
+    Args:
+        config: with `hidden_size` set.
+        backend, grad, deterministic: see `PrefixMemory`.
+        dropout: in training, share of the tokens whose memory is left out; the others are scaled by 1 / (1 - dropout).
+            Not in the paper; it keeps a model of a small catalogue from leaning on rows it has learnt by heart.
+
+    Raises:
+        ValueError: the config has no `hidden_size`, or `dropout` is not one of 0 <= p < 1.
+    """
+
+    config_class = PrefixMemConfig
+
+    def __init__(
+        self,
+        config: PrefixMemConfig,
+        *,
+        backend: str = "auto",
+        grad: str = "dense",
+        deterministic: bool = False,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_config(config)
+        if config.hidden_size is None:
+            raise ValueError("hidden_size = None; give the width of the model's embeddings in PrefixMemConfig")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout = {dropout!r}; allowed are 0 <= p < 1")
+        self.config, self.dropout = config, dropout
+        self.memory = PrefixMemory(
+            config, backend=backend, grad=grad, deterministic=deterministic, device=device, dtype=dtype
+        )
+        self.out_proj = OutputProjection(config, device=device, dtype=dtype)
+
+    def reset_output(self) -> None:
+        """Start W_out afresh, near zero: what a pre-trained memory needs when it meets a new model."""
+        self.out_proj.reset_parameters()
+
+    def save_pretrained(
+        self, path: str | Path, vocabulary: SIDVocabulary | None = None, *, max_shard_size: int | str = "2GB"
+    ) -> None:
+        """Write the encoder into a folder: config.json and safetensors files, valid together or not at all.
+
+        Args:
+            path: the folder; made if it is not there.
+            vocabulary: kept with the encoder, for `SIDVocabulary.from_pretrained`.
+            max_shard_size: bytes of a weights file, or a string such as "500MB"; larger tables are split by rows.
+
+        Raises:
+            ValueError: the vocabulary's codebooks are not the encoder's, or `max_shard_size` is no size.
+            OSError: the folder cannot be written; what was in it is left as it was.
+        """
+        save_encoder(self, path, vocabulary, max_shard_size=max_shard_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        hidden_size: int | None = None,
+        active_levels: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        verify: bool = True,
+        backend: str = "auto",
+        grad: str = "dense",
+        deterministic: bool = False,
+        dropout: float = 0.0,
+    ) -> PrefixMem:
+        """Read an encoder from its folder, or from that of a model or adapters saved with it attached.
+
+        The tables are read in chunks from a memory map: memory for one copy of them is enough.
+
+        Args:
+            path: the folder.
+            hidden_size: where it differs from the stored one, W_out starts afresh at this width.
+            active_levels: prefix lengths at which the memory is read, where they are to differ from the stored ones;
+                the rows are the same.
+            device, dtype: of the parameters; by default the stored dtype, on the default device.
+            verify: compare the SHA-256 of each tensor with the stored one; one more pass over the files.
+            backend, grad, deterministic, dropout: see `PrefixMem`.
+
+        Raises:
+            FileNotFoundError: no encoder is there.
+            CheckpointError: a ValueError; a file is damaged, cut or missing, or of another version.
+        """
+        return load_encoder(
+            cls,
+            path,
+            hidden_size=hidden_size,
+            active_levels=active_levels,
+            device=device,
+            dtype=dtype,
+            verify=verify,
+            backend=backend,
+            grad=grad,
+            deterministic=deterministic,
+            dropout=dropout,
+        )
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """m of every level: integer ``[..., L]`` to ``[..., L, hidden_size]``, zero at inactive levels."""
+        spec = self.config.spec
+        encoded = self.out_proj(self._drop(self.memory(codes)))  # [..., A, hidden]
+        if len(spec.active_levels) == spec.levels:
+            return encoded
+        by_level = dict(zip(spec.active_levels, encoded.unbind(-2), strict=True))
+        zero = torch.zeros_like(encoded[..., 0, :])
+        return torch.stack([by_level.get(level, zero) for level in range(1, spec.levels + 1)], dim=-2)
+
+    def encode_tokens(
+        self,
+        input_ids: Tensor,
+        vocabulary: SIDVocabulary,
+        segment_ids: Tensor | None = None,
+        *,
+        new_tokens: int | None = None,
+    ) -> Tensor:
+        """m over a token stream, to add to the model's input embeddings.
+
+        Args:
+            input_ids: int32 or int64 ``[B, T]``.
+            vocabulary: which ids are which codes; its codebooks must be the spec's.
+            segment_ids: int32 or int64 ``[B, T]`` where rows hold several packed sequences.
+            new_tokens: how many of the last tokens to encode; those before say what the new ones continue.
+
+        Returns:
+            ``[B, T, hidden_size]``, or the last `new_tokens` of them; zero at text, at inactive levels and at tokens
+            of broken SIDs.
+        """
+        S = self.memory.read_tokens(input_ids, vocabulary, segment_ids)
+        return self.out_proj(self._drop(S if new_tokens is None else S[:, S.shape[1] - new_tokens :]))
+
+    def _drop(self, S: Tensor) -> Tensor:
+        if not self.training or not self.dropout:
+            return S
+        return S * nn.functional.dropout(S.new_ones(*S.shape[:-1], 1), self.dropout)

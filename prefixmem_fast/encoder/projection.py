@@ -1,0 +1,18 @@
+"""W_out, from the memory to the width of the model's embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class OutputProjection(nn.Linear):
+    """W_out: no bias, and a start near zero that also holds where a framework calls `reset_parameters`."""
+
+    def __init__(self, config: Any, **factory: Any) -> None:
+        self.init_std = config.output_init_std
+        super().__init__(config.memory_dim, config.hidden_size, bias=False, **factory)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.init_std)

@@ -1,0 +1,113 @@
+"""Encoders to and from folders: what `save_pretrained` and `from_pretrained` of `PrefixMem` and `SIDTransformer` do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import checkpoint
+from ..checkpoint import CONFIG, CheckpointError
+from ..sid import SIDVocabulary
+
+_HOW_WEIGHTS_STARTED = ("memory_init_std", "output_init_std")  # does not matter any more once they are read
+
+
+class Encoder(Protocol):
+    """A module with a config, as `PrefixMem` and `SIDTransformer` are."""
+
+    config_class: type
+    config: Any
+
+    def reset_output(self) -> None:
+        """Start W_out afresh."""
+
+
+def save_encoder(
+    encoder: Encoder,
+    path: str | Path,
+    vocabulary: SIDVocabulary | None = None,
+    *,
+    max_shard_size: int | str = "2GB",
+    weights: bool = True,
+) -> None:
+    """Write an encoder into a folder; see `checkpoint.save`.
+
+    Raises:
+        ValueError: the vocabulary's codebooks are not the encoder's, or an argument is not as stated.
+        OSError: the folder cannot be written; what was in it is left as it was.
+    """
+    if vocabulary is not None:
+        vocabulary.check_codebooks(encoder.config)
+    values = None if vocabulary is None else vocabulary.to_dict()
+    tensors = {name: tensor.contiguous() for name, tensor in _tensors_of(encoder).items()}
+    checkpoint.save(
+        Path(path), encoder.config.to_dict(), values, tensors, max_shard_size=max_shard_size, weights=weights
+    )
+
+
+def load_encoder(
+    kind: type[Encoder],
+    path: str | Path,
+    *,
+    hidden_size: int | None = None,
+    active_levels: Sequence[int] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    **options: Any,
+) -> Encoder:
+    """Read what `save_encoder` wrote; see `PrefixMem.from_pretrained`."""
+    folder, stored = checkpoint.read(path)
+    try:
+        config = kind.config_class.from_dict(stored["encoder"])
+        fresh = hidden_size is not None and hidden_size != config.hidden_size
+        if fresh:
+            config = replace(config, hidden_size=hidden_size)
+        if active_levels is not None:
+            config = config.with_active_levels(active_levels)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    if dtype is None:
+        dtype = getattr(torch, next(iter(stored["tensors"].values()))["dtype"])
+    with torch.inference_mode(False), torch.no_grad():  # loaded while serving, it can still be trained
+        encoder = kind(config, device="meta", dtype=dtype, **options)
+        encoder = encoder.to_empty(device=device or torch.get_default_device())
+        targets = _tensors_of(encoder)
+        if fresh:
+            del targets["out_proj.weight"]
+        checkpoint.copy_tensors(targets, folder, stored, verify=verify)
+        if fresh:
+            encoder.reset_output()
+    return encoder
+
+
+def kind_of_encoder(path: str | Path) -> str:
+    """ "prefixmem" or "sid-transformer": what the folder of an encoder, or of a model saved with one, holds."""
+    return checkpoint.read(path)[1]["encoder"].get("kind", "prefixmem")
+
+
+def load_weights(encoder: Encoder, path: str | Path) -> None:
+    """Read the tensors of a checkpoint into an encoder of the same spec and sizes; on an error it is left as it was.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another config; both are printed.
+    """
+    folder, stored = checkpoint.read(path)
+    own = encoder.config.to_dict()
+    names = [name for name in own if name not in _HOW_WEIGHTS_STARTED and stored["encoder"].get(name) != own[name]]
+    if names:
+        raise CheckpointError(
+            f"{folder / CONFIG} is of another encoder: it differs in {', '.join(names)}\n"
+            f"  checkpoint: { {name: stored['encoder'].get(name) for name in names} }\n"
+            f"  encoder:    { {name: own[name] for name in names} }"
+        )
+    checkpoint.copy_tensors(_tensors_of(encoder), folder, stored)
+
+
+def _tensors_of(encoder: Encoder) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in encoder.named_parameters()}

@@ -1,0 +1,177 @@
+"""The operation as users call it: arguments are checked and the backend is chosen here, once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import _checks
+from .._dtypes import CODE_DTYPES, TABLE_DTYPES
+from ..addressing import AddressSpec, TokenStream
+from . import operators
+from .backends import BACKENDS, choose_backend
+from .row_gradients import read_rows
+
+GRADS = ("dense", "sparse", "fused")
+_ID_DTYPES = (torch.int32, torch.int64)
+
+
+def prefix_rows(codes: Tensor, spec: AddressSpec, *, backend: str = "auto") -> Tensor:
+    """Row in the one fused table of every level, order and head (PrefixMem, arXiv 2606.00324; see `AddressSpec`).
+
+    Args:
+        codes: int16, int32 or int64 ``[..., L]``. A code below 0 or at least K_l ends the prefix.
+        spec: the address spec.
+        backend: "auto", "triton", "cpu" or "reference"; "auto" takes Triton for tensors on a GPU.
+
+    Returns:
+        int64 ``[..., L, N, H]``; -1 where the order does not exist at the level or the prefix has ended.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape or value is not as stated.
+        BackendError: the backend cannot run on these tensors.
+    """
+    _check_spec(spec)
+    check_codes(codes, spec.levels)
+    backend = choose_backend(backend, codes=codes)
+    rows = operators.prefix_rows(codes.reshape(-1, spec.levels), spec.key, backend)
+    return rows.view(*codes.shape[:-1], *rows.shape[1:])
+
+
+def prefix_memory(
+    codes: Tensor,
+    weight: Tensor,
+    spec: AddressSpec,
+    *,
+    backend: str = "auto",
+    grad: str = "dense",
+    deterministic: bool = False,
+) -> Tensor:
+    """Memory of every active level: ``S_a = sum_{n <= min(a, N)} concat_h weight[row(n, h)]``.
+
+    Args:
+        codes: int16, int32 or int64 ``[..., L]``. A code below 0 or at least K_l ends the prefix: orders from there
+            on add zero and receive no gradient.
+        weight: float32, bfloat16, float16 or float64 ``[R, w]``, with R = ``spec.total_rows``.
+        spec: the address spec; A = ``len(spec.active_levels)``.
+        backend: "auto", "triton", "cpu" or "reference"; "auto" takes Triton on a GPU and the fast path on a CPU.
+        grad: where the gradient of `weight` goes. "dense": ``weight.grad`` of its shape and dtype. "sparse":
+            ``weight.grad`` is a sparse tensor of the touched rows. "fused": the optimizer of `prefixmem_fast.optim`
+            that holds `weight` updates the touched rows in the backward pass, and no gradient is kept; accumulating,
+            clipping or scaling it raises RuntimeError. "sparse" and "fused" differentiate once, and torch.compile
+            runs them outside its graph.
+        deterministic: the dense gradient has the same bits run after run; otherwise it may be summed by float32
+            atomics. `torch.use_deterministic_algorithms(True)` asks for it too. The other two always have them.
+
+    Returns:
+        ``[..., A, H * w]`` in the dtype of `weight`, summed in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape or value is not as stated.
+        BackendError: the backend cannot run on these tensors.
+    """
+    _check_spec(spec)
+    check_codes(codes, spec.levels)
+    _check_weight(weight, spec)
+    check_options(backend, grad, deterministic)
+    backend = choose_backend(backend, codes=codes, weight=weight)
+    codes_2d = codes.reshape(-1, spec.levels)
+    if grad == "dense":
+        S = operators.prefix_memory(codes_2d, weight, spec.key, backend, deterministic)
+    else:
+        S = read_rows(weight, codes_2d, spec, backend, grad)
+    return S.view(*codes.shape[:-1], *S.shape[1:])
+
+
+def token_memory(
+    input_ids: Tensor,
+    token_table: Tensor,
+    weight: Tensor,
+    spec: AddressSpec,
+    *,
+    segment_ids: Tensor | None = None,
+    backend: str = "auto",
+    grad: str = "dense",
+    deterministic: bool = False,
+) -> Tensor:
+    """`prefix_memory` over a token stream: S at the tokens of active levels, zero everywhere else.
+
+    A token of level l belongs to a SID where the l - 1 tokens before it have the levels 1 .. l - 1 in that order, in
+    the same row of `input_ids` and in the same segment. Everything else is text.
+
+    Args:
+        input_ids: int32 or int64 ``[B, T]``; ids outside 0 .. V - 1 are text.
+        token_table: int32 ``[V, 2]``: (level, code) of each vocabulary id, level 0 for text.
+        weight, spec, backend, grad, deterministic: as for `prefix_memory`.
+        segment_ids: int32 or int64 ``[B, T]``, equal within one packed sequence; None where rows are not packed.
+
+    Returns:
+        ``[B, T, H * w]`` in the dtype of `weight`.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape or value is not as stated.
+        BackendError: the backend cannot run on these tensors.
+    """
+    _check_spec(spec)
+    stream = TokenStream(input_ids, token_table, segment_ids)
+    check_stream(stream)
+    _check_weight(weight, spec)
+    check_options(backend, grad, deterministic)
+    tensors = {name: tensor for name, tensor in stream._asdict().items() if tensor is not None}
+    backend = choose_backend(backend, **tensors, weight=weight)
+    if grad == "dense":
+        return operators.token_memory(*stream, weight, spec.key, backend, deterministic)
+    return read_rows(weight, stream, spec, backend, grad)
+
+
+def check_options(backend: str, grad: str, deterministic: bool) -> None:
+    """Refuse unknown ways to compute.
+
+    Raises:
+        TypeError, ValueError: with the argument, its value and what is allowed.
+    """
+    _checks.choice("backend", backend, BACKENDS)
+    _checks.choice("grad", grad, GRADS)
+    _checks.boolean("deterministic", deterministic)
+
+
+def check_codes(codes: Tensor, levels: int) -> None:
+    _checks.tensor("codes", codes, CODE_DTYPES, None, "[..., L]")
+    if codes.dim() < 1 or codes.shape[-1] != levels:
+        raise ValueError(
+            f"codes has shape {tuple(codes.shape)}; its last dimension must be the {levels} levels of the spec. "
+            "Fill a shorter SID with -1"
+        )
+
+
+def check_stream(stream: TokenStream) -> None:
+    input_ids, token_table, segment_ids = stream
+    _checks.tensor("input_ids", input_ids, _ID_DTYPES, 2, "[B, T]")
+    _checks.tensor("token_table", token_table, (torch.int32,), 2, "[V, 2]")
+    if token_table.shape[1] != 2:
+        raise ValueError(f"token_table has shape {tuple(token_table.shape)}; give [V, 2], (level, code) of each id")
+    if segment_ids is not None:
+        _checks.tensor("segment_ids", segment_ids, _ID_DTYPES, 2, "[B, T]")
+        if segment_ids.shape != input_ids.shape:
+            raise ValueError(
+                f"segment_ids has shape {tuple(segment_ids.shape)}; give that of input_ids, {tuple(input_ids.shape)}"
+            )
+
+
+def _check_spec(spec: AddressSpec) -> None:
+    if not isinstance(spec, AddressSpec):
+        raise TypeError(f"spec is a {type(spec).__name__}; give an AddressSpec")
+
+
+def _check_weight(weight: Tensor, spec: AddressSpec) -> None:
+    _checks.tensor("weight", weight, TABLE_DTYPES, 2, "[R, w]")
+    if type(weight).__name__ == "DTensor":
+        raise TypeError(
+            "weight is a DTensor, and the operation reads whole tables; keep the table out of FSDP with "
+            "fully_shard(..., ignored_params={encoder.memory.weight})"
+        )
+    if weight.shape[0] != spec.total_rows or weight.shape[1] < 1:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; the spec needs [{spec.total_rows}, w] with w >= 1")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(weight).tangent is not None:
+        raise NotImplementedError("weight carries a forward-mode tangent; use reverse mode, or torch.func.vjp")

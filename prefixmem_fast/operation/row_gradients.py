@@ -1,0 +1,111 @@
+"""The gradient as rows: a torch sparse tensor (grad="sparse"), or an update in the backward pass (grad="fused").
+
+Neither holds a dense gradient at any time. Both differentiate once, and both are the same bits run after run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._dtypes import accumulator
+from ..addressing import AddressSpec, TokenStream
+from .backends import functions_of
+from .fused_gradient import FusedGradient
+from .rules import RowUpdate
+from .sparse_norm import register_sparse_norm
+from .table import table_of
+
+
+@torch.compiler.disable
+def read_rows(weight: Tensor, source: Tensor | TokenStream, spec: AddressSpec, backend: str, grad: str) -> Tensor:
+    """S of codes ``[M, L]`` or of a token stream, differentiated into rows.
+
+    Args:
+        backend: a chosen one; a later step of the table's optimizer uses it too.
+        grad: "sparse" or "fused".
+    """
+    if weight.requires_grad and torch.is_grad_enabled():
+        _check_one_process(grad)
+        if grad == "fused":
+            _check_fusible(weight)
+        else:
+            register_sparse_norm()
+        table_of(weight).backend = backend
+    return _RowGradient.apply(weight, spec, backend, grad, isinstance(source, TokenStream), *_tensors(source))
+
+
+def _tensors(source: Tensor | TokenStream) -> tuple[Tensor | None, ...]:
+    return tuple(source) if isinstance(source, TokenStream) else (source,)
+
+
+class _RowGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, spec, backend, grad, is_stream, *tensors):
+        ctx.weight, ctx.options = weight, (spec, backend, grad, is_stream)
+        ctx.save_for_backward(*tensors)
+        source = TokenStream(*tensors) if is_stream else tensors[0]
+        return functions_of(backend).forward(source, weight.detach(), spec)
+
+    @staticmethod
+    def backward(ctx, grad):
+        spec, backend, mode, is_stream = ctx.options
+        if torch.is_grad_enabled():
+            raise RuntimeError(f'grad="{mode}" differentiates once; use grad="dense" for create_graph=True')
+        tensors = ctx.saved_tensors  # checkpointing unpacks them once
+        source = TokenStream(*tensors) if is_stream else tensors[0]
+        weight, functions = ctx.weight, functions_of(backend)
+        no_gradients = [None] * (4 + len(tensors))
+        if mode == "fused":
+            update = _begin_update(weight)
+            functions.fused_update(grad, source, spec, update)
+            torch.autograd.graph.increment_version(weight)
+            weight.grad = FusedGradient(weight, torch.cat(update.squares).sum())
+            return None, *no_gradients
+        rows, sums, unique = functions.row_sums(grad, source, spec, weight.dtype)
+        gradient = torch.sparse_coo_tensor(rows[None], sums, weight.shape, is_coalesced=unique, check_invariants=False)
+        return gradient, *no_gradients
+
+
+def _check_one_process(grad: str) -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        reason = {
+            "fused": "would update every process's table by its own batch alone",
+            "sparse": "gives a sparse gradient, which DistributedDataParallel and FSDP do not reduce",
+        }
+        raise RuntimeError(f'grad="{grad}" {reason[grad]}; use grad="dense" in several processes')
+
+
+def _check_fusible(weight: Tensor) -> None:
+    if not weight.is_leaf:
+        raise RuntimeError('grad="fused" updates a parameter, and weight was computed from one; use grad="sparse"')
+    _optimizer_of(weight)
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+        raise RuntimeError(
+            'grad="fused" would apply gradients as GradScaler scaled them, and autocast is in float16; use bfloat16, '
+            'or grad="sparse"'
+        )
+
+
+def _optimizer_of(weight: Tensor):
+    optimizer = table_of(weight).optimizer
+    if optimizer is None:
+        raise RuntimeError(
+            'grad="fused" found no optimizer for the table; build one of prefixmem_fast.optim over it and keep it, or '
+            'use grad="sparse" or grad="dense"'
+        )
+    return optimizer
+
+
+def _begin_update(weight: Tensor) -> RowUpdate:
+    if weight.grad is not None and not getattr(weight.grad, "cleared", False):
+        raise RuntimeError(
+            'grad="fused" has a gradient of this step already: gradients cannot be accumulated over backward passes, '
+            'nor over two readings of one table; use grad="sparse", or call optimizer.step() or zero_grad() after '
+            "each backward pass"
+        )
+    update = _optimizer_of(weight).begin(weight)
+    update.squares = [torch.zeros(1, dtype=accumulator(weight.dtype), device=weight.device)]
+    return update

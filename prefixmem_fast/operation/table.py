@@ -1,0 +1,52 @@
+"""What is known of a table between calls: the backend that read it last, and the optimizer of its backward pass."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .rules import RowUpdate
+
+_ATTRIBUTE = "prefixmem_table"
+
+
+class TableOptimizer(Protocol):
+    """What grad="fused" asks of an optimizer."""
+
+    def begin(self, weight: Tensor) -> RowUpdate:
+        """Count a step of `weight` and give what is needed to apply it."""
+
+
+class Table:
+    """Kept on the parameter. A copy or a pickle of the parameter starts with an empty one.
+
+    Attributes:
+        backend: the chosen backend that read the table last with grad="sparse" or "fused"; None before that.
+    """
+
+    def __init__(self) -> None:
+        self.backend: str | None = None
+        self._optimizer: weakref.ref | None = None
+
+    def __reduce__(self) -> Any:
+        return Table, ()
+
+    @property
+    def optimizer(self) -> TableOptimizer | None:
+        """The optimizer that holds the table, while it lives."""
+        return None if self._optimizer is None else self._optimizer()
+
+    @optimizer.setter
+    def optimizer(self, optimizer: TableOptimizer | None) -> None:
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+
+
+def table_of(weight: Tensor) -> Table:
+    table = getattr(weight, _ATTRIBUTE, None)
+    if table is None:
+        table = Table()
+        setattr(weight, _ATTRIBUTE, table)
+    return table

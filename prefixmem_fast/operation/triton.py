@@ -1,0 +1,92 @@
+"""PrefixMem on a GPU: the kernels, launched on the tensors' device. The one file that imports them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..addressing import AddressSpec, TokenStream
+from ..kernels import atomic_backward, decode, rows, sorted_backward
+from ..kernels import forward as forward_kernels
+from ..kernels.update import Destination, Epilogue
+from .interface import PrefixState, RowSums
+from .rounding import mix_seed
+from .rules import RowUpdate
+
+
+def prefix_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
+    with torch.cuda.device_of(codes):
+        return rows.prefix_rows(codes.contiguous(), spec)
+
+
+def forward(source: Tensor | TokenStream, weight: Tensor, spec: AddressSpec) -> Tensor:
+    launch = forward_kernels.token_memory_fwd if isinstance(source, TokenStream) else forward_kernels.prefix_memory_fwd
+    with torch.cuda.device_of(weight):
+        return launch(_contiguous(source), weight.contiguous(), spec)
+
+
+def dense_gradient(
+    grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec, deterministic: bool = False
+) -> Tensor:
+    """By float32 atomics, or by sorting where the same bits are asked for run after run."""
+    launch = atomic_backward.token_memory_bwd if isinstance(source, TokenStream) else atomic_backward.prefix_memory_bwd
+    with torch.cuda.device_of(grad):
+        if deterministic:
+            launch = sorted_backward.dense
+        return launch(grad.contiguous(), _contiguous(source), spec)
+
+
+def row_sums(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec, dtype: torch.dtype) -> RowSums:
+    """A fixed number of entries, so that nothing waits for a count: see `RowSums.unique`."""
+    with torch.cuda.device_of(grad):
+        touched, sums = sorted_backward.padded_rows(grad.contiguous(), _contiguous(source), spec)
+    return RowSums(touched, sums.to(dtype), False)
+
+
+def fused_update(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec, update: RowUpdate) -> None:
+    with torch.cuda.device_of(grad):
+        sorted_backward.update(grad.contiguous(), _contiguous(source), spec, *_epilogue_of(update), update.squares)
+
+
+def sparse_update(grad: Tensor, update: RowUpdate) -> None:
+    touched, values = grad._indices()[0], grad._values().contiguous()
+    with torch.cuda.device_of(values):
+        sorted_backward.update_sparse(touched, values, *_epilogue_of(update), update.squares)
+
+
+def state_copies(weight: Tensor, spec: AddressSpec) -> int:
+    """One for each column tile: a program then reads only what it alone writes."""
+    return decode.column_tiles(weight, spec)
+
+
+def decoding_step(tokens: Tensor, token_table: Tensor, state: PrefixState, weight: Tensor, spec: AddressSpec) -> Tensor:
+    with torch.cuda.device_of(weight):
+        return decode.token_step(tokens.contiguous(), token_table, *state, weight.contiguous(), spec)
+
+
+def _contiguous(source: Tensor | TokenStream) -> Tensor | TokenStream:
+    if isinstance(source, TokenStream):
+        return TokenStream(*(None if tensor is None else tensor.contiguous() for tensor in source))
+    return source.contiguous()
+
+
+def _epilogue_of(update: RowUpdate) -> tuple[Destination, Epilogue]:
+    """An update as the arguments of a kernel, at run time and at compile time."""
+    hyper, stochastic = update.hyper, update.seed is not None
+    first_moment, second_moment = [None, None, *update.state][-2:]
+    adam = len(update.state) == 2
+    destination = Destination(
+        table=update.weight,
+        first_moment=first_moment,
+        second_moment=second_moment,
+        step=update.step if stochastic else None,
+        correction1=hyper.correction1 if adam else None,
+        correction2=hyper.correction2 if adam else None,
+        lr=hyper.lr,
+        weight_decay=float(hyper.weight_decay),
+        eps=float(hyper.eps),
+        beta1=float(hyper.beta1),
+        beta2=float(hyper.beta2),
+        seed=mix_seed(update.seed) if stochastic else 0,
+    )
+    return destination, Epilogue(update.rule, hyper.weight_decay != 0, isinstance(hyper.lr, Tensor), stochastic)

@@ -1,0 +1,29 @@
+"""Inputs of every kind, and the bound that the sums of a backend are held to."""
+
+import random
+
+import torch
+
+from prefixmem_fast.checks.parity import exact_sums, random_tokens
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+MODES = ["prefix", "suffix", "full"]
+BACKENDS = ["reference", "cpu", "triton"]
+
+
+def dtype_name(value):
+    return str(value).removeprefix("torch.")
+
+
+def assert_exact_sums(sums, operation, values):
+    """`sums` against the float64 sums, within the bound that the number and size of the summands give."""
+    exact, bound = exact_sums(operation, values)
+    assert sums.isfinite().all()
+    error = (sums.double() - exact).abs()
+    assert (error <= bound).all(), f"{(error / bound).max().item():.3g} times the bound"
+
+
+def token_case(spec, shape, seed=0):
+    """Token ids of `shape` and a token table, with whole and cut SIDs, text and noise."""
+    ids, table = random_tokens(random.Random(seed), spec, shape)
+    return torch.tensor(ids, dtype=torch.int64).reshape(shape), torch.tensor(table, dtype=torch.int32)
