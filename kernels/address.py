@@ -107,6 +107,6 @@ def load_sid_codes(p_codes, o_m, m_m, LAST: tl.constexpr, address: tl.constexpr)
     b_codes = ()
     b_length = tl.zeros_like(o_m).to(tl.int32)
     for l in tl.static_range(1, LAST + 1):
-        b_code = tl.load(p_codes + o_m * L + (l - 1), mask=m_m, other=-1)
+        b_code = tl.load(p_codes + o_m * L + (l - 1), mask=m_m, other=-1)  # [BM]
         b_codes, b_length = append_code(b_codes, b_length, b_code, l, address)
     return b_codes, b_length

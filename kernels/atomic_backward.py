@@ -44,7 +44,7 @@ def scatter_order(
 ):
     b_row, m_row = order_rows(b_codes, b_length, o_h, LEVEL, ORDER, address)
     p_row = p_total + (b_row * W)[:, :, None] + o_w[None, None, :]
-    tl.atomic_add(p_row, b_grad, mask=m_row[:, None, None] & m_d, sem="relaxed")
+    tl.atomic_add(p_row, b_grad, mask=m_row[:, None, None] & m_d, sem="relaxed")  # [BM, BH, BW]
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def prefix_memory_bwd_kernel(
     for l in tl.static_range(LAST, 0, -1):
         if address.slot_of_level[l - 1] >= 0:
             p_level = p_grad + ((o_m * A + address.slot_of_level[l - 1]) * (H * W))[:, None, None] + o_d
-            b_grad = tl.load(p_level, mask=m_m[:, None, None] & m_d, other=0.0).to(ACC)
+            b_grad = tl.load(p_level, mask=m_m[:, None, None] & m_d, other=0.0).to(ACC)  # [BM, BH, BW]
             b_sum = b_sum + b_grad if address.mode == "prefix" else b_grad
         scatter_level(b_sum, p_total, b_codes, b_length, o_h, o_w, m_d, l, W, address)
 

@@ -72,10 +72,10 @@ def token_step_kernel(
             b_sum = tl.where((b_level == l)[:, None, None], b_next, b_sum)
             if address.slot_of_level[l - 1] >= 0:
                 m_active = m_active | (b_level == l)
-    tl.store(p_sum, b_sum, mask=m_sum)
+    tl.store(p_sum, b_sum, mask=m_sum)  # [BM, BH, BW]
     b_out = tl.where(m_active[:, None, None], b_sum, 0.0)
     p_s = p_out + (o_m.to(tl.int64) * (H * W))[:, None, None] + o_d
-    tl.store(p_s, b_out.to(p_out.dtype.element_ty), mask=m_sum)
+    tl.store(p_s, b_out.to(p_out.dtype.element_ty), mask=m_sum)  # [BM, BH, BW]
 
 
 def column_tiles(weight: Tensor, spec: AddressSpec) -> int:

@@ -45,7 +45,7 @@ def add_order(
     """b_sum [BM, BH, BW] plus the rows of one order."""
     b_row, m_row = order_rows(b_codes, b_length, o_h, LEVEL, ORDER, address)
     p_row = p_weight + (b_row * W)[:, :, None] + o_w[None, None, :]
-    return b_sum + tl.load(p_row, mask=m_row[:, None, None] & m_d, other=0.0).to(b_sum.dtype)
+    return b_sum + tl.load(p_row, mask=m_row[:, None, None] & m_d, other=0.0).to(b_sum.dtype)  # [BM, BH, BW]
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def prefix_memory_fwd_kernel(
         b_sum = add_level(b_sum, p_weight, b_codes, b_length, o_h, o_w, m_d, l, W, address)
         if address.slot_of_level[l - 1] >= 0:
             p_level = p_out + ((o_m * A + address.slot_of_level[l - 1]) * (H * W))[:, None, None] + o_d
-            tl.store(p_level, b_sum.to(p_out.dtype.element_ty), mask=m_m[:, None, None] & m_d)
+            tl.store(p_level, b_sum.to(p_out.dtype.element_ty), mask=m_m[:, None, None] & m_d)  # [BM, BH, BW]
 
 
 @triton.jit(do_not_specialize=["T", "V"])
@@ -143,7 +143,7 @@ def token_memory_fwd_kernel(
         o_rank = i_rank + tl.arange(0, BM)
         o_zero = ranked_tokens(m_zero, b_rank, o_t, o_rank)
         p_zero = p_out + (o_zero.to(tl.int64) * (H * W))[:, None, None] + o_d
-        tl.store(p_zero, b_zero, mask=(o_rank < n_zero)[:, None, None] & m_d)
+        tl.store(p_zero, b_zero, mask=(o_rank < n_zero)[:, None, None] & m_d)  # [BM, BH, BW]
         i_rank += BM
 
     b_level = load_level(p_ids, p_table, o_t, o_t < T, V)

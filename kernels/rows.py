@@ -30,9 +30,9 @@ def store_rows(p_rows, b_codes, b_length, o_m, m_m, PAIRS: tl.constexpr, BH: tl.
         p_pair = p_rows + (o_m.to(tl.int64) * (J * H) + j * H)[:, None] + o_h[None, :]
         if PAIRS[j][1] > 0:
             b_row, m_row = order_rows(b_codes, b_length, o_h, PAIRS[j][0], PAIRS[j][1], address)
-            tl.store(p_pair, tl.where(m_row[:, None], b_row, -1).to(p_rows.dtype.element_ty), mask=m_store)
+            tl.store(p_pair, tl.where(m_row[:, None], b_row, -1).to(p_rows.dtype.element_ty), mask=m_store)  # [BM, BH]
         else:
-            tl.store(p_pair, tl.full(p_pair.shape, -1, p_rows.dtype.element_ty), mask=m_store)
+            tl.store(p_pair, tl.full(p_pair.shape, -1, p_rows.dtype.element_ty), mask=m_store)  # [BM, BH]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -77,8 +77,8 @@ def token_codes_kernel(p_ids, p_table, p_segments, p_codes, p_n_tokens, T, V, ad
     if address.mode != "suffix":
         m_codes = m_codes & (b_n_tokens >= address.first_active)
     for l in tl.static_range(1, LAST + 1):
-        tl.store(p_codes + o_m * L + (l - 1), tl.where(b_read >= l, b_codes[l - 1], -1), mask=m_codes)
-    tl.store(p_n_tokens + o_m, b_n_tokens, mask=o_t < T)
+        tl.store(p_codes + o_m * L + (l - 1), tl.where(b_read >= l, b_codes[l - 1], -1), mask=m_codes)  # [BM]
+    tl.store(p_n_tokens + o_m, b_n_tokens, mask=o_t < T)  # [BM]
 
 
 @lru_cache(maxsize=64)

@@ -31,7 +31,7 @@ def mark_shared_kernel(p_rows, p_order, p_ranks, p_slots, p_keys, E, BE: tl.cons
     else the rank of the row (0 without ranks); and keys [E] to merge by: the row or its rank where shared, else -1."""
     o_e = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
     m_e = o_e < E
-    b_row = tl.load(p_rows + o_e, mask=m_e, other=-1)
+    b_row = tl.load(p_rows + o_e, mask=m_e, other=-1)  # [BE]
     m_row = m_e & (b_row >= 0)
     m_before = m_row & (o_e > 0)
     m_shared = m_before & (tl.load(p_rows + o_e - 1, mask=m_before, other=-1) == b_row)
@@ -39,11 +39,11 @@ def mark_shared_kernel(p_rows, p_order, p_ranks, p_slots, p_keys, E, BE: tl.cons
     m_shared = m_shared | (m_after & (tl.load(p_rows + o_e + 1, mask=m_after, other=-1) == b_row))
     b_key, b_slot = b_row, tl.zeros_like(b_row)
     if p_ranks is not None:
-        b_key = tl.load(p_ranks + o_e, mask=m_row, other=0).to(b_row.dtype)
+        b_key = tl.load(p_ranks + o_e, mask=m_row, other=0).to(b_row.dtype)  # [BE]
         b_slot = b_key
-    b_run = tl.load(p_order + o_e, mask=m_row, other=0)
-    tl.store(p_slots + b_run, tl.where(m_shared, -1, b_slot).to(tl.int32), mask=m_row)
-    tl.store(p_keys + o_e, tl.where(m_shared, b_key, -1), mask=m_e)
+    b_run = tl.load(p_order + o_e, mask=m_row, other=0)  # [BE]
+    tl.store(p_slots + b_run, tl.where(m_shared, -1, b_slot).to(tl.int32), mask=m_row)  # [BE]
+    tl.store(p_keys + o_e, tl.where(m_shared, b_key, -1), mask=m_e)  # [BE]
 
 
 def dense(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec) -> Tensor:
@@ -142,9 +142,9 @@ def _rank(rows: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     torch.ne(rows[1:], rows[:-1], out=new[1:])
     new &= rows >= 0
     ranks = torch.cumsum(new, 0) - 1
-    found = rows[-1:].clamp(min=0).long().repeat(len(rows) + 1)  # one more, for entries that open no run
-    found.scatter_(0, torch.where(new, ranks, len(rows)), rows.long())
-    return ranks, found[:-1], torch.zeros((len(rows), width), dtype=dtype, device=rows.device)
+    touched = rows[-1:].clamp(min=0).long().repeat(len(rows) + 1)  # one more, for entries that open no run
+    touched.scatter_(0, torch.where(new, ranks, len(rows)), rows.long())
+    return ranks, touched[:-1], torch.zeros((len(rows), width), dtype=dtype, device=rows.device)
 
 
 def _empty(grad: Tensor, width: int) -> tuple[Tensor, Tensor]:

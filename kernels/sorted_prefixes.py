@@ -82,7 +82,7 @@ def pack_codes_kernel(p_codes, p_first, p_keys, M, plan: tl.constexpr, address: 
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     b_sid = o_m
     if p_first is not None:
-        b_sid = tl.load(p_first + o_m, mask=o_m < M, other=-1)
+        b_sid = tl.load(p_first + o_m, mask=o_m < M, other=-1)  # [BM]
     b_codes, b_length = load_sid_codes(p_codes, b_sid, (o_m < M) & (b_sid >= 0), DEPTH, address)
     for word in tl.static_range(WORDS):
         b_key = tl.zeros([BM], tl.int64)
@@ -90,7 +90,7 @@ def pack_codes_kernel(p_codes, p_first, p_keys, M, plan: tl.constexpr, address: 
             if plan.words[i] == word:
                 b_digit = tl.where(b_length > i, b_codes[i].to(tl.int64) + 1, 0)
                 b_key = b_key | (b_digit << plan.shifts[i])
-        tl.store(p_keys + word * M.to(tl.int64) + o_m, b_key, mask=o_m < M)
+        tl.store(p_keys + word * M.to(tl.int64) + o_m, b_key, mask=o_m < M)  # [BM]
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -115,17 +115,17 @@ def prefixes_kernel(
     DEPTH: tl.constexpr = plan.depth
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_m = o_m < M
-    b_sid = tl.load(p_order + o_m, mask=m_m, other=-1)
+    b_sid = tl.load(p_order + o_m, mask=m_m, other=-1)  # [BM]
     b_codes, b_length = load_sid_codes(p_codes, b_sid, b_sid >= 0, DEPTH, address)
     m_next = (o_m + 1 < M) & (b_length > 0)
-    b_next = tl.load(p_order + o_m + 1, mask=m_next, other=-1)
+    b_next = tl.load(p_order + o_m + 1, mask=m_next, other=-1)  # [BM]
     b_others, b_other_length = load_sid_codes(p_codes, b_next, m_next, DEPTH, address)
     b_differs = tl.full([BM], DEPTH + 1, tl.int32)
     for i in tl.static_range(DEPTH - 1, -1, -1):
         m_same = (b_codes[i] == b_others[i]) & ((b_length > i) == (b_other_length > i))
         b_differs = tl.where(m_same, b_differs, i + 1)
     b_differs = tl.where(m_next, b_differs, 1)  # nothing is a run by itself: a longer one would leave partial sums
-    tl.store(p_differs + o_m + 1, b_differs.to(tl.int8), mask=m_m)
+    tl.store(p_differs + o_m + 1, b_differs.to(tl.int8), mask=m_m)  # [BM]
     tl.store(p_differs + o_m, tl.full([BM], 1, tl.int8), mask=o_m == 0)
     o_h = tl.arange(0, BH)
     for j in tl.static_range(J):
@@ -133,7 +133,7 @@ def prefixes_kernel(
             b_row, m_row = order_rows(b_codes, b_length, o_h, plan.orders[j], plan.orders[j], address)
             b_row = tl.where((m_row & (b_differs <= plan.orders[j]))[:, None], b_row, -1)
             p_row = p_rows + (o_m * (C * H) + plan.checked[j] * H)[:, None] + o_h[None, :]
-            tl.store(p_row, b_row.to(p_rows.dtype.element_ty), mask=m_m[:, None] & (o_h < H)[None, :])
+            tl.store(p_row, b_row.to(p_rows.dtype.element_ty), mask=m_m[:, None] & (o_h < H)[None, :])  # [BM, BH]
 
 
 @triton.jit
@@ -150,12 +150,12 @@ def add_gradient(
         if address.slot_of_level[l - 1] >= 0:
             m_level = m_sid
             if p_n_tokens is not None:  # a token stream: the level's gradient stands at the SID's l-th token
-                m_level = m_level & (tl.load(p_n_tokens + b_sid, mask=m_level, other=0) >= l)
+                m_level = m_level & (tl.load(p_n_tokens + b_sid, mask=m_level, other=0) >= l)  # [BB]
                 o_vector = b_sid + (l - 1)
             else:
                 o_vector = b_sid * A + address.slot_of_level[l - 1]
             p_level = p_grad + (o_vector * (H * W))[:, None, None] + o_d
-            b_grad = tl.load(p_level, mask=m_level[:, None, None] & m_d, other=0.0).to(b_level.dtype)
+            b_grad = tl.load(p_level, mask=m_level[:, None, None] & m_d, other=0.0).to(b_level.dtype)  # [BB, BH, BW]
             b_level = b_level + b_grad if address.mode == "prefix" else b_grad
         b_new = ()
         for j in tl.static_range(J):
@@ -209,7 +209,7 @@ def sum_prefixes_kernel(
     o_first = i_block * BLOCK
     m_block = o_first < E
 
-    b_first = tl.load(p_differs + o_first, mask=m_block, other=1).to(tl.int32)
+    b_first = tl.load(p_differs + o_first, mask=m_block, other=1).to(tl.int32)  # [BB]
     b_here = b_first
     b_least = tl.full([BB], plan.depth + 1, tl.int32)  # least of `differs` in the block
     b_squares = tl.zeros([BB, BH, BW], ACC)
@@ -224,10 +224,10 @@ def sum_prefixes_kernel(
     while i < n_walk:
         o_e = o_first + i
         m_e = o_e < E
-        b_next = tl.load(p_differs + o_e + 1, mask=m_e & (o_e + 1 < E), other=1).to(tl.int32)
+        b_next = tl.load(p_differs + o_e + 1, mask=m_e & (o_e + 1 < E), other=1).to(tl.int32)  # [BB]
         b_sid = o_e
         if LEAF:
-            b_sid = tl.load(p_order + o_e, mask=m_e, other=-1)
+            b_sid = tl.load(p_order + o_e, mask=m_e, other=-1)  # [BB]
             b_codes, b_length = load_sid_codes(p_codes, b_sid, b_sid >= 0, plan.depth, address)
             m_sid = b_length > 0
             b_sums = add_gradient(p_grad, p_n_tokens, b_sid, m_sid, o_d, m_d, b_sums, W, plan, address)
@@ -237,25 +237,25 @@ def sum_prefixes_kernel(
             if not LEAF:
                 m_value = m_e & (tl.where(o_e % 2 == 0, b_here, b_next) > plan.orders[j])
                 p_value = p_values + ((o_e * J + j) * D)[:, None, None] + o_d
-                b_sum += tl.load(p_value, mask=m_value[:, None, None] & m_d, other=0.0)
+                b_sum += tl.load(p_value, mask=m_value[:, None, None] & m_d, other=0.0)  # [BB, BH, BW]
                 m_lead = m_value & (o_e % 2 == 0)
-                b_place = tl.load(p_places + o_e * J + j, mask=m_lead, other=0).to(tl.int64)
+                b_place = tl.load(p_places + o_e * J + j, mask=m_lead, other=0).to(tl.int64)  # [BB]
                 b_place = tl.where(m_lead, b_place, b_places[j])
                 m_some = m_some | m_value
             m_end = m_e & (b_next <= plan.orders[j])
             m_done = m_end & ~m_open[j]
             if not LEAF:
                 m_done = m_done & m_some
-                b_sid = tl.load(p_order + b_place, mask=m_done, other=0)
+                b_sid = tl.load(p_order + b_place, mask=m_done, other=0)  # [BB]
                 b_codes, b_length = load_sid_codes(p_codes, b_sid, m_done, plan.orders[j], address)
             b_row, m_row = order_rows(b_codes, b_length, o_h, plan.orders[j], plan.orders[j], address)
             m_row = (m_done & m_row)[:, None] & (o_h < H)[None, :]
             if plan.checked[j] >= 0:
                 o_slot = ((b_place * C + plan.checked[j]) * H)[:, None] + o_h[None, :]
-                b_slot = tl.load(p_slots + o_slot, mask=m_row, other=0)
+                b_slot = tl.load(p_slots + o_slot, mask=m_row, other=0)  # [BB, BH]
                 m_shared = m_row & (b_slot < 0)
                 p_aside = p_shared + (o_slot * W)[:, :, None] + o_w[None, None, :]
-                tl.store(p_aside, b_sum, mask=m_shared[:, :, None] & m_d)
+                tl.store(p_aside, b_sum, mask=m_shared[:, :, None] & m_d)  # [BB, BH, BW]
                 m_row = m_row & (b_slot >= 0)
                 if plan.ranked:
                     b_row = b_slot.to(tl.int64)
@@ -265,8 +265,8 @@ def sum_prefixes_kernel(
 
             m_cut = m_end & m_open[j]
             p_edge = p_edge_values + ((i_block * 2 * J + j) * D)[:, None, None] + o_d
-            tl.store(p_edge, b_sum, mask=m_cut[:, None, None] & m_d)
-            tl.store(p_edge_places + i_block * 2 * J + j, b_place.to(tl.int32), mask=m_cut)
+            tl.store(p_edge, b_sum, mask=m_cut[:, None, None] & m_d)  # [BB, BH, BW]
+            tl.store(p_edge_places + i_block * 2 * J + j, b_place.to(tl.int32), mask=m_cut)  # [BB]
             b_kept = b_kept + (tl.where(m_end[:, None, None], 0.0, b_sum),)
             m_kept_open = m_kept_open + (m_open[j] & ~m_end,)
             m_kept_any = m_kept_any + (m_some & ~m_end,)
@@ -280,12 +280,12 @@ def sum_prefixes_kernel(
         # A run that fills the whole block goes to the left edge; a zero at the right one keeps its neighbours apart.
         m_runs_on = m_block & (o_first + BLOCK < E) & (b_here > plan.orders[j])
         p_edge = p_edge_values + ((i_block * 2 * J + j) * D)[:, None, None] + o_d
-        tl.store(p_edge, b_sums[j], mask=(m_runs_on & m_open[j])[:, None, None] & m_d)
+        tl.store(p_edge, b_sums[j], mask=(m_runs_on & m_open[j])[:, None, None] & m_d)  # [BB, BH, BW]
         b_trail = tl.where(m_open[j][:, None, None], 0.0, b_sums[j])
-        tl.store(p_edge + J * D, b_trail, mask=m_runs_on[:, None, None] & m_d)
+        tl.store(p_edge + J * D, b_trail, mask=m_runs_on[:, None, None] & m_d)  # [BB, BH, BW]
     store_squares(destination, b_squares)
-    tl.store(p_edge_differs + i_block * 2, b_first.to(tl.int8), mask=m_block)
-    tl.store(p_edge_differs + i_block * 2 + 1, b_least.to(tl.int8), mask=m_block)
+    tl.store(p_edge_differs + i_block * 2, b_first.to(tl.int8), mask=m_block)  # [BB]
+    tl.store(p_edge_differs + i_block * 2 + 1, b_least.to(tl.int8), mask=m_block)  # [BB]
 
 
 class Prefixes(NamedTuple):

@@ -69,12 +69,12 @@ def term_gradient(
         if address.slot_of_level[l - 1] >= 0:
             m_level = m_term & (b_pair >= terms.low[l - 1]) & (b_pair < terms.high[l - 1])
             if p_n_tokens is not None:  # a token stream: the level's gradient stands at the SID's l-th token
-                m_level = m_level & (tl.load(p_n_tokens + b_sid, mask=m_level, other=0) >= l)
+                m_level = m_level & (tl.load(p_n_tokens + b_sid, mask=m_level, other=0) >= l)  # [BB]
                 o_vector = b_sid + (l - 1)
             else:
                 o_vector = b_sid * A + address.slot_of_level[l - 1]
             p_level = p_grad + ((o_vector * H + b_head) * W)[:, None] + o_w[None, :]
-            b += tl.load(p_level, mask=m_level[:, None] & m_w[None, :], other=0.0).to(ACC)
+            b += tl.load(p_level, mask=m_level[:, None] & m_w[None, :], other=0.0).to(ACC)  # [BB, BW]
     return b
 
 
@@ -109,7 +109,7 @@ def sum_rows_kernel(
     m_w = o_w < W
     o_first = i_block * BLOCK
 
-    b_first = tl.load(p_keys + o_first, mask=o_first < E, other=-1).to(tl.int64)
+    b_first = tl.load(p_keys + o_first, mask=o_first < E, other=-1).to(tl.int64)  # [BB]
     m_lead = (i_block > 0) & (o_first < E) & (b_first >= 0)
     m_lead = m_lead & (tl.load(p_keys + o_first - 1, mask=m_lead, other=-1) == b_first)
     m_open = m_lead  # the current run began in an earlier block
@@ -125,13 +125,13 @@ def sum_rows_kernel(
         m_e = (o_e < E) & (b_key >= 0)
         b_entry = o_e
         if p_entries is not None:
-            b_entry = tl.load(p_entries + o_e, mask=m_e, other=0).to(tl.int64)
+            b_entry = tl.load(p_entries + o_e, mask=m_e, other=0).to(tl.int64)  # [BB]
         if terms is not None:
             b_sum += term_gradient(p_grad, p_n_tokens, b_entry, m_e, o_w, m_w, W, ACC, terms, address)
         else:
             p_value = p_values + (b_entry * W)[:, None] + o_w[None, :]
-            b_sum += tl.load(p_value, mask=m_e[:, None] & m_w[None, :], other=0.0).to(ACC)
-        b_next = tl.load(p_keys + o_e + 1, mask=o_e + 1 < E, other=-1).to(tl.int64)
+            b_sum += tl.load(p_value, mask=m_e[:, None] & m_w[None, :], other=0.0).to(ACC)  # [BB, BW]
+        b_next = tl.load(p_keys + o_e + 1, mask=o_e + 1 < E, other=-1).to(tl.int64)  # [BB]
         m_same = m_e & (b_next == b_key)
         m_end = m_e & (b_next != b_key)
         write_rows(destination, b_key[:, None], b_sum[:, None, :], (m_end & ~m_open)[:, None], o_w, W, epilogue)
@@ -148,11 +148,11 @@ def sum_rows_kernel(
     b_trail = tl.where(m_open[:, None], 0.0, b_sum)
     store_squares(destination, b_squares)
     m_block = o_first < E
-    tl.store(p_edge_keys + i_block * 2, tl.where(m_lead, b_first, -1), mask=m_block)
-    tl.store(p_edge_keys + i_block * 2 + 1, tl.where(m_same, b_last, -1), mask=m_block)
+    tl.store(p_edge_keys + i_block * 2, tl.where(m_lead, b_first, -1), mask=m_block)  # [BB]
+    tl.store(p_edge_keys + i_block * 2 + 1, tl.where(m_same, b_last, -1), mask=m_block)  # [BB]
     p_edge = p_edge_values + (i_block * (2 * W))[:, None] + o_w[None, :]
-    tl.store(p_edge, b_lead, mask=m_lead[:, None] & m_w[None, :])
-    tl.store(p_edge + W, b_trail, mask=m_same[:, None] & m_w[None, :])
+    tl.store(p_edge, b_lead, mask=m_lead[:, None] & m_w[None, :])  # [BB, BW]
+    tl.store(p_edge + W, b_trail, mask=m_same[:, None] & m_w[None, :])  # [BB, BW]
 
 
 def sum_terms(

@@ -23,17 +23,17 @@ def token_tile(T, BT: tl.constexpr):
 @triton.jit
 def load_level(p_ids, p_table, o_t, m_t, V):
     """Levels of tokens, 0 where masked or outside the table."""
-    b_id = tl.load(p_ids + o_t, mask=m_t, other=-1).to(tl.int64)
-    return tl.load(p_table + b_id * 2, mask=(b_id >= 0) & (b_id < V), other=0)
+    b_id = tl.load(p_ids + o_t, mask=m_t, other=-1).to(tl.int64)  # [BT]
+    return tl.load(p_table + b_id * 2, mask=(b_id >= 0) & (b_id < V), other=0)  # [BT]
 
 
 @triton.jit
 def load_token(p_ids, p_table, o_t, m_t, V):
     """(level, code) of tokens; level 0 where masked or outside the table."""
-    b_id = tl.load(p_ids + o_t, mask=m_t, other=-1).to(tl.int64)
+    b_id = tl.load(p_ids + o_t, mask=m_t, other=-1).to(tl.int64)  # [BT]
     m_known = (b_id >= 0) & (b_id < V)
-    b_level = tl.load(p_table + b_id * 2, mask=m_known, other=0)
-    b_code = tl.load(p_table + b_id * 2 + 1, mask=m_known, other=-1)
+    b_level = tl.load(p_table + b_id * 2, mask=m_known, other=0)  # [BT]
+    b_code = tl.load(p_table + b_id * 2 + 1, mask=m_known, other=-1)  # [BT]
     return b_level, b_code
 
 
@@ -41,8 +41,8 @@ def load_token(p_ids, p_table, o_t, m_t, V):
 def same_segment(p_segments, o_t, o_other, m_t):
     """Mask of tokens in one packed segment; everything is one segment where none are given."""
     if p_segments is not None:
-        b_segment = tl.load(p_segments + o_t, mask=m_t, other=0)
-        m_t = m_t & (b_segment == tl.load(p_segments + o_other, mask=m_t, other=0))
+        b_segment = tl.load(p_segments + o_t, mask=m_t, other=0)  # [BT]
+        m_t = m_t & (b_segment == tl.load(p_segments + o_other, mask=m_t, other=0))  # [BT]
     return m_t
 
 

@@ -87,46 +87,46 @@ def write_rows(destination, b_row, b_sum, m_row, o_w, W: tl.constexpr, epilogue:
     o_e = (b_row * W)[:, :, None] + o_w[None, None, :]
     m_e = m_row[:, :, None] & (o_w < W)[None, None, :]
     if epilogue.rule == "store":
-        tl.store(p_table + o_e, b_sum.to(p_table.dtype.element_ty), mask=m_e)
+        tl.store(p_table + o_e, b_sum.to(p_table.dtype.element_ty), mask=m_e)  # [BB, BH, BW]
     else:
         if epilogue.scheduled:
             lr = tl.load(destination.lr).to(b_sum.dtype)
         else:
             lr = destination.lr
-        b_w = tl.load(p_table + o_e, mask=m_e, other=0.0).to(b_sum.dtype)
+        b_w = tl.load(p_table + o_e, mask=m_e, other=0.0).to(b_sum.dtype)  # [BB, BH, BW]
         if epilogue.decays:
             b_w = b_w * (1 - lr * destination.weight_decay)
         if epilogue.rule == "sgd":
             b_w = b_w - lr * b_sum
         elif epilogue.rule == "row_adagrad":
             p_total = destination.second_moment + b_row
-            b_total = tl.load(p_total, mask=m_row, other=0.0) + tl.sum(b_sum * b_sum, 2) / W
-            tl.store(p_total, b_total, mask=m_row)
+            b_total = tl.load(p_total, mask=m_row, other=0.0) + tl.sum(b_sum * b_sum, 2) / W  # [BB, BH]
+            tl.store(p_total, b_total, mask=m_row)  # [BB, BH]
             b_w = b_w - (lr / (tl.sqrt(b_total) + destination.eps))[:, :, None] * b_sum
         else:
             b_mean = b_sum
             if destination.first_moment is not None:
-                b_first = tl.load(destination.first_moment + o_e, mask=m_e, other=0.0)
+                b_first = tl.load(destination.first_moment + o_e, mask=m_e, other=0.0)  # [BB, BH, BW]
                 b_first = destination.beta1 * b_first + (1 - destination.beta1) * b_sum
-                tl.store(destination.first_moment + o_e, b_first, mask=m_e)
+                tl.store(destination.first_moment + o_e, b_first, mask=m_e)  # [BB, BH, BW]
                 b_mean = b_first / tl.load(destination.correction1)
             correction = tl.load(destination.correction2)
             if epilogue.rule == "row_adam":
                 p_second = destination.second_moment + b_row
-                b_second = tl.load(p_second, mask=m_row, other=0.0)
+                b_second = tl.load(p_second, mask=m_row, other=0.0)  # [BB, BH]
                 b_second = destination.beta2 * b_second + (1 - destination.beta2) * (tl.sum(b_sum * b_sum, 2) / W)
-                tl.store(p_second, b_second, mask=m_row)
+                tl.store(p_second, b_second, mask=m_row)  # [BB, BH]
                 b_w = b_w - (lr / (tl.sqrt(b_second / correction) + destination.eps))[:, :, None] * b_mean
             else:
                 p_second = destination.second_moment + o_e
-                b_second = tl.load(p_second, mask=m_e, other=0.0)
+                b_second = tl.load(p_second, mask=m_e, other=0.0)  # [BB, BH, BW]
                 b_second = destination.beta2 * b_second + (1 - destination.beta2) * (b_sum * b_sum)
-                tl.store(p_second, b_second, mask=m_e)
+                tl.store(p_second, b_second, mask=m_e)  # [BB, BH, BW]
                 b_w = b_w - lr / (tl.sqrt(b_second / correction) + destination.eps) * b_mean
         if epilogue.rounds:
             tl.store(p_table + o_e, round_stochastically(b_w, b_row, o_w, destination.step, destination.seed), mask=m_e)
         else:
-            tl.store(p_table + o_e, b_w.to(p_table.dtype.element_ty), mask=m_e)
+            tl.store(p_table + o_e, b_w.to(p_table.dtype.element_ty), mask=m_e)  # [BB, BH, BW]
 
 
 @triton.jit

@@ -228,10 +228,10 @@ def _digest(values: dict[str, Any]) -> str:
 
 def _bytes_of(size: int | str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?B)", str(size).strip().upper())
-    found = int(float(match[1]) * _UNITS[match[2]]) if match else size
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+    count = int(float(match[1]) * _UNITS[match[2]]) if match else size
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f'max_shard_size = {size!r} is no size; give bytes, or a string such as "2GB"')
-    return found
+    return count
 
 
 # Reading
@@ -254,9 +254,9 @@ def _read_json(file: Path, kind: str) -> dict[str, Any]:
     except (UnicodeDecodeError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged: it is not JSON ({error})") from None
     if not isinstance(stored, dict) or stored.get("format") != kind:
-        found = stored.get("format") if isinstance(stored, dict) else type(stored).__name__
+        kind_found = stored.get("format") if isinstance(stored, dict) else type(stored).__name__
         raise CheckpointError(
-            f"{file} is not of prefixmem_fast (its format is {found!r}), and {file.parent / FOLDER} is not there; "
+            f"{file} is not of prefixmem_fast (its format is {kind_found!r}), and {file.parent / FOLDER} is not there; "
             "was the model saved with the encoder on it?"
         )
     if stored.get("format_version") != FORMAT_VERSION:
@@ -314,12 +314,12 @@ class _Rows:
             raise CheckpointError(f"the files hold {rows} rows of {self.name}; {CONFIG} says {shape[0]}")
 
     def check(self) -> None:
-        found = _entry(self.chunks())["sha256"]
-        if found != self.entry["sha256"]:
+        digest = _entry(self.chunks())["sha256"]
+        if digest != self.entry["sha256"]:
             files = ", ".join(str(file) for file in dict.fromkeys(file for file, _ in self.parts))
             raise CheckpointError(
                 f"{self.name} in {files} is damaged, or not the one that {CONFIG} was saved with: its SHA-256 is "
-                f"{found}, stored is {self.entry['sha256']}"
+                f"{digest}, stored is {self.entry['sha256']}"
             )
 
 
@@ -339,9 +339,9 @@ def _find_in_model(key: str, folder: Path) -> tuple[Path, str]:
         raise CheckpointError(f"{folder} holds no model.safetensors, and the encoder's weights lie in it") from None
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"the model's files in {folder} are damaged or cut: {error}") from None
-    found = next((name for name in files if name == key or name.endswith("." + key)), None)
-    if found is None:
+    name = next((name for name in files if name == key or name.endswith("." + key)), None)
+    if name is None:
         raise CheckpointError(
             f"the model's files in {folder} hold no {key}; was the model saved with the encoder on it?"
         )
-    return folder / files[found], found
+    return folder / files[name], name

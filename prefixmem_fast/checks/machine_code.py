@@ -283,9 +283,10 @@ def _gcn_bytes(suffix: str) -> int:
 def _widths(accesses: Iterable[tuple[str, int]]) -> dict[str, dict[int, int]]:
     """How many instructions of each kind move how many bytes a thread; other instructions are left out."""
     kinds = {"loads": ("LDG", "load"), "stores": ("STG", "store"), "reductions": ("RED", "REDG", "ATOMG", "atomic")}
-    found = list(accesses)
+    accesses = list(accesses)
     return {
-        kind: dict(sorted(Counter(size for op, size in found if op in names).items())) for kind, names in kinds.items()
+        kind: dict(sorted(Counter(size for op, size in accesses if op in names).items()))
+        for kind, names in kinds.items()
     }
 
 

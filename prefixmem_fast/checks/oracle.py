@@ -77,13 +77,13 @@ def _places(sids: int, spec: dict[str, Any]):
 def token_levels(input_ids: list[int], table: list[list[int]], levels: int, segments: list[int] | None) -> list[int]:
     """Level of each token of one row within its SID, 0 for text; every token looks back on its own."""
     own = [table[i][0] if 0 <= i < len(table) else 0 for i in input_ids]
-    found = []
+    result = []
     for t, level in enumerate(own):
         start = t - level + 1
         whole = 1 <= level <= levels and start >= 0 and own[start : t + 1] == list(range(1, level + 1))
         whole = whole and (segments is None or len(set(segments[start : t + 1])) == 1)
-        found.append(level if whole else 0)
-    return found
+        result.append(level if whole else 0)
+    return result
 
 
 def token_memory(
@@ -98,8 +98,8 @@ def token_memory(
     out = np.zeros((*input_ids.shape, spec["heads"] * weight.shape[1]))
     entries = table.tolist()
     for b, ids in enumerate(input_ids.tolist()):
-        found = token_levels(ids, entries, levels, None if segments is None else segments[b].tolist())
-        for t, level in enumerate(found):
+        result = token_levels(ids, entries, levels, None if segments is None else segments[b].tolist())
+        for t, level in enumerate(result):
             if level in spec["active_levels"]:
                 codes = [entries[i][1] for i in ids[t - level + 1 : t + 1]] + [-1] * (levels - level)
                 memory = prefix_memory(np.array([codes]), weight, spec)[0]

@@ -47,7 +47,7 @@ class Case:
 
 @dataclass
 class Report:
-    """What a verification found; errors are fractions of the derived bound, so anything above 1 is a mismatch."""
+    """What a verification result; errors are fractions of the derived bound, so anything above 1 is a mismatch."""
 
     seed: int
     device: str
@@ -57,21 +57,21 @@ class Report:
     mismatches: list[str] = field(default_factory=list)
     worst: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def equal(self, what: str, case: Case, found: Tensor, expected: Tensor) -> None:
+    def equal(self, what: str, case: Case, result: Tensor, expected: Tensor) -> None:
         self.comparisons += 1
-        if found.shape != expected.shape or found.dtype != expected.dtype or not torch.equal(found, expected):
+        if result.shape != expected.shape or result.dtype != expected.dtype or not torch.equal(result, expected):
             self.mismatches.append(f"{what}: not equal bit for bit; {case}")
 
-    def within(self, what: str, case: Case, found: Tensor, exact: Tensor, bound: Tensor) -> None:
+    def within(self, what: str, case: Case, result: Tensor, exact: Tensor, bound: Tensor) -> None:
         self.comparisons += 1
-        if found.shape != exact.shape or not torch.isfinite(found).all():
-            self.mismatches.append(f"{what}: shape {tuple(found.shape)} or an element that is not finite; {case}")
+        if result.shape != exact.shape or not torch.isfinite(result).all():
+            self.mismatches.append(f"{what}: shape {tuple(result.shape)} or an element that is not finite; {case}")
             return
-        if not found.numel():
+        if not result.numel():
             return
-        error = (found.double() - exact).abs()
+        error = (result.double() - exact).abs()
         share = (error / bound).max().item()
-        worst = self.worst.setdefault(str(found.dtype).removeprefix("torch."), {"absolute": 0.0, "of_bound": 0.0})
+        worst = self.worst.setdefault(str(result.dtype).removeprefix("torch."), {"absolute": 0.0, "of_bound": 0.0})
         worst["absolute"] = max(worst["absolute"], error.max().item())
         worst["of_bound"] = max(worst["of_bound"], share)
         if share > 1:
@@ -123,15 +123,15 @@ def random_spec(rng: random.Random) -> AddressSpec:
 def random_codes(rng: random.Random, spec: AddressSpec, sids: int, invalid: float) -> list[list[int]]:
     """SIDs with duplicates and shared prefixes; a share `invalid` of them is cut or damaged."""
     pool = [[rng.randrange(size) for size in spec.codebook_sizes] for _ in range(max(sids // 3, 1))]
-    found = []
+    result = []
     for _ in range(sids):
         sid, other, keep = rng.choice(pool), rng.choice(pool), rng.randint(0, spec.levels)
         sid = sid[:keep] + other[keep:]
         if rng.random() < invalid:
             cut = rng.randrange(spec.levels)
             sid = [*sid[:cut], rng.choice((-1, -(1 << 14), spec.codebook_sizes[cut])), *sid[cut + 1 :]]
-        found.append(sid)
-    return found
+        result.append(sid)
+    return result
 
 
 def random_tokens(rng: random.Random, spec: AddressSpec, shape: tuple[int, int]) -> tuple[list[list[int]], list]:
@@ -213,8 +213,8 @@ def _check_oracle(report: Report, case: Case) -> None:
     spec, weight = case.spec.to_dict(), case.weight.double().cpu()
     codes = case.codes[:_ORACLE_SIDS]
     rows = torch.from_numpy(oracle.prefix_rows(codes.cpu().numpy(), spec))
-    found = prefix_rows(codes, case.spec, backend="reference").cpu()
-    report.equal("reference rows against the oracle", case, found, rows)
+    result = prefix_rows(codes, case.spec, backend="reference").cpu()
+    report.equal("reference rows against the oracle", case, result, rows)
 
     wide = weight.to(codes.device, copy=True).requires_grad_()
     memory = prefix_memory(codes, wide, case.spec, backend="reference")
@@ -232,14 +232,14 @@ def _check_oracle(report: Report, case: Case) -> None:
 
     ids = case.input_ids[:1]
     segments = None if case.segment_ids is None else case.segment_ids[:1]
-    found = token_memory(ids, case.token_table, wide.detach(), case.spec, segment_ids=segments, backend="reference")
+    result = token_memory(ids, case.token_table, wide.detach(), case.spec, segment_ids=segments, backend="reference")
     arrays = (ids.cpu().numpy(), case.token_table.cpu().numpy())
     segments = None if segments is None else segments.cpu().numpy()
     exact = torch.from_numpy(oracle.token_memory(*arrays, weight.numpy(), spec, segments))
     magnitude = torch.from_numpy(oracle.token_memory(*arrays, weight.abs().numpy(), spec, segments))
     terms = torch.full_like(exact, case.spec.max_order)
     bound = 2 * sum_bound(terms, magnitude, exact, torch.float64)
-    report.within("reference tokens against the oracle", case, found.cpu(), exact, bound)
+    report.within("reference tokens against the oracle", case, result.cpu(), exact, bound)
 
 
 def _check_codes(report: Report, case: Case, backends: tuple[str, ...], generator: torch.Generator) -> None:
@@ -284,10 +284,10 @@ def _check_sums(report, case, kind, backends, generator, operation, source) -> N
         for deterministic in (False, True):
             out = operation(leaf, backend=backend, deterministic=deterministic)
             report.within(f"{backend} {kind}sums", case, out.detach(), exact, bound)
-            (found,) = torch.autograd.grad(out, leaf, grad, retain_graph=deterministic)
-            report.within(f"{backend} {kind}gradient", case, found, exact_grad, grad_bound)
+            (result,) = torch.autograd.grad(out, leaf, grad, retain_graph=deterministic)
+            report.within(f"{backend} {kind}gradient", case, result, exact_grad, grad_bound)
         (again,) = torch.autograd.grad(out, leaf, grad)
-        report.equal(f"{backend} {kind}gradient, deterministic, twice", case, again, found)
+        report.equal(f"{backend} {kind}gradient, deterministic, twice", case, again, result)
 
         operation(leaf, backend=backend, grad="sparse").backward(grad)
         sparse = leaf.grad.coalesce()

@@ -16,7 +16,8 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def parser_of() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="prefixmem", description="PrefixMem: memory for Semantic IDs.", allow_abbrev=False
     )
@@ -28,7 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if module is not bench:  # its actions have their own
             command.add_argument("--json", action="store_true", help="print one JSON object for machines")
         module.add_arguments(command)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser_of().parse_args(arguments)
     try:
         return COMMANDS[options.command].run(options)
     except (ValueError, OSError, BackendError) as error:

@@ -55,8 +55,8 @@ def forward(source: Tensor | TokenStream, weight: Tensor, spec: AddressSpec) -> 
     width = spec.heads * weight.shape[1]
     if isinstance(source, TokenStream):
         out = torch.zeros((source.input_ids.numel(), width), dtype=weight.dtype)
-        found = _find_sids(source, spec)
-        sids = _Sids(*cut_prefix(found.codes, spec))
+        token_sids = _find_sids(source, spec)
+        sids = _Sids(*cut_prefix(token_sids.codes, spec))
     else:
         out = torch.empty((len(source), len(spec.active_levels), width), dtype=weight.dtype)
         sids = _Sids(*cut_prefix(source, spec))
@@ -64,8 +64,8 @@ def forward(source: Tensor | TokenStream, weight: Tensor, spec: AddressSpec) -> 
         for a, total in _level_sums(_Sids(sids.codes[part], sids.length[part]), weight, spec):
             if isinstance(source, TokenStream):
                 level = spec.active_levels[a]
-                here = found.tokens[part] >= level
-                out[found.first[part][here] + (level - 1)] = total.flatten(1)[here].to(out.dtype)
+                here = token_sids.tokens[part] >= level
+                out[token_sids.first[part][here] + (level - 1)] = total.flatten(1)[here].to(out.dtype)
             else:
                 out[part, a] = total.flatten(1)
     return out.view(*source.input_ids.shape, width) if isinstance(source, TokenStream) else out
@@ -190,12 +190,12 @@ def _groups(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec) -> It
     """A group for each order, the last order first; its sums, in the accumulator's dtype, are to be taken before the
     next group."""
     if isinstance(source, TokenStream):
-        found = _find_sids(source, spec)
+        token_sids = _find_sids(source, spec)
         grad = grad.reshape(-1, grad.shape[-1])
-        levels = found.first.new_tensor(spec.active_levels)
-        here = found.tokens[:, None] >= levels  # [M, A]
-        places = (found.first[:, None] + (levels - 1)).clamp(max=max(len(grad) - 1, 0))
-        grad, source = torch.where(here[..., None], grad[places], 0), found.codes
+        levels = token_sids.first.new_tensor(spec.active_levels)
+        here = token_sids.tokens[:, None] >= levels  # [M, A]
+        places = (token_sids.first[:, None] + (levels - 1)).clamp(max=max(len(grad) - 1, 0))
+        grad, source = torch.where(here[..., None], grad[places], 0), token_sids.codes
     return _order_sums(_Sids(*cut_prefix(source, spec), grad), spec)
 
 
@@ -296,8 +296,8 @@ def _prefix_sources(sids: _Sids, spec: AddressSpec) -> Iterator[_Source]:
             if levels:
                 sums += level_sums(levels, starts)
         inner = starts
-        found = _Sids(codes[starts], length[starts])
-        rows, alive = _order_rows(found, order, order, spec)
+        distinct = _Sids(codes[starts], length[starts])
+        rows, alive = _order_rows(distinct, order, order, spec)
         kept = (alive.nonzero() * spec.heads + torch.arange(spec.heads)).flatten()
         yield _Source(rows[alive].flatten(), kept, sums.view(len(sums) * spec.heads, -1))
 

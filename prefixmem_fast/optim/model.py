@@ -72,14 +72,14 @@ def for_model(
         for decayed in (True, False)
         if (group := [p for p in parameters if (p.dim() >= 2) == decayed])
     ]
-    parts: list[torch.optim.Optimizer] = []
+    optimizers: list[torch.optim.Optimizer] = []
     if tables:
-        parts.append(rows(tables, encoder_lr, **(row_options or {})))
+        optimizers.append(rows(tables, encoder_lr, **(row_options or {})))
     if groups:
-        parts.append(torch.optim.AdamW(groups, lr, betas, eps))
+        optimizers.append(torch.optim.AdamW(groups, lr, betas, eps))
     if hidden:
-        parts.append(torch.optim.Muon(hidden, muon_lr, weight_decay))
-    return ModelOptimizer(*parts)
+        optimizers.append(torch.optim.Muon(hidden, muon_lr, weight_decay))
+    return ModelOptimizer(*optimizers)
 
 
 def _hidden_matrices(model: nn.Module, among: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -98,23 +98,23 @@ class ModelOptimizer(torch.optim.Optimizer):
     """Several optimizers as one: their groups and their state, in one state_dict, under one schedule.
 
     Args:
-        parts: the optimizers, at least one.
+        optimizers: the optimizers, at least one.
     """
 
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        self._parts = list(parts)
-        if not self._parts:
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self._optimizers = list(optimizers)
+        if not self._optimizers:
             raise ValueError("the model has no parameter that requires a gradient")
-        self._sizes = [len(part.param_groups) for part in self._parts]
-        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        self._sizes = [len(optimizer.param_groups) for optimizer in self._optimizers]
+        super().__init__([group for optimizer in self._optimizers for group in optimizer.param_groups], {})
         self._share()
 
     def _share(self) -> None:
-        """The parts work on this optimizer's groups and state: a schedule or a loaded state reaches all."""
+        """The optimizers work on this optimizer's groups and state: a schedule or a loaded state reaches all."""
         start = 0
-        for part, size in zip(self._parts, self._sizes, strict=True):
-            part.param_groups = self.param_groups[start : start + size]
-            part.state = self.state
+        for optimizer, size in zip(self._optimizers, self._sizes, strict=True):
+            optimizer.param_groups = self.param_groups[start : start + size]
+            optimizer.state = self.state
             start += size
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -122,15 +122,15 @@ class ModelOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self._parts:
-            part.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         return loss
 
     def release(self) -> None:
         """Let go of the tables, see `RowOptimizer.release`."""
-        for part in self._parts:
-            if isinstance(part, RowOptimizer):
-                part.release()
+        for optimizer in self._optimizers:
+            if isinstance(optimizer, RowOptimizer):
+                optimizer.release()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

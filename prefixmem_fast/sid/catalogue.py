@@ -130,17 +130,17 @@ class Catalogue:
         for item, tokens in index.items():
             row = []
             for level, token in enumerate(tokens, start=1):
-                found = form.read(token)
-                if found is None:
+                entry = form.read(token)
+                if entry is None:
                     raise ValueError(
                         f"item {item!r}, level {level}: token {token!r} is not of the form {form.template}"
                     )
-                if found[0] != level:
+                if entry[0] != level:
                     raise ValueError(
-                        f"item {item!r}, level {level}: token {token!r} is one of level {found[0]}; "
+                        f"item {item!r}, level {level}: token {token!r} is one of level {entry[0]}; "
                         "each level has tokens of its own, in order"
                     )
-                row.append(found[1])
+                row.append(entry[1])
             codes.append(row)
         return cls(index, torch.tensor(codes), codebook_sizes)
 

@@ -73,14 +73,14 @@ class TokenFormat:
         match = self._pattern.fullmatch(token)
         if match is None:
             return None
-        found = match.groupdict()
-        if "number" in found:
-            return self._split(int(found["number"]))
-        if "letter" in found:
-            level = ord(found["letter"]) - ord("a") + 1
+        fields = match.groupdict()
+        if "number" in fields:
+            return self._split(int(fields["number"]))
+        if "letter" in fields:
+            level = ord(fields["letter"]) - ord("a") + 1
         else:
-            level = int(found["level"]) if "level" in found else int(found["level0"]) + 1
-        return level, int(found["code"])
+            level = int(fields["level"]) if "level" in fields else int(fields["level0"]) + 1
+        return level, int(fields["code"])
 
     def _split(self, number: int) -> tuple[int, int] | None:
         for level, size in enumerate(self.codebook_sizes, start=1):
@@ -112,5 +112,5 @@ def recognise(tokens: Iterable[str], codebook_sizes: Sequence[int] | None) -> To
             f"none of the {len(tokens)} tokens is a Semantic ID token of a known format ({', '.join(KNOWN_FORMATS)}; "
             "the last one needs codebook_sizes); give token_format, or add tokens with SIDVocabulary.extend"
         )
-    found = ", ".join(f"{form.template} ({example})" for form, example in examples.items())
-    raise ValueError(f"the tokens have several formats: {found}; give token_format")
+    listed = ", ".join(f"{form.template} ({example})" for form, example in examples.items())
+    raise ValueError(f"the tokens have several formats: {listed}; give token_format")

@@ -143,12 +143,12 @@ class SIDTrie:
 
     def items_of(self, nodes: Tensor) -> list[tuple[str, ...]]:
         """The items of leaves ``[N]``; none for other nodes."""
-        found = []
+        names = []
         for node in nodes.tolist():
             leaf = node - self._first_leaf
             rows = self._items[self._first_item[leaf] : self._first_item[leaf + 1]].tolist() if leaf >= 0 else ()
-            found.append(tuple(self.catalogue.items[row] for row in rows))
-        return found
+            names.append(tuple(self.catalogue.items[row] for row in rows))
+        return names
 
     def sids_of(self, nodes: Tensor) -> Tensor:
         """The codes of leaves ``[N]``: int64 ``[N, L]``; -1 for other nodes."""

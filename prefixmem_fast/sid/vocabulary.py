@@ -118,16 +118,16 @@ class SIDVocabulary:
             missing = [token for token in tokens if token not in ids]
             if missing:
                 raise ValueError(f"the tokenizer has no token {missing[0]!r}; SIDVocabulary.extend adds tokens")
-            found = {token: _checks.integers(f"the entry of {token!r}", entry) for token, entry in tokens.items()}
+            entries = {token: _checks.integers(f"the entry of {token!r}", entry) for token, entry in tokens.items()}
         else:
             form = TokenFormat(token_format, codebook_sizes) if token_format else recognise(ids, codebook_sizes)
-            found = {token: entry for token in ids if (entry := form.read(token)) is not None}
-            if not found:
+            entries = {token: entry for token in ids if (entry := form.read(token)) is not None}
+            if not entries:
                 raise ValueError(f"no token of the tokenizer has the form {form.template}")
         if codebook_sizes is None:
-            codebook_sizes = _observed_sizes(found)
-        table = {ids[token]: entry for token, entry in found.items()}
-        return cls.from_table(table, codebook_sizes, {ids[token]: token for token in found})
+            codebook_sizes = _observed_sizes(entries)
+        table = {ids[token]: entry for token, entry in entries.items()}
+        return cls.from_table(table, codebook_sizes, {ids[token]: token for token in entries})
 
     @classmethod
     def extend(
@@ -372,13 +372,13 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, names: list[str]) -> list[in
     return ids
 
 
-def _observed_sizes(found: Mapping[str, tuple[int, int]]) -> list[int]:
+def _observed_sizes(entries: Mapping[str, tuple[int, int]]) -> list[int]:
     largest: dict[int, int] = {}
-    for level, code in found.values():
+    for level, code in entries.values():
         largest[level] = max(largest.get(level, 0), code)
     missing = next((level for level in range(1, max(largest) + 1) if level not in largest), None)
     if missing is not None or min(largest) < 1:
-        token, (level, _) = max(found.items(), key=lambda entry: entry[1])
+        token, (level, _) = max(entries.items(), key=lambda entry: entry[1])
         raise ValueError(
             f"the tokens have the levels {sorted(largest)} ({token} is of level {level}); they must be 1..L without "
             "a gap: check token_format"

@@ -199,3 +199,27 @@ def test_encoder_needs_a_hidden_size():
         PrefixMem(CONFIG, backend="cuda")
     with pytest.raises(ValueError, match="lacks spec"):
         PrefixMemConfig.from_dict({})
+
+
+def test_a_sharded_state_dict_holds_nothing_but_shards(tmp_path):
+    """Loaders of FSDP2 take DTensors alone; the whole state_dict keeps the address spec."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    spec = AddressSpec((5, 4), heads=2, table_rows=7)
+    encoder = PrefixMem(PrefixMemConfig(spec, memory_dim=4, hidden_size=3))
+    assert "memory._extra_state" in encoder.state_dict()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        fully_shard(encoder, mesh=mesh)
+        state = encoder.state_dict()
+        assert state.keys() == {"memory.weight", "out_proj.weight"}
+        assert all(isinstance(tensor, DTensor) for tensor in state.values())
+        encoder.load_state_dict(state)
+        with pytest.raises(
+            TypeError, match="weight is a DTensor, and the operation reads whole tables; keep the table"
+        ):
+            encoder.memory(torch.zeros(1, 2, dtype=torch.int64))
+    finally:
+        torch.distributed.destroy_process_group()
