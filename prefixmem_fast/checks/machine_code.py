@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,15 +104,17 @@ def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 65_5
     token_grad = meta(8, sids, spec.heads * width, dtype=dtype)
     wide = accumulator(dtype)
 
-    def update(rule: str) -> None:
+    def update_of(rule: str) -> RowUpdate:
         state = [
             meta(*(weight.shape if kind == "element" else weight.shape[:1]), dtype=wide)
             for kind in RULES[rule].state.values()
         ]
         hyper = Hyper(0.1, 0.1, 1e-8, 0.9, 0.999, meta(dtype=wide), meta(dtype=wide))
-        seed = 0 if dtype == torch.bfloat16 else None
-        triton.fused_update(grad, codes, spec, RowUpdate(weight, rule, state, meta(), hyper, seed))
+        return RowUpdate(weight, rule, state, meta(), hyper, 0 if dtype == torch.bfloat16 else None)
 
+    sparse = torch.sparse_coo_tensor(
+        meta(1, sids), meta(sids, width, dtype=dtype), weight.shape, device="meta", check_invariants=False
+    )
     stream = TokenStream(ids, table, segments)
     state = PrefixState(meta(1, 256, spec.levels), meta(1, 256), meta(256, spec.heads, width, dtype=wide))
     return {
@@ -124,7 +127,8 @@ def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 65_5
         "deterministic_bwd": lambda: triton.dense_gradient(grad, codes, spec, deterministic=True),
         "deterministic_token_bwd": lambda: triton.dense_gradient(token_grad, stream, spec, deterministic=True),
         "sparse_bwd": lambda: triton.row_sums(grad, codes, spec, dtype),
-        **{f"{rule}_bwd": lambda rule=rule: update(rule) for rule in RULES},
+        "sparse_update": lambda: triton.sparse_update(sparse, update_of("row_adagrad")),
+        **{f"{rule}_bwd": partial(triton.fused_update, grad, codes, spec, update_of(rule)) for rule in RULES},
     }
 
 

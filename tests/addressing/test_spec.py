@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 
 from prefixmem_fast import AddressSpec, prefix_rows
+from prefixmem_fast.addressing import prefix_length
 from prefixmem_fast.addressing.primes import draw_primes, is_prime, splitmix64
 from prefixmem_fast.checks import oracle
 from tests.helpers.strategies import specs
@@ -169,3 +170,13 @@ def test_from_dict_refuses_what_it_cannot_honour():
         with pytest.raises(ValueError, match=f"lacks {name}"):
             AddressSpec.from_dict({key: value for key, value in good.items() if key != name})
     assert AddressSpec.from_dict({"codebook_sizes": (8, 8)}) == AddressSpec((8, 8))
+
+
+def test_the_length_of_a_prefix_takes_plain_operators():
+    """cumprod, which says it in one call, has no counterpart in ONNX."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    codes = torch.tensor([[1, 2, 3], [1, 9, 3], [-1, 0, 0], [4, 3, 7]])
+    assert prefix_length(codes, (5, 4, 7)).tolist() == [3, 1, 0, 2]
+    graph = make_fx(lambda codes: prefix_length(codes, (5, 4, 7)))(codes).graph
+    assert not [node for node in graph.nodes if "cumprod" in str(node.target)]

@@ -24,17 +24,25 @@ def widths(counts):
     return {int(size): count for size, count in counts.items()}
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_every_kernel(target):
-    """Every kernel for one architecture, by the command that users run; for sm_90 in every dtype and mode.
+@pytest.mark.parametrize(
+    ("target", "dtypes"),
+    [
+        ("sm_90", ("float16", "float32")),
+        pytest.param("sm_90", ("bfloat16", "float16", "float32", "float64"), marks=pytest.mark.slow),
+        pytest.param("sm_80", ("float16", "float32"), marks=pytest.mark.slow),
+        pytest.param("sm_100", ("float16", "float32"), marks=pytest.mark.slow),
+        pytest.param("gfx942", ("float16", "float32"), marks=pytest.mark.slow),
+    ],
+)
+def test_every_kernel(target, dtypes):
+    """Every kernel for one architecture, by the command that users run; once in every dtype and mode.
 
-    The others in two dtypes: the rest takes minutes, and bench/results/ holds it.
+    The other architectures in two dtypes: the rest takes minutes, and bench/results/ holds it.
     """
-    dtypes = ("bfloat16", "float16", "float32", "float64") if target == "sm_90" else ("float16", "float32")
     chosen = ("--targets", target, "--dtypes", ",".join(dtypes))
     compiled = json.loads(python("-m", "prefixmem_fast.cli", "verify", "--compile", "--json", *chosen))["kernels"]
     assert {k["dtype"] for k in compiled} == set(dtypes)
-    assert {k["mode"] for k in compiled} == ({"prefix", "suffix", "full"} if target == "sm_90" else {"prefix"})
+    assert {k["mode"] for k in compiled} == ({"prefix", "suffix", "full"} if "bfloat16" in dtypes else {"prefix"})
     neither_spills_nor_local_memory(compiled)
     rows_of_64_halves_load_16_bytes_at_once(compiled)
     gradients_leave_in_vector_reductions(compiled)
@@ -46,7 +54,7 @@ def neither_spills_nor_local_memory(compiled):
         "prefix_memory_fwd", "token_memory_fwd", "prefix_memory_bwd", "token_memory_bwd", "prefix_rows", "token_codes",
         "pack_codes", "prefixes", "mark_shared", "sum_prefixes", "sum_rows", "token_step",
     }  # fmt: skip
-    if compiled[0]["target"] != "sm_90":
+    if "bfloat16" not in {k["dtype"] for k in compiled}:
         kernels.remove("token_codes")  # goes with a gradient in bfloat16
     assert {k["kernel"] for k in compiled} == kernels
     dirty = [(k["kernel"], k["mode"], k["dtype"]) for k in compiled if k["spills"] or k["local_bytes"]]
@@ -91,10 +99,26 @@ for name, call in machine_code.launches(machine_code.paper_spec(), torch.float32
 """
 
 
+@pytest.mark.slow
 def test_atomics_are_relaxed():
     """No fence around an atomic, which the default order would add; and only the fast gradient has atomics."""
     found = dict(line.split() for line in python("-c", ATOMICS).splitlines())
     assert {name for name, count in found.items() if int(count)} == {"prefix_memory_bwd", "token_memory_bwd"}
+
+
+STEP = """
+import torch
+from prefixmem_fast.checks import machine_code
+call = machine_code.launches(machine_code.paper_spec(), torch.bfloat16, 64)["token_step"]
+(kernel,) = machine_code.compiled_by(call, "sm_90")
+ptx = kernel.asm["ptx"]
+print("bar.sync" in ptx[: ptx.index("st.global")])
+"""
+
+
+def test_a_decoding_step_stores_its_state_behind_a_barrier():
+    """Every warp loads a sequence's level and codes, and one stores them: a late warp must not read what was stored."""
+    assert python("-c", STEP).strip() == "True"
 
 
 ODD_SHAPES = """
@@ -117,6 +141,7 @@ for target, count in (("sm_90", 3), ("gfx942", 1)):
 """
 
 
+@pytest.mark.slow
 def test_odd_shapes_without_spills():
     """One column a row, 63-bit products, three heads of 20, one head of 256: what the paper's shape does not show."""
     assert python("-c", ODD_SHAPES) == ""
@@ -140,6 +165,7 @@ print([len(kernel.device_caches["sm_90"][0]) for kernel in kernels])
 """
 
 
+@pytest.mark.slow
 def test_a_new_batch_size_compiles_nothing():
     """One binary a kernel whatever the number of SIDs. Sums have a leaf and an inner form; those of prefixes two block
     sizes, and leaves over codes and over tokens; codes come as the user's and as those of a token stream."""
