@@ -12,9 +12,10 @@ from torch import nn
 from ..encoder import PrefixMem, SIDTransformer
 from ..sid import SIDVocabulary
 from .files import leave_files, watch_files
-from .hooks import NAME, Attachment, parameters_of, places_of, unwrapped
+from .hooks import NAME, Attachment, places_of, unwrapped
+from .kv_cache import cache_argument, keeps_keys, parameters_of
 
-_OTHER_PASTS = ("cache_params", "mems", "state")  # what models without a KV cache call their past
+_PASTS = {"use_cache", "use_mems"}  # arguments of models that keep their past somehow
 
 
 def attach(model: nn.Module, encoder: PrefixMem | SIDTransformer, vocabulary: SIDVocabulary) -> nn.Module:
@@ -110,14 +111,12 @@ def _check(base: nn.Module, encoder: PrefixMem | SIDTransformer, vocabulary: SID
     if pad is not None and vocabulary.is_code(pad):
         level, code = vocabulary.table[pad].tolist()
         raise ValueError(f"pad_token_id = {pad} is the token of level {level}, code {code}; pad with another token")
-    others = [name for name in _OTHER_PASTS if name in parameters_of(base)]
     around = {parent for place in places_of(base) for parent in _ancestors(base, place.path)}
-    cached = any("past_key_values" in parameters_of(module) for module in around)
-    if others or ("use_cache" in parameters_of(base) and not cached):
-        past = others[0] if others else "something else than past_key_values"
+    cached = any(cache_argument(module) for module in around)
+    if not keeps_keys(base.config) if cached else _PASTS.intersection(parameters_of(base)):
         raise NotImplementedError(
-            f"{type(base).__name__} keeps its past in {past}, from which the codes before a token cannot be read; "
-            "models with past_key_values are supported"
+            f"{type(base).__name__} keeps its past in something else than a KV cache, so the codes before a token are "
+            "not known; attach to a model that takes a Cache of transformers with keys in it"
         )
 
 

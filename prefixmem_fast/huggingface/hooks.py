@@ -7,7 +7,6 @@ before the tokens (`token_history.py`) and which packed sequence they belong to.
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
 import warnings
 import weakref
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from ..encoder import PrefixMem
 from ..sid import SIDVocabulary
+from .kv_cache import cache_argument, cache_given, cache_returned, parameters_of
 from .token_history import begin_history, history_of
 
 NAME = "prefixmem"  # the encoder's name among the model's modules
@@ -99,7 +99,7 @@ class Attachment:
         apart = self.model.get_encoder() if encoder_decoder and hasattr(self.model, "get_encoder") else None
         for module in self.model.modules():
             around = any(child in embeddings for child in module.modules())
-            if around and ("past_key_values" in parameters_of(module) or module is apart):
+            if around and (cache_argument(module) is not None or module is apart):
                 module.register_forward_pre_hook(self.begin_call, with_kwargs=True)
                 module.register_forward_hook(self.end_call, always_call=True)
 
@@ -125,8 +125,7 @@ class Attachment:
         if args:  # input_ids alone as a rule
             names = parameters_of(module) if len(args) > 1 else ("input_ids",)
             given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if given.get("cache") is not None:
-            raise NotImplementedError("continuous batching flattens requests into one row; use generate instead")
+        cache = cache_given(given)
         outer = calls[-1] if calls else _NO_CALL
         segments = outer.segments
         if kwargs.get("segment_ids") is not None:
@@ -138,7 +137,6 @@ class Attachment:
             kwargs = {name: value for name, value in kwargs.items() if name != "segment_ids"}
         elif segments is None:
             segments = _segments_of(position_ids=given.get("position_ids"))
-        cache = given.get("past_key_values")
         tokens = outer.tokens if cache is not None and cache is outer.cache else []
         takes_tokens = any(given.get(name) is not None for name in _TOKENS)
         calls.append(_Call(cache, segments, tokens, takes_tokens, given.get("inputs_embeds")))
@@ -164,7 +162,7 @@ class Attachment:
             return
         if not call.tokens or (torch.compiler.is_compiling() and module.training and torch.is_grad_enabled()):
             return  # a training step drops its cache
-        cache = _cache_in(output)
+        cache = cache_returned(output)
         if cache is not None and history_of(cache) is None:
             begin_history(cache, self._window).remember(call.tokens[0])
 
@@ -242,10 +240,6 @@ def unwrapped(encoder: nn.Module) -> PrefixMem:
     return encoder.modules_to_save[encoder.active_adapters[0]]
 
 
-def parameters_of(module: nn.Module) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(module.forward).parameters)
-
-
 def places_of(model: nn.Module) -> list[Place]:
     """The places of the input embedding, and of others that share its weight, such as T5's in encoder and decoder.
 
@@ -291,9 +285,3 @@ def _segments_of(*, segment_ids: Tensor | None = None, position_ids: Tensor | No
     else:
         return None
     return begins.long().cumsum(-1)
-
-
-def _cache_in(output: Any) -> Any:
-    if isinstance(output, tuple):
-        return next((part for part in output if hasattr(part, "reorder_cache")), None)
-    return getattr(output, "past_key_values", None)

@@ -102,16 +102,8 @@ def begin_history(cache: Any, window: int) -> TokenHistory:
 
     Args:
         window: how many tokens the next one needs.
-
-    Raises:
-        TypeError: the cache is not one of transformers' `Cache` classes.
     """
     cache = getattr(cache, "self_attention_cache", cache)
-    if not (hasattr(cache, "layers") and hasattr(cache, "reorder_cache")):
-        raise TypeError(
-            f"past_key_values is a {type(cache).__name__}, which cannot keep the tokens before; give a Cache of "
-            "transformers, such as DynamicCache"
-        )
     cache.__class__ = _with_history(type(cache))
     cache.seen, cache.window = None, window
     return cache

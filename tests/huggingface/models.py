@@ -1,5 +1,6 @@
 """Tiny models of random weights, one a family, and a vocabulary whose ids are shuffled and partly missing."""
 
+import inspect
 import random
 
 import torch
@@ -29,6 +30,8 @@ transformers.logging.set_verbosity_error()
 
 SIZES = (4, 5, 6)
 HIDDEN, TOKENS = 32, 64
+# What the release of transformers calls a KV cache, among the arguments and in the output.
+CACHE = next(n for n in ("cache", "past_key_values") if n in inspect.signature(GPT2LMHeadModel.forward).parameters)
 FIRST_TEXT, FIRST_SID = 3, 20  # ids 3 .. 19 are text, SID tokens stand among 20 .. 63
 
 _LLAMA = {

@@ -12,8 +12,6 @@ from transformers import (
     BartForConditionalGeneration,
     DynamicCache,
     EncoderDecoderCache,
-    MambaConfig,
-    MambaForCausalLM,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
     StaticCache,
@@ -28,6 +26,7 @@ from prefixmem_fast import (
     detach,
 )
 from tests.huggingface.models import (
+    CACHE,
     FAMILIES,
     HIDDEN,
     TOKENS,
@@ -58,8 +57,8 @@ def logits_in_parts(model, parts, past):
     found = []
     for part in parts:
         with torch.no_grad():
-            out = model(part, past_key_values=past, use_cache=True)
-        past = out.past_key_values
+            out = model(part, **{CACHE: past}, use_cache=True)
+        past = out[CACHE]
         found.append(out.logits)
     return torch.cat(found, 1)
 
@@ -133,7 +132,7 @@ def test_a_cache_given_by_position():
     model, input_ids = attach(tiny_model(), encoder(), vocabulary()), prompts()["input_ids"][:3]
     with torch.no_grad():
         whole = model.model(input_ids)[0]
-        past = model.model(input_ids[:, :6]).past_key_values
+        past = model.model(input_ids[:, :6])[CACHE]
         last = model.model(input_ids[:, 6:], None, None, past)[0]
     torch.testing.assert_close(last, whole[:, 6:])
 
@@ -154,13 +153,13 @@ def test_a_cache_that_is_copied_cropped_repeated_selected_or_reset_keeps_its_tok
 
     def last(cache, rows=slice(None)):
         with torch.no_grad():
-            return model(input_ids[rows, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+            return model(input_ids[rows, -1:], **{CACHE: cache}, use_cache=True).logits[:, -1]
 
     def prefilled(tokens=None):
         tokens = input_ids[:, :-1] if tokens is None else tokens
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(tokens, past_key_values=cache, use_cache=True)
+            model(tokens, **{CACHE: cache}, use_cache=True)
         return cache
 
     cache = prefilled()
@@ -182,14 +181,14 @@ def test_a_cache_that_is_copied_cropped_repeated_selected_or_reset_keeps_its_tok
     static = StaticCache(config=model.config, max_cache_len=16)
     for _ in range(2):
         with torch.no_grad():
-            model(input_ids[:, :-1], past_key_values=static, use_cache=True)
+            model(input_ids[:, :-1], **{CACHE: static}, use_cache=True)
         torch.testing.assert_close(last(static), whole[:, -1])
         static.reset()
     begun = torch.tensor([sid(1), sid(1), sid(1)])
     with torch.no_grad():
-        model(begun, past_key_values=static, use_cache=True)
+        model(begun, **{CACHE: static}, use_cache=True)
         static.reset()
-        after = model(torch.tensor([[sid(1, 3)[1]]] * 3), past_key_values=static, use_cache=True).logits
+        after = model(torch.tensor([[sid(1, 3)[1]]] * 3), **{CACHE: static}, use_cache=True).logits
     torch.testing.assert_close(after, logits(model, input_ids=torch.tensor([[sid(1, 3)[1]]] * 3)))
 
 
@@ -199,12 +198,12 @@ def test_tokens_that_came_as_embeddings_are_text_and_said_so():
     embeds = model.get_input_embeddings()(input_ids)
     assert torch.equal(logits(model, inputs_embeds=embeds), logits(model, input_ids=input_ids))
     with torch.no_grad():
-        past = model(inputs_embeds=embeds.clone(), use_cache=True).past_key_values
+        past = model(inputs_embeds=embeds.clone(), use_cache=True)[CACHE]
         with pytest.warns(UserWarning, match="holds 8 tokens that came as inputs_embeds"):
-            out = model(torch.tensor([sid(1, 3)[1:]] * 3), past_key_values=past, use_cache=True)
+            out = model(torch.tensor([sid(1, 3)[1:]] * 3), **{CACHE: past}, use_cache=True)
         next_tokens = torch.tensor([sid(0)] * 3)
-        model(next_tokens, past_key_values=out.past_key_values, use_cache=True)
-    assert out.past_key_values.seen.tolist() == [[-1] * 8 + sid(1, 3)[1:] + sid(0)] * 3
+        model(next_tokens, **{CACHE: out[CACHE]}, use_cache=True)
+    assert out[CACHE].seen.tolist() == [[-1] * 8 + sid(1, 3)[1:] + sid(0)] * 3
 
 
 @pytest.mark.parametrize("how", ["position_ids", "segment_ids"])
@@ -228,7 +227,7 @@ def test_a_cache_filled_with_packed_sequences_goes_on_with_the_last():
     with torch.no_grad():
         past = model(
             torch.tensor([[*sid(1, 3), 5, *sid(0)]]), position_ids=torch.tensor([[0, 1, 0, 1]]), use_cache=True
-        ).past_key_values
+        )[CACHE]
     assert past.seen.tolist() == [[-1, -1, 5, *sid(0)]]
 
 
@@ -313,7 +312,7 @@ def test_gpt2_token_types_are_no_tokens():
     embeds = embeddings(input_ids)
     torch.testing.assert_close(logits(model, inputs_embeds=embeds, token_type_ids=types), expected)
     with torch.no_grad():
-        past = model(input_ids, token_type_ids=types, use_cache=True).past_key_values
+        past = model(input_ids, token_type_ids=types, use_cache=True)[CACHE]
     assert torch.equal(past.seen, input_ids)
 
 
@@ -357,9 +356,9 @@ def test_embeddings_between_tokens_end_a_sid(cache):
     text = torch.tensor([[6, 7]])
     past = cache(config=model.config, **({"max_cache_len": 16} if cache is StaticCache else {}))
     with torch.no_grad():
-        model(begun, past_key_values=past, use_cache=True)
-        model(inputs_embeds=model.get_input_embeddings()(text), past_key_values=past, use_cache=True)
-        last = model(ended, past_key_values=past, use_cache=True).logits
+        model(begun, **{CACHE: past}, use_cache=True)
+        model(inputs_embeds=model.get_input_embeddings()(text), **{CACHE: past}, use_cache=True)
+        last = model(ended, **{CACHE: past}, use_cache=True).logits
     whole = logits(model, input_ids=torch.cat([begun, text, ended], 1))
     torch.testing.assert_close(last, whole[:, -1:], rtol=1e-4, atol=1e-4)
 
@@ -375,7 +374,7 @@ def test_an_encoder_called_with_the_decoders_cache():
     whole = logits(model, input_ids=input_ids, decoder_input_ids=decoder)
     past = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
     parts = [
-        logits(model, input_ids=input_ids, decoder_input_ids=part, past_key_values=past, use_cache=True)
+        logits(model, input_ids=input_ids, decoder_input_ids=part, **{CACHE: past}, use_cache=True)
         for part in decoder.split(1, 1)
     ]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
@@ -383,8 +382,8 @@ def test_an_encoder_called_with_the_decoders_cache():
 
 def test_a_cached_loop_with_gradients():
     model, input_ids = attach(tiny_model(), encoder(), vocabulary()).train(), prompts()["input_ids"][:3]
-    past = model(input_ids[:, :6], use_cache=True).past_key_values
-    last = model(input_ids[:, 6:], past_key_values=past, use_cache=True).logits
+    past = model(input_ids[:, :6], use_cache=True)[CACHE]
+    last = model(input_ids[:, 6:], **{CACHE: past}, use_cache=True).logits
     torch.testing.assert_close(last, model(input_ids).logits[:, 6:], rtol=1e-4, atol=1e-4)
 
 
@@ -402,24 +401,24 @@ def test_positions_that_jump_ahead_are_one_sequence():
 def test_a_cached_sequence_that_starts_again_is_another():
     model = attach(tiny_model(), encoder(), vocabulary())
     with torch.no_grad():
-        past = model(torch.tensor([[5, *sid(1)]]), use_cache=True).past_key_values
-        model(torch.tensor([[sid(1, 3)[1], 6]]), past_key_values=past, position_ids=torch.tensor([[0, 1]]))
+        past = model(torch.tensor([[5, *sid(1)]]), use_cache=True)[CACHE]
+        model(torch.tensor([[sid(1, 3)[1], 6]]), **{CACHE: past}, position_ids=torch.tensor([[0, 1]]))
         expected = model.prefixmem.encode_tokens(torch.tensor([[sid(1, 3)[1]]]), vocabulary())
     assert not expected.any()
     added = []
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: added.append(output))
     token = torch.tensor([[sid(1, 3)[1]]])
     with torch.no_grad():
-        past = model(torch.tensor([[5, *sid(1)]]), use_cache=True).past_key_values
-        model(token, past_key_values=past, position_ids=torch.tensor([[0]]))
+        past = model(torch.tensor([[5, *sid(1)]]), use_cache=True)[CACHE]
+        model(token, **{CACHE: past}, position_ids=torch.tensor([[0]]))
     assert torch.equal(added[-1], model.get_input_embeddings().weight[token])
 
 
 def test_caches_are_pickled():
     model, input_ids = attach(tiny_model(), encoder(), vocabulary()), prompts()["input_ids"][:3]
     with torch.no_grad():
-        past = pickle.loads(pickle.dumps(model(input_ids[:, :6], use_cache=True).past_key_values))
-        last = model(input_ids[:, 6:], past_key_values=past, use_cache=True).logits
+        past = pickle.loads(pickle.dumps(model(input_ids[:, :6], use_cache=True)[CACHE]))
+        last = model(input_ids[:, 6:], **{CACHE: past}, use_cache=True).logits
     torch.testing.assert_close(last, logits(model, input_ids=input_ids)[:, 6:], rtol=1e-4, atol=1e-4)
 
 
@@ -493,12 +492,6 @@ def test_a_model_without_any_cache():
     plain = logits(model, input_ids=prompts()["input_ids"])
     attach(model, encoder(), vocabulary())
     assert not torch.equal(logits(model, input_ids=prompts()["input_ids"]), plain)
-
-
-def test_models_without_a_kv_cache_are_refused():
-    model = MambaForCausalLM(MambaConfig(vocab_size=TOKENS, hidden_size=HIDDEN, num_hidden_layers=1, pad_token_id=0))
-    with pytest.raises(NotImplementedError, match="keeps its past in cache_params"):
-        attach(model, encoder(), vocabulary())
 
 
 def test_segment_ids_of_another_shape_or_an_encoder_decoder():

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...huggingface.kv_cache import cache_argument, cache_returned
 from ...sid.trie import SIDTrie
 from .prompts import is_encoder_decoder
 
@@ -53,7 +54,8 @@ def beam_search(model: nn.Module, input_ids: Tensor, levels: int, num_beams: int
         return _by_generate(model, input_ids, levels, num_beams, trie)
     batch, length = input_ids.shape
     out = model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
-    cache, logits = out.past_key_values, out.logits[:, -1:]
+    cache, logits = cache_returned(out), out.logits[:, -1:]
+    cache_name = next(name for module in model.modules() if (name := cache_argument(module)))
     beams = Beams(input_ids.new_empty(batch, 1, 0), logits.new_zeros(batch, 1, dtype=torch.float32))
     nodes = input_ids.new_zeros(batch, 1)
     sees = torch.ones(batch, 1, 0, dtype=torch.bool, device=input_ids.device)  # which tokens of the tree a beam holds
@@ -64,7 +66,7 @@ def beam_search(model: nn.Module, input_ids: Tensor, levels: int, num_beams: int
             sees = torch.cat([sees, own], -1)  # [B, K, tokens of the tree]
             logits = model(
                 inputs_embeds=_embed(model, beams.tokens),
-                past_key_values=cache,
+                **{cache_name: cache},
                 attention_mask=_mask(sees, length, logits),
                 position_ids=torch.full((batch, count), length + level - 1, device=sees.device),
                 use_cache=True,
