@@ -101,7 +101,9 @@ def constrained(device: str, vocabulary: int, items: int, sequences: int, beams:
         return PrefixConstrainedLogitsProcessor(make(tokens.tolist()), beams)
 
     made = {
-        "prefixmem_fast, SIDLogitsProcessor": lambda: SIDLogitsProcessor(SIDTrie(known, codes), PROMPT, EOS),
+        "prefixmem_fast, SIDLogitsProcessor": lambda: SIDLogitsProcessor(
+            SIDTrie(known, codes), PROMPT, EOS, reuse_scores=True
+        ),
         "prefix_allowed_tokens_fn, dict of prefixes": partial(python, dict_of_prefixes),
         "prefix_allowed_tokens_fn, nested dicts": partial(python, nested_dicts),
     }

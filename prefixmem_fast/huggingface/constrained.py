@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from ..sid import SIDTrie
 
 # Set by generate_items itself.
-_TAKEN = frozenset(
+_RESERVED = frozenset(
     ("max_new_tokens", "max_length", "length_penalty", "output_scores", "return_dict_in_generate", "generation_config")
 )
-# The generation config of a model is exchanged while it generates: threads take turns.
-_TAKING_TURNS = threading.RLock()
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
 class SIDLogitsProcessor(LogitsProcessor):
@@ -37,63 +33,70 @@ class SIDLogitsProcessor(LogitsProcessor):
         trie: the items.
         prompt_length: tokens given to `generate`; 1 for an encoder-decoder without `decoder_input_ids`.
         eos_token_id: what follows a whole SID.
+        reuse_scores: the returned tensor is overwritten by the next call, which saves filling N x V numbers a step.
+            Beam search allows it, as it copies the scores that it keeps; `sample` and greedy search do not.
+
+    Raises:
+        ValueError: `eos_token_id` is the token of a code.
     """
 
     supports_continuous_batching = False
 
-    def __init__(self, trie: SIDTrie, prompt_length: int, eos_token_id: int) -> None:
+    def __init__(self, trie: SIDTrie, prompt_length: int, eos_token_id: int, *, reuse_scores: bool = False) -> None:
         if trie.vocabulary.is_code(eos_token_id):
             raise ValueError(f"eos_token_id = {eos_token_id} is the token of a code; end with another")
         self.trie, self.prompt_length, self.eos_token_id = trie, prompt_length, eos_token_id
-        self._entered: tuple[Tensor, Tensor] | None = None  # ends of the last prompts, and their nodes
-        self._last: tuple[Tensor, Tensor, int] | None = None  # returned last: scores, where finite, their version
+        self.reuse_scores = reuse_scores
+        self._prompts: tuple[Tensor, Tensor] | None = None  # ends of the last prompts, and their nodes
+        self._returned: tuple[Tensor, Tensor, int] | None = None  # the last scores, where finite, their version
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores ``[N, V]`` after tokens ``[N, T]``, with -inf at all tokens that are not allowed."""
+        """Mask the scores of tokens that no item goes on with.
+
+        Args:
+            input_ids: int64 ``[N, T]``, prompts and what has been generated.
+            scores: float ``[N, V]`` of the next token; not changed.
+
+        Returns:
+            float ``[N, V]`` of the dtype of `scores`, -inf at all tokens that are not allowed.
+
+        Raises:
+            ValueError: the trie or `eos_token_id` has token ids of V or more.
+        """
         largest = max(self.trie.largest_token, self.eos_token_id)
         if largest >= scores.shape[1]:
             raise ValueError(f"the trie and eos_token_id reach token id {largest}, the scores {scores.shape[1] - 1}")
-        nodes = self.trie.follow(self._enter(input_ids[:, : self.prompt_length]), input_ids[:, self.prompt_length :])
-        place = self.trie.allowed(nodes, scores.shape[1])
-        kept = torch.take(scores, place)
-        over = ((nodes < 0) | self.trie.is_leaf(nodes)).nonzero().squeeze(1)  # a whole SID, or no prefix of one
-        if len(over):
-            place = torch.cat([place, over * scores.shape[1] + self.eos_token_id])
-            kept = torch.cat([kept, kept.new_zeros(len(over))])
-        masked = self._nothing_allowed(scores)
-        masked.view(-1).scatter_(0, place, kept)
-        if not masked.is_inference() and not torch.is_grad_enabled():
-            self._last = masked, place, masked._version
+        nodes = self.trie.follow(
+            self._nodes_of_prompts(input_ids[:, : self.prompt_length]), input_ids[:, self.prompt_length :]
+        )
+        allowed = self.trie.allowed(nodes, scores.shape[1])  # indices into the N * V scores
+        allowed_scores = torch.take(scores, allowed)
+        ended = ((nodes < 0) | self.trie.is_leaf(nodes)).nonzero().squeeze(1)  # a whole SID, or no prefix of one
+        if len(ended):
+            allowed = torch.cat([allowed, ended * scores.shape[1] + self.eos_token_id])
+            allowed_scores = torch.cat([allowed_scores, allowed_scores.new_zeros(len(ended))])
+        masked = self._all_masked(scores)
+        masked.view(-1).scatter_(0, allowed, allowed_scores)
+        if self.reuse_scores and not (masked.is_inference() or masked.requires_grad):
+            self._returned = masked, allowed, masked._version
         return masked
 
-    def _enter(self, prompt: Tensor) -> Tensor:
+    def _nodes_of_prompts(self, prompts: Tensor) -> Tensor:
         """Where prompts end; looked up again where they are those of the last call, as they are in a search."""
-        tail = prompt[:, max(prompt.shape[1] - self.trie.depth, 0) :]
-        if self._entered is None or tail.device != self._entered[0].device or not torch.equal(tail, self._entered[0]):
-            self._entered = tail.clone(), self.trie.enter(prompt)
-        return self._entered[1]
+        tail = prompts[:, max(prompts.shape[1] - self.trie.depth, 0) :]
+        if self._prompts is None or tail.device != self._prompts[0].device or not torch.equal(tail, self._prompts[0]):
+            self._prompts = tail.clone(), self.trie.enter(prompts)
+        return self._prompts[1]
 
-    def _nothing_allowed(self, scores: Tensor) -> Tensor:
-        """-inf ``[N, V]``: what the last call returned, cleaned, where nobody holds it or has written to it.
-
-        Beam search drops it at once, and filling N x V anew would cost more than all the rest.
-        """
-        last, self._last = self._last, None
-        if last is not None:
-            masked, place, version = last
-            del last
-            like = (masked.shape, masked.dtype, masked.device) == (scores.shape, scores.dtype, scores.device)
-            probe = torch.empty(0)  # held as `masked` should be: by one variable
-            if like and masked._version == version and _references(masked) == _references(probe):
-                masked.view(-1).index_fill_(0, place, -torch.inf)
+    def _all_masked(self, scores: Tensor) -> Tensor:
+        """-inf ``[N, V]``: with `reuse_scores` the last result, in which only the finite entries are masked again."""
+        if self._returned is not None:
+            masked, finite, version = self._returned
+            same_kind = (masked.shape, masked.dtype, masked.device) == (scores.shape, scores.dtype, scores.device)
+            if same_kind and masked._version == version:  # else a processor after this one wrote into it
+                masked.view(-1).index_fill_(0, finite, -torch.inf)
                 return masked
         return torch.full(scores.shape, -torch.inf, dtype=scores.dtype, device=scores.device)
-
-
-def _references(tensor: Tensor) -> tuple[int, int]:
-    """How often a tensor and its memory are held."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    return sys.getrefcount(tensor), count(tensor.untyped_storage()._cdata) if count else id(tensor)
 
 
 @dataclass
@@ -144,40 +147,43 @@ def generate_items(
         raise ValueError(
             f"num_beams = {num_beams}, num_return_sequences = {count}; give 2 or more beams and return 1..num_beams"
         )
-    taken = sorted(_TAKEN.intersection(generation))
-    if taken:
-        raise ValueError(f"{taken[0]} is set by the search over the trie; leave it out, or call generate yourself")
+    reserved = sorted(_RESERVED.intersection(generation))
+    if reserved:
+        raise ValueError(f"{reserved[0]} is set by the search over the trie; leave it out, or call generate yourself")
     decoder_only = not getattr(model.config, "is_encoder_decoder", False)
     _check_inputs(inputs, decoder_only)
     eos = generation.get("eos_token_id", model.generation_config.eos_token_id)
     eos = eos[0] if isinstance(eos, (list, tuple)) else eos
     if eos is None:
         raise ValueError("the model's generation config has no eos_token_id; give eos_token_id")
-    given = inputs["input_ids"] if decoder_only else inputs.get("decoder_input_ids")
-    prompt_length = 1 if given is None else given.shape[1]
-    processors = [*generation.pop("logits_processor", ()), SIDLogitsProcessor(trie, prompt_length, eos)]
-    with neutral_generation(model):
-        found = model.generate(
-            **inputs,
-            **{"do_sample": False, **generation},
+    prompt = inputs["input_ids"] if decoder_only else inputs.get("decoder_input_ids")
+    prompt_length = 1 if prompt is None else prompt.shape[1]
+    constraint = SIDLogitsProcessor(trie, prompt_length, eos, reuse_scores=True)
+    processors = [*generation.pop("logits_processor", ()), constraint]
+    search = model.generate(
+        **inputs,
+        **generation_arguments(
+            model,
             num_beams=num_beams,
             num_return_sequences=count,
             max_new_tokens=trie.depth,
             length_penalty=0.0,  # a score is then the sum of log-probabilities
-            logits_processor=LogitsProcessorList(processors),
             output_scores=True,
             return_dict_in_generate=True,
-        )
-    nodes = trie.walk(found.sequences, prompt_length)
+            **generation,
+        ),
+        logits_processor=LogitsProcessorList(processors),
+    )
+    nodes = trie.walk(search.sequences, prompt_length)
     # Where the catalogue has too few SIDs, transformers fills beams with others that it scores at -1e9.
-    real = trie.is_leaf(nodes) & (found.sequences_scores > -1e8)
+    real = trie.is_leaf(nodes) & (search.sequences_scores > -1e8)
     nodes = torch.where(real, nodes, -1)
     items = trie.items_of(nodes)
     return GeneratedItems(
         items=[items[i : i + count] for i in range(0, len(items), count)],
-        scores=found.sequences_scores.masked_fill(~real, -torch.inf).view(-1, count),
+        scores=search.sequences_scores.masked_fill(~real, -torch.inf).view(-1, count),
         sids=trie.sids_of(nodes).view(-1, count, trie.levels),
-        sequences=found.sequences,
+        sequences=search.sequences,
     )
 
 
@@ -192,20 +198,26 @@ def _check_inputs(inputs: Mapping[str, Tensor], decoder_only: bool) -> None:
         raise ValueError('inputs is padded on the right; a decoder goes on at the end: tokenizer.padding_side = "left"')
 
 
-@contextmanager
-def neutral_generation(model: nn.Module) -> Iterator[None]:
-    """A generation config that says which tokens are special, and nothing else."""
-    models = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
-    with _TAKING_TURNS:
-        own = [each.__dict__.get("generation_config") for each in models]
-        configs = [each.generation_config for each in models]
-        try:
-            for each, config in zip(models, configs, strict=True):
-                each.generation_config = GenerationConfig(**{name: getattr(config, name) for name in _IDS})
-            yield
-        finally:
-            for each, config in zip(models, own, strict=True):
-                if config is not None:
-                    each.generation_config = config
-                else:
-                    del each.generation_config
+def generation_arguments(model: nn.Module, **settings: Any) -> dict[str, Any]:
+    """Arguments of `model.generate` under which `settings` hold, the model's special tokens, and else the defaults.
+
+    Args:
+        model: whose generation config is left out of account, special tokens aside; nothing in it is changed.
+        settings: further arguments of `generate`, of its generation config or not.
+    """
+    special = {name: getattr(model.generation_config, name) for name in _SPECIAL_TOKENS}
+    if "use_model_defaults" in inspect.signature(GenerationMixin.generate).parameters:  # transformers 4
+        return {"generation_config": GenerationConfig(**special), "use_model_defaults": False, **settings}
+    config = _CompleteConfig(**special)
+    others = config.update(**settings)
+    return {"generation_config": config, **others}
+
+
+class _CompleteConfig(GenerationConfig):
+    """A generation config whose unset entries stay unset.
+
+    `generate` of transformers 5 has no argument for it: it fills them from the model's config, by this method alone.
+    """
+
+    def update(self, *, allow_custom_entries: bool = False, **settings: Any) -> dict[str, Any]:
+        return {} if allow_custom_entries else super().update(**settings)

@@ -75,5 +75,5 @@ def _first_cache(values: Iterable[Any]) -> Any:
 
 
 def _is_cache(value: Any) -> bool:
-    """Whether an object or a class moves keys as every Cache of transformers does, Reformer's and Jamba's own do not."""
+    """Whether an object or a class selects rows of a batch, as each Cache of transformers does; Reformer's does not."""
     return hasattr(value, "batch_select_indices")

@@ -1,3 +1,6 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
@@ -62,19 +65,68 @@ def trail(row):
     return []
 
 
-def test_settings_that_the_model_brings_do_not_apply():
-    model, inputs = attach(tiny_model(), encoder(), vocabulary()), prompts()
+OF_A_CHAT_MODEL = {
+    "do_sample": True,
+    "temperature": 0.3,
+    "top_k": 2,
+    "top_p": 0.5,
+    "repetition_penalty": 3.0,
+    "no_repeat_ngram_size": 1,
+    "min_new_tokens": 5,
+    "max_length": 3,
+    "length_penalty": 2.0,
+    "suppress_tokens": [sid(1)[0]],
+    "bad_words_ids": [[sid(3)[0]]],
+    "forced_eos_token_id": 7,
+    "exponential_decay_length_penalty": (0, 3.0),
+    "early_stopping": True,
+}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "t5"])
+def test_settings_that_the_model_brings_do_not_apply(family):
+    model, inputs = attach(tiny_model(family), encoder(), vocabulary()), call(family)
     plain = generate_items(model, trie(), inputs, num_beams=6)
     config = model.generation_config
-    config.do_sample, config.temperature, config.top_k, config.top_p = True, 0.3, 2, 0.5
-    config.repetition_penalty, config.no_repeat_ngram_size, config.min_new_tokens = 3.0, 1, 5
-    again = generate_items(model, trie(), inputs, num_beams=6)
+    for name, value in OF_A_CHAT_MODEL.items():
+        setattr(config, name, value)
+    before, during = config.to_dict(), []
+
+    def look(input_ids, scores):
+        during.append(model.generation_config is config and config.to_dict() == before)
+        return scores
+
+    again = generate_items(model, trie(), inputs, num_beams=6, logits_processor=[look])
+    assert during
+    assert all(during), "the model's generation config is exchanged while it generates"
     assert model.generation_config is config
+    assert config.to_dict() == before
     assert torch.equal(plain.scores, again.scores)
     assert plain.items == again.items
+    own = generate_items(model, trie(), inputs, num_beams=6, suppress_tokens=[sid(1, 3, 4)[2]])  # the caller's applies
+    assert ("item 0",) in plain.items[0]
+    assert ("item 0",) not in own.items[0]
+
+
+def test_threads_do_not_wait_for_each_other():
+    model, meeting = attach(tiny_model(), encoder(), vocabulary()), threading.Barrier(2, timeout=30)
+
+    def meet(input_ids, scores):
+        meeting.wait()  # broken where one generation has to end before the other
+        return scores
+
+    expected = generate_items(model, trie(), prompts(), num_beams=4)
+    with ThreadPoolExecutor(2) as pool:
+        search = lambda _: generate_items(model, trie(), prompts(), num_beams=4, logits_processor=[meet])  # noqa: E731
+        for found in pool.map(search, range(2)):
+            assert torch.equal(found.scores, expected.scores)
+
+
+def test_arguments_of_the_search():
+    model, inputs = attach(tiny_model(), encoder(), vocabulary()), prompts()
     with pytest.raises(ValueError, match="num_beams = 4, num_return_sequences = 9"):
         generate_items(model, trie(), inputs, num_beams=4, num_return_sequences=9)
-    config.eos_token_id = None
+    model.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="has no eos_token_id; give eos_token_id"):
         generate_items(model, trie(), inputs)
     found = generate_items(model, trie(), inputs, num_beams=3, num_return_sequences=2, eos_token_id=[EOS])
@@ -152,32 +204,41 @@ def test_allowed_sets_and_scores_are_those_of_a_python_function(generated, rows,
     assert torch.equal(found, expected)
 
 
-def test_a_result_that_somebody_holds_is_not_written_again():
-    processor = SIDLogitsProcessor(trie(), 2, EOS)
-    first = torch.tensor([[3, 5], [3, sid(1)[0]]])
-    second = torch.tensor([[3, 5, sid(1)[0]], [3, *sid(1, 3)]])
-    scores = torch.randn(2, TOKENS)
-    with torch.no_grad():
-        expected = [SIDLogitsProcessor(trie(), 2, EOS)(ids, scores) for ids in (first, second)]
-        held = processor(first, scores)
-        assert torch.equal(processor(second, scores), expected[1])
-        assert torch.equal(held, expected[0])
-        view = processor(first, scores).view(1, -1)
-        assert torch.equal(processor(second, scores), expected[1])
-        assert torch.equal(view, expected[0].view(1, -1))
-        del view
-        with torch.inference_mode():  # here a view holds the memory alone
-            view = processor(first, scores).view(1, -1)
-            processor(second, scores)
-            assert torch.equal(view, expected[0].view(1, -1))
-            del view
-        processor(first, scores)[:, 7] = 0.0  # as a processor after it might
-        assert torch.equal(processor(second, scores), expected[1])
-        place = processor(first, scores).data_ptr()
-        again = processor(second, scores)
-        assert again.data_ptr() == place, "nobody held it, so it is used again"
-        assert torch.equal(again, expected[1])
-        assert torch.equal(processor(second[:1], scores[:1]), expected[1][:1])
+FIRST = torch.tensor([[3, 5], [3, sid(1)[0]]])
+SECOND = torch.tensor([[3, 5, sid(1)[0]], [3, *sid(1, 3)]])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_a_result_is_not_written_again(mode):
+    processor, scores = SIDLogitsProcessor(trie(), 2, EOS), torch.randn(2, TOKENS)
+    with mode():
+        first = processor(FIRST, scores)
+        copied = first.clone()
+        second = processor(SECOND, scores)
+    assert torch.equal(first, copied)
+    assert torch.equal(second, SIDLogitsProcessor(trie(), 2, EOS)(SECOND, scores))
+
+
+def test_with_reuse_scores_the_next_call_overwrites_a_result():
+    processor, scores = SIDLogitsProcessor(trie(), 2, EOS, reuse_scores=True), torch.randn(2, TOKENS)
+    expected = [SIDLogitsProcessor(trie(), 2, EOS)(ids, scores) for ids in (FIRST, SECOND)]
+    held = processor(FIRST, scores)
+    assert torch.equal(held, expected[0])
+    again = processor(SECOND, scores)
+    assert again.data_ptr() == held.data_ptr()
+    assert torch.equal(again, expected[1])
+    again[:, 7] = 0.0  # as a processor after it might
+    assert torch.equal(processor(FIRST, scores), expected[0])
+    assert torch.equal(processor(SECOND[:1], scores[:1]), expected[1][:1])
+    assert torch.equal(processor(SECOND, scores.double()), expected[1].double())
+    with torch.inference_mode():  # its tensors have no version to tell whether they were written
+        first = processor(FIRST, scores)
+        processor(SECOND, scores)
+        assert torch.equal(first, expected[0])
+    leaf = scores.clone().requires_grad_()
+    first = processor(FIRST, leaf)
+    processor(SECOND, scores)
+    assert torch.equal(first, expected[0])
 
 
 def test_sampling_never_leaves_the_catalogue():

@@ -99,7 +99,8 @@ RECURRENT = {
     "Rwkv": SIZES | {"num_hidden_layers": 2},
     "XLNet": {"vocab_size": TOKENS, "d_model": HIDDEN, "n_layer": 1, "n_head": 2, "d_inner": 32},
     "xLSTM": SIZES | {"num_hidden_layers": 1, "num_blocks": 1, "num_heads": 2},
-    "Reformer": SIZES | {"is_decoder": True, "num_attention_heads": 2, "attn_layers": ["local"], "axial_pos_embds": False},
+    "Reformer": SIZES
+    | {"is_decoder": True, "num_attention_heads": 2, "attn_layers": ["local"], "axial_pos_embds": False},
 }
 HEADS = {"XLNet": "XLNetLMHeadModel", "Reformer": "ReformerModelWithLMHead"}
 
@@ -108,7 +109,9 @@ HEADS = {"XLNet": "XLNetLMHeadModel", "Reformer": "ReformerModelWithLMHead"}
 def test_models_that_keep_their_past_elsewhere_are_refused(family):
     config = getattr(transformers, f"{family}Config")(**RECURRENT[family], pad_token_id=0)
     model = getattr(transformers, HEADS.get(family, f"{family}ForCausalLM"))(config)
-    with pytest.raises(NotImplementedError, match=f"^{type(model).__name__} keeps its past in something else than a KV"):
+    with pytest.raises(
+        NotImplementedError, match=f"^{type(model).__name__} keeps its past in something else than a KV"
+    ):
         attach(model, encoder(), vocabulary())
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -116,7 +119,7 @@ def test_models_that_keep_their_past_elsewhere_are_refused(family):
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_other_caches_are_refused(name):
     model = attach(tiny_model(), encoder(), vocabulary())
-    with pytest.raises(NotImplementedError, match="called with a SimpleNamespace as its KV cache; .* use generate"):
+    with pytest.raises(NotImplementedError, match=r"called with a SimpleNamespace as its KV cache; .* use generate"):
         model(**prompts(), **{name: SimpleNamespace()})
 
 
@@ -125,5 +128,5 @@ def test_continuous_batching_is_refused():
     from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
     model = attach(tiny_model(), encoder(), vocabulary())
-    with pytest.raises(NotImplementedError, match="a PagedAttentionCache as its KV cache; .* use generate"):
+    with pytest.raises(NotImplementedError, match=r"a PagedAttentionCache as its KV cache; .* use generate"):
         model(**prompts(), cache=PagedAttentionCache.__new__(PagedAttentionCache))

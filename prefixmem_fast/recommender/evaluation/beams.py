@@ -112,29 +112,32 @@ def _grow(
 
 def _by_generate(model: nn.Module, input_ids: Tensor, levels: int, num_beams: int, trie: SIDTrie | None) -> Beams:
     """The same by `generate`, in which no token ends a sequence before all levels are there."""
-    from ...huggingface.constrained import SIDLogitsProcessor, neutral_generation
+    from ...huggingface.constrained import SIDLogitsProcessor, generation_arguments
 
     prompt = 1 if is_encoder_decoder(model) else input_ids.shape[1]
-    with neutral_generation(model):
-        found = model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            do_sample=False,
+    reuse = num_beams > 1  # greedy search keeps the scores as they are returned
+    processors = [] if trie is None else [SIDLogitsProcessor(trie, prompt, trie.text_token, reuse_scores=reuse)]
+    search = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        **generation_arguments(
+            model,
             num_beams=num_beams,
             num_return_sequences=num_beams,
             max_new_tokens=levels,
             length_penalty=0.0,
             eos_token_id=None,
-            logits_processor=[] if trie is None else [SIDLogitsProcessor(trie, prompt, trie.text_token)],
             output_scores=True,
             output_logits=num_beams == 1,
             return_dict_in_generate=True,
-        )
+        ),
+        logits_processor=processors,
+    )
     if num_beams == 1:  # greedy: no scores of sequences
-        logp = torch.stack(found.logits, 1).float().log_softmax(-1)  # [B, L, V]
-        tokens = found.sequences[:, prompt:]
+        logp = torch.stack(search.logits, 1).float().log_softmax(-1)  # [B, L, V]
+        tokens = search.sequences[:, prompt:]
         scores = logp.gather(2, tokens[..., None]).squeeze(2).sum(1, keepdim=True)
         return Beams(tokens[:, None], scores)
-    scores = found.sequences_scores.view(len(input_ids), num_beams).float()
+    scores = search.sequences_scores.view(len(input_ids), num_beams).float()
     scores = scores.masked_fill(scores < -1e8, -torch.inf)  # what transformers fills missing beams with
-    return Beams(found.sequences[:, prompt:].reshape(len(input_ids), num_beams, levels), scores)
+    return Beams(search.sequences[:, prompt:].reshape(len(input_ids), num_beams, levels), scores)

@@ -17,7 +17,7 @@ def describe(
     model: nn.Module, tokenizer: Any, tokens: Tokens, items: np.ndarray, *, max_new_tokens: int = 32, batch: int = 64
 ) -> list[str]:
     """Greedy texts of items, from the prompt of the pairs that the model was trained on."""
-    from ...huggingface.constrained import neutral_generation
+    from ...huggingface.constrained import generation_arguments
 
     parts, device, texts = is_encoder_decoder(model), next(model.parameters()).device, []
     if tokens.texts is None:
@@ -30,12 +30,14 @@ def describe(
             prompts = torch.tensor(
                 [begin + tokens.describe(int(item)) for item in items[start : start + batch]], device=device
             )
-            with neutral_generation(model):
-                found = model.generate(
-                    input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
-                    max_new_tokens=max_new_tokens, eos_token_id=tokens.end, pad_token_id=tokens.pad,
-                )  # fmt: skip
-            texts += tokenizer.batch_decode(found[:, 0 if parts else prompts.shape[1] :], skip_special_tokens=True)
+            generated = model.generate(
+                input_ids=prompts,
+                attention_mask=torch.ones_like(prompts),
+                **generation_arguments(
+                    model, max_new_tokens=max_new_tokens, eos_token_id=tokens.end, pad_token_id=tokens.pad
+                ),
+            )
+            texts += tokenizer.batch_decode(generated[:, 0 if parts else prompts.shape[1] :], skip_special_tokens=True)
     finally:
         model.train(training)
     return [" ".join(text.split()) for text in texts]
