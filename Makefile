@@ -5,11 +5,28 @@ BIN := $(VENV)/bin
 GPU_NEEDS := torch, triton, pytest, hypothesis, tqdm, numpy
 GPU_PYTHON = $(shell $(PYTHON) -c "import $(GPU_NEEDS)" 2>/dev/null && echo $(PYTHON) || echo $(BIN)/python)
 
-.PHONY: test demo bench gpu lint format clean
+# The oldest and the newest releases that setup.py allows, each in an environment of its own. TORCH says what torch they
+# get, where plain "torch" would bring the GPU's libraries: make test-newest TORCH=torch==2.14.1+cpu
+TORCH ?=
+OTHER_RELEASES := tests/huggingface tests/recommender tests/cli
+
+.PHONY: test test-oldest test-newest demo bench gpu lint format clean
 
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 tests
 	@$(MAKE) --no-print-directory lint
+
+test-oldest: .venv-oldest/ready
+test-newest: .venv-newest/ready
+test-oldest test-newest: test-%:
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n auto --maxprocesses 8 $(OTHER_RELEASES)
+
+.venv-oldest/ready: RELEASES := transformers==4.57.1
+.venv-newest/ready: RELEASES := --upgrade --upgrade-strategy eager
+.venv-%/ready: setup.py
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet $(RELEASES) $(TORCH) --editable '.[test,bench]'
+	touch $@
 
 demo: $(VENV)/ready
 	$(BIN)/prefixmem info
@@ -31,7 +48,7 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

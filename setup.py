@@ -9,7 +9,7 @@ version = next(
     if line.startswith("__version__")
 )
 
-train = ["transformers>=4.57", "accelerate", "peft", "pyyaml", "pyarrow", "matplotlib", "sacrebleu"]
+train = ["transformers>=4.57.1", "accelerate", "peft", "pyyaml", "pyarrow", "matplotlib", "sacrebleu"]
 
 setup(
     name="prefixmem_fast",
@@ -33,7 +33,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "hf": ["transformers>=4.57"],
+        "hf": ["transformers>=4.57.1"],
         "train": train,
         "bench": [*train, "nvidia-ml-py"],
         "test": [*train, "pytest", "pytest-xdist", "hypothesis", "ruff"],

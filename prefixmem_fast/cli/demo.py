@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .train import check_libraries
+from .train import check_libraries, quiet_transformers
 
 if TYPE_CHECKING:
     from ..recommender.training.config import RunConfig
@@ -30,6 +30,11 @@ def run(options: argparse.Namespace) -> int:
     if options.steps < 20:
         raise ValueError(f"--steps = {options.steps}; give 20 or more")
     check_libraries("matplotlib")
+    with quiet_transformers():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     from ..recommender.evaluation.plots import plot_curves
     from ..recommender.training.classification import pretrain
     from ..recommender.training.config import RunConfig

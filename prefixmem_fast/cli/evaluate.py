@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..recommender.evaluation.report import PARTS, SEARCHES, as_json
-from .train import check_libraries
+from .train import check_libraries, quiet_transformers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +29,11 @@ def run(options: argparse.Namespace) -> int:
     if options.examples is not None and options.examples < 1:
         raise ValueError(f"--examples = {options.examples}; give 1 or more")
     check_libraries()
+    with quiet_transformers():
+        return _evaluate(options)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
     import numpy as np
 
     from .._files import write_file

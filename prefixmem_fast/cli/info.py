@@ -1,18 +1,20 @@
-"""Show versions, the GPU, and which backends can run and why the others cannot."""
+"""Show versions, those tested, the GPU, and which backends can run and why the others cannot."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from .. import __version__
+from .._environment import TESTED, installed_version
 from .._triton import interpreting
 from ..operation.backends import BACKENDS, backend_problem
+
+_OPTIONAL = ("transformers", "accelerate", "peft")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +27,8 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     for name, value in facts["versions"].items():
-        print(f"{name:<16}{value}")
+        tested = facts["tested"].get(name)
+        print(f"{name:<16}{value:<18}{'tested with ' + ', '.join(tested) if tested else ''}".rstrip())
     for gpu in facts["gpus"]:
         print(f"{'gpu':<16}{gpu['name']}, {gpu['memory_gib']} GiB, {gpu['architecture']}, driver {gpu['driver']}")
     if not facts["gpus"]:
@@ -36,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
+    """Versions installed and tested, GPUs, and for each backend why it cannot run, or None."""
     gpus = []
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
@@ -53,20 +57,15 @@ def collect() -> dict[str, Any]:
             "prefixmem_fast": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": _version("triton"),
-            "numpy": _version("numpy"),
+            "triton": installed_version("triton") or "not installed",
+            "numpy": installed_version("numpy"),
+            **{package: found for package in _OPTIONAL if (found := installed_version(package)) is not None},
         },
+        "tested": {package: list(versions) for package, versions in TESTED.items()},
         "gpus": gpus,
         "interpreter": interpreting(),
         "backends": {backend: backend_problem(backend, device) for backend in BACKENDS[1:]},
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _driver() -> str:

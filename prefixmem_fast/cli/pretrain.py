@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .train import add_run_arguments, config_of, is_first_process, summary
+from .train import add_run_arguments, config_of, is_first_process, quiet_transformers, summary
 
 METHODS = ("classification", "tiger", "lm")
 _DEFAULTS = {
@@ -29,14 +29,16 @@ def run(options: argparse.Namespace) -> int:
     if options.method == "classification":
         from ..recommender.training.classification import pretrain
 
-        report = pretrain(config, out, **how)
+        with quiet_transformers():
+            report = pretrain(config, out, **how)
     else:
         from ..encoder import PrefixMem
         from ..recommender.training.classification import ENCODER
         from ..recommender.training.run import MODEL, train
         from ..sid import SIDVocabulary
 
-        report = train(config, out, **how)
+        with quiet_transformers():
+            report = train(config, out, **how)
         if not is_first_process():
             return 0
         encoder, vocabulary = PrefixMem.from_pretrained(out / MODEL), SIDVocabulary.from_pretrained(out / MODEL)

@@ -6,6 +6,8 @@ import argparse
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..recommender.training.run import train
 
-    report = train(config_of(options), options.out, resume=options.resume, quiet=options.json)
+    config = config_of(options)
+    with quiet_transformers():
+        report = train(config, options.out, resume=options.resume, quiet=options.json)
     if is_first_process():
         print(json.dumps(report, indent=2) if options.json else summary(report, options.out))
     return 0
@@ -51,14 +55,26 @@ def config_of(options: argparse.Namespace, **defaults: Any) -> RunConfig:
 
 
 def check_libraries(*others: str) -> None:
-    """What only training needs is here, and its own progress bars are the only ones."""
+    """Raises ValueError where something that only training needs is not installed."""
     missing = [name for name in ("transformers", "accelerate", *others) if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"{missing[0]} is not installed: pip install 'prefixmem_fast[train]'")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within it transformers shows neither its bars of loading and writing weights nor warnings."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of loading and writing weights
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def summary(report: dict, out: str) -> str:

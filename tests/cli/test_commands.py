@@ -1,7 +1,9 @@
 import json
+import platform
 
 import pytest
 
+from prefixmem_fast._environment import TESTED
 from prefixmem_fast.cli import main
 from prefixmem_fast.kernels import atomic_backward as backward
 from prefixmem_fast.kernels import forward, rows
@@ -15,10 +17,19 @@ def run_json(capsys, *arguments):
 def test_info(capsys):
     code, facts = run_json(capsys, "info")
     assert code == 0
-    assert set(facts["versions"]) == {"prefixmem_fast", "python", "torch", "triton", "numpy"}
+    assert {"prefixmem_fast", "python", "torch", "triton", "numpy", "transformers", "peft"} < set(facts["versions"])
+    assert facts["versions"]["python"] == platform.python_version()
+    assert facts["tested"]["transformers"] == list(TESTED["transformers"])
     assert facts["backends"] == {"triton": None, "cpu": None, "reference": None}
     main(["info"])
-    assert "torch" in capsys.readouterr().out
+    assert f"tested with {', '.join(TESTED['transformers'])}" in capsys.readouterr().out
+
+
+def test_info_without_the_optional_packages(capsys, monkeypatch):
+    monkeypatch.setattr("prefixmem_fast.cli.info.installed_version", lambda package: None)
+    _, facts = run_json(capsys, "info")
+    assert facts["versions"]["triton"] == "not installed"
+    assert "peft" not in facts["versions"]
 
 
 def test_info_says_why_a_backend_is_missing(capsys, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 
 from prefixmem_fast import PrefixMem
 from prefixmem_fast.cli import main
+from prefixmem_fast.cli.train import check_libraries
 from prefixmem_fast.recommender.data import synthetic
 from tests.recommender.training.small import TINY, TINY_T5, write_files
 
@@ -143,6 +144,23 @@ def test_bleu_of_a_run_with_text(tmp_path, flags, capsys):
     assert code == 0
     assert "BLEU, SID to text" in out
     assert 0 <= json.loads((tmp_path / "run" / "test.json").read_text())["bleu"] <= 100
+
+
+def test_checking_libraries_changes_nothing_and_a_command_is_quiet_for_itself(tmp_path, flags, capsys, monkeypatch):
+    from transformers.utils import logging
+
+    state = lambda: (logging.get_verbosity(), logging.is_progress_bar_enabled())  # noqa: E731
+    logging.set_verbosity_warning()
+    logging.enable_progress_bar()
+    before, during = state(), []
+    check_libraries()
+    assert state() == before
+    monkeypatch.setattr("prefixmem_fast.recommender.training.run.prepare", lambda *_: during.append(state()) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(capsys, "train", *flags, "--out", tmp_path / "run")
+    assert during == [(logging.ERROR, False)]
+    assert state() == before
+    logging.set_verbosity_error()  # as tests.huggingface.models does
 
 
 def test_wrong_input_is_one_line(tmp_path, flags, capsys):

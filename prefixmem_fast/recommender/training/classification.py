@@ -23,10 +23,9 @@ from .run import (
     check_folder,
     load_data,
     process_count,
-    training_arguments,
     write_report,
 )
-from .trainer import RecommenderTrainer
+from .trainer import make_trainer
 
 ENCODER = "encoder"
 
@@ -109,15 +108,24 @@ def pretrain(
     model = NextCode(build_encoder(config, data.catalogue.codebook_sizes, config.memory_dim))
     out.mkdir(parents=True, exist_ok=True)
     validation = codes[torch.from_numpy(data.split.validation.sample(config.eval_users).targets)]
-    made = RecommenderTrainer(
-        model=model, args=training_arguments(config, out, quiet), data_collator=lambda rows: rows[0], config=config,
-        train_dataset=_Batches(
-            codes, np.concatenate(data.split.train.items), config.batch_size, config.steps * config.accumulation,
-            config.seed,
-        ),
-        eval_dataset=validation, score=lambda model: model.validate(validation),
-    )  # fmt: skip
-    report = made.run(out, resume)
+    batches = _Batches(
+        codes,
+        np.concatenate(data.split.train.items),
+        config.batch_size,
+        config.steps * config.accumulation,
+        config.seed,
+    )
+    trainer = make_trainer(
+        config,
+        out,
+        quiet,
+        model=model,
+        train_dataset=batches,
+        data_collator=lambda rows: rows[0],
+        eval_dataset=validation,
+        score=lambda model: model.validate(validation),
+    )
+    report = trainer.run(out, resume)
     model.encoder.save_pretrained(out / ENCODER)
     write_report(report, out)
     return report

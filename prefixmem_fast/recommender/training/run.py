@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..._files import write_file
@@ -133,7 +132,7 @@ def train(
             been trained then.
     """
     from .arms import add_arm as add_arm_of_config
-    from .trainer import RecommenderTrainer, StopAt, score_examples
+    from .trainer import StopAt, make_trainer, score_examples
 
     out = Path(out)
     check_folder(config, out, resume)
@@ -143,11 +142,16 @@ def train(
     stream, collate = stream_of(run)
     examples = run.data.split.validation.last(config.max_items).sample(config.eval_users)
     out.mkdir(parents=True, exist_ok=True)
-    trainer = RecommenderTrainer(
-        model=run.model, args=training_arguments(config, out, quiet), train_dataset=stream,
+    trainer = make_trainer(
+        config,
+        out,
+        quiet,
+        model=run.model,
+        train_dataset=stream,
         data_collator=lambda batches: collate(batches[0]),
-        eval_dataset=examples, config=config, score=partial(score_examples, examples=examples, tokens=run.tokens),
-    )  # fmt: skip
+        eval_dataset=examples,
+        score=partial(score_examples, examples=examples, tokens=run.tokens),
+    )
     if stop_at is not None:
         trainer.add_callback(StopAt(stop_at))
     report = trainer.run(out, resume)
@@ -202,25 +206,6 @@ def load_run(folder: str | Path) -> Run:
     text = data.text if config.interleaved or config.pairs else None
     tokens = tokens_of(data.catalogue, vocabulary, tokenizer, text, config.max_text_tokens)
     return Run(config, data, model.eval(), tokenizer, vocabulary, tokens)
-
-
-def training_arguments(config: RunConfig, out: Path, quiet: bool) -> Any:
-    """The options as transformers names them."""
-    from transformers import TrainingArguments
-
-    # transformers 4.57 writes it for bfloat16 and reads it for the next run of the process, whose options may differ.
-    os.environ["ACCELERATE_MIXED_PRECISION"] = {"float32": "no", "bfloat16": "bf16"}[config.precision]
-    return TrainingArguments(
-        str(out), max_steps=config.steps, per_device_train_batch_size=1,  # the stream gives whole batches
-        gradient_accumulation_steps=config.accumulation, learning_rate=config.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
-        warmup_steps=config.warmup_steps, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-        bf16=config.precision == "bfloat16", use_cpu=not torch.cuda.is_available(), logging_steps=config.log_every,
-        eval_strategy="steps", eval_steps=config.eval_every, save_strategy="steps", save_steps=config.eval_every,
-        save_total_limit=2, load_best_model_at_end=config.keep_best, metric_for_best_model="eval_loss",
-        greater_is_better=False, report_to=[], seed=config.seed, data_seed=config.seed, remove_unused_columns=False,
-        disable_tqdm=quiet, dataloader_pin_memory=False, log_level_replica="error",
-    )  # fmt: skip
 
 
 def stream_of(run: Run) -> tuple[SequenceStream, Callable]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ...encoder import PrefixMem, SIDTransformer
@@ -78,6 +81,50 @@ class RecommenderTrainer(Trainer):
         super()._save_checkpoint(*args, **options)
         if self.is_world_process_zero():
             (Path(self._get_output_dir(None)) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+
+
+def make_trainer(config: RunConfig, out: Path, quiet: bool, **options: Any) -> RecommenderTrainer:
+    """A trainer by the options of a run.
+
+    Args:
+        out: the folder of the run.
+        quiet: no progress bar.
+        options: of `RecommenderTrainer`, aside from `config` and `args`.
+    """
+    with _environment_of_precision(config.precision):
+        return RecommenderTrainer(config=config, args=_training_arguments(config, out, quiet), **options)
+
+
+@contextmanager
+def _environment_of_precision(precision: str) -> Iterator[None]:
+    """While a Trainer is built the options decide its precision, not ACCELERATE_MIXED_PRECISION, which is put back.
+
+    transformers 4.57 also writes it for bfloat16, so that the next Trainer of the process would take it from there.
+    """
+    name, outside = "ACCELERATE_MIXED_PRECISION", os.environ.get("ACCELERATE_MIXED_PRECISION")
+    os.environ[name] = {"float32": "no", "bfloat16": "bf16"}[precision]
+    try:
+        yield
+    finally:
+        if outside is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = outside
+
+
+def _training_arguments(config: RunConfig, out: Path, quiet: bool) -> TrainingArguments:
+    """The options as transformers names them."""
+    return TrainingArguments(
+        str(out), max_steps=config.steps, per_device_train_batch_size=1,  # the stream gives whole batches
+        gradient_accumulation_steps=config.accumulation, learning_rate=config.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
+        warmup_steps=config.warmup_steps, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
+        bf16=config.precision == "bfloat16", use_cpu=not torch.cuda.is_available(), logging_steps=config.log_every,
+        eval_strategy="steps", eval_steps=config.eval_every, save_strategy="steps", save_steps=config.eval_every,
+        save_total_limit=2, load_best_model_at_end=config.keep_best, metric_for_best_model="eval_loss",
+        greater_is_better=False, report_to=[], seed=config.seed, data_seed=config.seed, remove_unused_columns=False,
+        disable_tqdm=quiet, dataloader_pin_memory=False, log_level_replica="error",
+    )  # fmt: skip
 
 
 class _Progress(ProgressCallback):

@@ -214,8 +214,11 @@ def test_the_options_say_the_precision(tmp_path, monkeypatch):
     for name, left in (("first", "no"), ("again", "bf16")):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", left)
         found.append(losses(train(options(tmp_path), tmp_path / name, quiet=True)))
+        assert os.environ["ACCELERATE_MIXED_PRECISION"] == left
     assert found[0] == found[1]
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     rounded = losses(train(options(tmp_path, precision="bfloat16"), tmp_path / "rounded", quiet=True))
+    assert "ACCELERATE_MIXED_PRECISION" not in os.environ
     assert rounded != found[0]
     assert losses(train(options(tmp_path), tmp_path / "last", quiet=True)) == found[0]
 

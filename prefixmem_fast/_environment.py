@@ -1,0 +1,22 @@
+"""Which releases of other packages this one was tested with, and which are installed."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+# Each ran the tests of huggingface, recommender and the command line: make test, make test-oldest, make test-newest.
+TESTED = {
+    "torch": ("2.13.0", "2.14.1"),
+    "triton": ("3.8.0", "3.9.0"),
+    "transformers": ("4.57.1", "5.23.0", "5.24.0"),
+    "accelerate": ("1.15.0",),
+    "peft": ("0.21.2",),
+}
+
+
+def installed_version(package: str) -> str | None:
+    """The installed version of a distribution, without a local part such as ``+cu128``; None where it is absent."""
+    try:
+        return version(package).partition("+")[0]
+    except PackageNotFoundError:
+        return None
