@@ -44,12 +44,23 @@ def _run(options: argparse.Namespace) -> int:
     say = (lambda *_: None) if quiet else print
     every = max(options.steps // 12, 1)
     config = RunConfig(
-        synthetic=True, steps=options.steps, log_every=every, eval_every=every, eval_users=500, batch_size=32,
-        learning_rate=2e-3, warmup_steps=options.steps // 20, table_rows=20_000, memory_dim=64, seed=options.seed,
-    )  # fmt: skip
+        synthetic=True,
+        steps=options.steps,
+        log_every=every,
+        eval_every=every,
+        eval_users=500,
+        batch_size=32,
+        learning_rate=2e-3,
+        warmup_steps=options.steps // 20,
+        table_rows=20_000,
+        memory_dim=64,
+        seed=options.seed,
+    )
     data = load_data(config)
-    say(f"synthetic catalogue: {len(data.catalogue)} items, {data.catalogue.codes.shape[1]} levels, "
-        f"{data.split.train.interactions} interactions to train on")  # fmt: skip
+    say(
+        f"synthetic catalogue: {len(data.catalogue)} items, {data.catalogue.codes.shape[1]} levels, "
+        f"{data.split.train.interactions} interactions to train on"
+    )
 
     say("1/4  pre-train the encoder by a classification head, without a transformer")
     shorter = config.replace(
@@ -68,11 +79,15 @@ def _run(options: argparse.Namespace) -> int:
     milliseconds = step_times(config, data)
 
     picture = out / "curves.png"
-    plot_curves({name: [rows] for name, rows in curves.items()}, picture, "synthetic catalogue, validation",
-                floors=reports[PLAIN]["count_table_accuracy"])  # fmt: skip
-    found = {"data": "synthetic", "curves": curves, "test": reports, "step_ms": milliseconds, "picture": str(picture)}
-    (out / REPORT).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(found, indent=1) if options.json else _table(found))
+    plot_curves(
+        {name: [rows] for name, rows in curves.items()},
+        picture,
+        "synthetic catalogue, validation",
+        floors=reports[PLAIN]["count_table_accuracy"],
+    )
+    report = {"data": "synthetic", "curves": curves, "test": reports, "step_ms": milliseconds, "picture": str(picture)}
+    (out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=1) if options.json else _table(report))
     return 0
 
 
@@ -88,7 +103,7 @@ def step_times(config: RunConfig, data: Data, steps: int = 8) -> dict[str, float
     from ..recommender.training.arms import add_arm, optimizer_for
     from ..recommender.training.run import prepare, stream_of
 
-    made = {}
+    contenders = {}
     for name, changes, backend in (
         ("no encoder", {"arm": "plain"}, None),
         ("PrefixMem", {}, "auto"),
@@ -99,9 +114,9 @@ def step_times(config: RunConfig, data: Data, steps: int = 8) -> dict[str, float
         if backend:
             run.model.prefixmem.memory.backend = backend
         stream, collate = stream_of(run)
-        made[name] = (run.model.train(), collate(stream[0]), optimizer_for(run.model, run.config), [])
+        contenders[name] = (run.model.train(), collate(stream[0]), optimizer_for(run.model, run.config), [])
     for turn in range(steps + 1):
-        for model, batch, optimizer, times in made.values():
+        for model, batch, optimizer, times in contenders.values():
             started = time.perf_counter()
             model(**batch).loss.backward()
             optimizer.step()
@@ -110,7 +125,7 @@ def step_times(config: RunConfig, data: Data, steps: int = 8) -> dict[str, float
                 torch.cuda.synchronize()
             if turn:
                 times.append(1e3 * (time.perf_counter() - started))
-    return {name: round(statistics.median(times), 1) for name, (_, _, _, times) in made.items()}
+    return {name: round(statistics.median(times), 1) for name, (_, _, _, times) in contenders.items()}
 
 
 def _folder(out: str) -> Path:
@@ -131,16 +146,21 @@ def _evaluate(folder: Path, quiet: bool) -> dict[str, Any]:
 
     run = load_run(folder)
     report, _ = evaluate(
-        run.model, run.data.catalogue, run.vocabulary, run.tokens, run.data.split, examples=1000,
+        run.model,
+        run.data.catalogue,
+        run.vocabulary,
+        run.tokens,
+        run.data.split,
+        examples=1000,
         progress=partial(progress_bar, quiet=quiet),
-    )  # fmt: skip
+    )
     return report
 
 
-def _table(found: dict[str, Any]) -> str:
+def _table(report: dict[str, Any]) -> str:
     from ..recommender.evaluation.plots import rows_at
 
-    reports, curves = found["test"], found["curves"]
+    reports, curves = report["test"], report["curves"]
     levels = range(1, len(reports[PLAIN]["teacher_forcing"]["accuracy"]) + 1)
     head = "".join(f"{f'level {level}':>9}" for level in levels)
     lines = ["", f"synthetic catalogue, teacher-forced accuracy{'':<2}{head}"]
@@ -164,6 +184,6 @@ def _table(found: dict[str, Any]) -> str:
     for name, row in reports[PLAIN]["floors"].items():
         lines.append(f"{name:<46}{row['recall@10']:>9.4f}{row['ndcg@10']:>9.4f}")
     lines += ["", f"{'training step, T = 200,000':<46}{'ms':>9}"]
-    lines += [f"{name:<46}{value:>9.1f}" for name, value in found["step_ms"].items()]
-    lines += ["", f"learning curves: {found['picture']}"]
+    lines += [f"{name:<46}{value:>9.1f}" for name, value in report["step_ms"].items()]
+    lines += ["", f"learning curves: {report['picture']}"]
     return "\n".join(lines)

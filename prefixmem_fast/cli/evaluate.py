@@ -49,11 +49,19 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.bleu and loaded.tokens.texts is None:
         raise ValueError("--bleu needs a run that was trained with text: --text, and a weight for interleaved or pairs")
     report, arrays = evaluate(
-        loaded.model, loaded.data.catalogue, loaded.vocabulary, loaded.tokens, loaded.data.split, part=options.part,
-        max_items=loaded.config.max_items, num_beams=options.beams, examples=options.examples,
-        searches=(options.search,) if options.search else SEARCHES, reachable=reachable,
+        loaded.model,
+        loaded.data.catalogue,
+        loaded.vocabulary,
+        loaded.tokens,
+        loaded.data.split,
+        part=options.part,
+        max_items=loaded.config.max_items,
+        num_beams=options.beams,
+        examples=options.examples,
+        searches=(options.search,) if options.search else SEARCHES,
+        reachable=reachable,
         progress=partial(progress_bar, quiet=options.json),
-    )  # fmt: skip
+    )
     report = {"run": str(options.run), "data": loaded.data.name, "name": loaded.config.arm, **report}
     if options.bleu:
         from ..recommender.evaluation.description import bleu, describe

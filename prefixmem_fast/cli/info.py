@@ -59,7 +59,7 @@ def collect() -> dict[str, Any]:
             "torch": torch.__version__,
             "triton": installed_version("triton") or "not installed",
             "numpy": installed_version("numpy"),
-            **{package: found for package in _OPTIONAL if (found := installed_version(package)) is not None},
+            **{package: installed for package in _OPTIONAL if (installed := installed_version(package)) is not None},
         },
         "tested": {package: list(versions) for package, versions in TESTED.items()},
         "gpus": gpus,

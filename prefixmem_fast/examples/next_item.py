@@ -142,12 +142,13 @@ def recommend(folder: Path, catalogue: Catalogue, histories: list[list[int]]) ->
     trie = SIDTrie(catalogue, vocabulary)
     prompts = [text_of(history[:-1], catalogue, vocabulary) + " then" for history in histories]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    found = generate_items(model, trie, inputs, num_beams=10)
+    recommendations = generate_items(model, trie, inputs, num_beams=10)
     hits = 0
-    for history, ranking in zip(histories, found.items, strict=True):
+    for history, ranking in zip(histories, recommendations.items, strict=True):
         hits += any(catalogue.items[history[-1]] in items for items in ranking)
     print(f"user 0 met {text_of(histories[0][:-1], catalogue, vocabulary)}")
-    print(f"and next, with their log-probabilities: {found.items[0][:3]}, {found.scores[0, :3].tolist()}")
+    items, scores = recommendations.items[0][:3], recommendations.scores[0, :3].tolist()
+    print(f"and next, with their log-probabilities: {items}, {scores}")
     return hits / len(histories)
 
 

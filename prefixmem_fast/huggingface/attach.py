@@ -12,7 +12,7 @@ from torch import nn
 from ..encoder import PrefixMem, SIDTransformer
 from ..sid import SIDVocabulary
 from .files import leave_files, watch_files
-from .hooks import NAME, Attachment, places_of, unwrapped
+from .hooks import NAME, Attachment, input_embeddings_of, unwrapped
 from .kv_cache import cache_argument, keeps_keys, parameters_of
 
 _PASTS = {"use_cache", "use_mems"}  # arguments of models that keep their past somehow
@@ -111,7 +111,7 @@ def _check(base: nn.Module, encoder: PrefixMem | SIDTransformer, vocabulary: SID
     if pad is not None and vocabulary.is_code(pad):
         level, code = vocabulary.table[pad].tolist()
         raise ValueError(f"pad_token_id = {pad} is the token of level {level}, code {code}; pad with another token")
-    around = {parent for place in places_of(base) for parent in _ancestors(base, place.path)}
+    around = {parent for embedding in input_embeddings_of(base) for parent in _ancestors(base, embedding.path)}
     cached = any(cache_argument(module) for module in around)
     if not keeps_keys(base.config) if cached else _PASTS.intersection(parameters_of(base)):
         raise NotImplementedError(
@@ -121,5 +121,5 @@ def _check(base: nn.Module, encoder: PrefixMem | SIDTransformer, vocabulary: SID
 
 
 def _ancestors(model: nn.Module, path: str) -> list[nn.Module]:
-    parts = path.split(".")
-    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    names = path.split(".")
+    return [model.get_submodule(".".join(names[:i])) for i in range(len(names))]

@@ -37,8 +37,8 @@ class _Call(NamedTuple):
 _NO_CALL = _Call(None, None, [], True, None)  # an embedding called by itself
 
 
-class Place(NamedTuple):
-    """Where a model holds an input embedding: the module that was at `path` when the hooks were placed."""
+class InputEmbedding(NamedTuple):
+    """An input embedding of a model: the module that was at `path` when the hooks were placed."""
 
     path: str
     module: weakref.ref
@@ -56,23 +56,23 @@ class Attachment:
         self.vocabulary = vocabulary
         self._model = weakref.ref(model)
         self._calls_of = threading.local()
-        self._places: list[Place] = []
+        self._embeddings: list[InputEmbedding] = []
         self._warned_of_freezing = hasattr(model, "peft_config")
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_model", "_calls_of", "_places")
+        left_out = ("_model", "_calls_of", "_embeddings")
         return {**{k: v for k, v in self.__dict__.items() if k not in left_out}, "model": self.model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._model, self._calls_of, self._places = weakref.ref(state.pop("model")), threading.local(), []
+        self._model, self._calls_of, self._embeddings = weakref.ref(state.pop("model")), threading.local(), []
         self.__dict__.update(state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         if id(self.model) not in memo:
             return self
-        made = memo[id(self)] = Attachment.__new__(Attachment)
-        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return made
+        duplicate = memo[id(self)] = Attachment.__new__(Attachment)
+        duplicate.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return duplicate
 
     @property
     def model(self) -> nn.Module:
@@ -90,16 +90,16 @@ class Attachment:
         return calls
 
     def place_hooks(self) -> None:
-        self._places = places_of(self.model)
-        embeddings = dict.fromkeys(place.module() for place in self._places)  # each once
+        self._embeddings = input_embeddings_of(self.model)
+        embeddings = dict.fromkeys(embedding.module() for embedding in self._embeddings)  # each once
         for embedding in embeddings:
             embedding.register_forward_hook(self.add_memory)
         # An encoder is called with tokens of its own, in a call that may carry the decoder's cache.
         encoder_decoder = getattr(self.model.config, "is_encoder_decoder", False)
-        apart = self.model.get_encoder() if encoder_decoder and hasattr(self.model, "get_encoder") else None
+        token_encoder = self.model.get_encoder() if encoder_decoder and hasattr(self.model, "get_encoder") else None
         for module in self.model.modules():
             around = any(child in embeddings for child in module.modules())
-            if around and (cache_argument(module) is not None or module is apart):
+            if around and (cache_argument(module) is not None or module is token_encoder):
                 module.register_forward_pre_hook(self.begin_call, with_kwargs=True)
                 module.register_forward_hook(self.end_call, always_call=True)
 
@@ -121,11 +121,11 @@ class Attachment:
             self._calls_of.added = False
         if not calls and not torch.compiler.is_compiling():
             self._check_model()
-        given = kwargs
+        arguments = kwargs
         if args:  # input_ids alone as a rule
             names = parameters_of(module) if len(args) > 1 else ("input_ids",)
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-        cache = cache_given(given)
+            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        cache = cache_given(arguments)
         outer = calls[-1] if calls else _NO_CALL
         segments = outer.segments
         if kwargs.get("segment_ids") is not None:
@@ -136,10 +136,10 @@ class Attachment:
             segments = _segments_of(segment_ids=kwargs["segment_ids"])
             kwargs = {name: value for name, value in kwargs.items() if name != "segment_ids"}
         elif segments is None:
-            segments = _segments_of(position_ids=given.get("position_ids"))
+            segments = _segments_of(position_ids=arguments.get("position_ids"))
         tokens = outer.tokens if cache is not None and cache is outer.cache else []
-        takes_tokens = any(given.get(name) is not None for name in _TOKENS)
-        calls.append(_Call(cache, segments, tokens, takes_tokens, given.get("inputs_embeds")))
+        takes_tokens = any(arguments.get(name) is not None for name in _TOKENS)
+        calls.append(_Call(cache, segments, tokens, takes_tokens, arguments.get("inputs_embeds")))
         return args, kwargs
 
     def end_call(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -220,7 +220,7 @@ class Attachment:
     def _check_model(self) -> None:
         """Follow exchanged embeddings, and say once that PEFT has frozen the encoder."""
         model = self.model
-        if not self._places or any(_module_at(model, place.path) is not place.module() for place in self._places):
+        if not self._embeddings or any(_module_at(model, e.path) is not e.module() for e in self._embeddings):
             self.remove_hooks()
             self.place_hooks()
         if not self._warned_of_freezing and model.training and hasattr(model, "peft_config"):
@@ -240,10 +240,10 @@ def unwrapped(encoder: nn.Module) -> PrefixMem:
     return encoder.modules_to_save[encoder.active_adapters[0]]
 
 
-def places_of(model: nn.Module) -> list[Place]:
-    """The places of the input embedding, and of others that share its weight, such as T5's in encoder and decoder.
+def input_embeddings_of(model: nn.Module) -> list[InputEmbedding]:
+    """The input embedding, and others that share its weight, such as T5's in encoder and decoder.
 
-    PEFT puts modules of its own around embeddings, some of which never call what they wrap, so the place is that of the
+    PEFT puts modules of its own around embeddings, some of which never call what they wrap, so an embedding is its
     outermost wrapper.
     """
     own = model.get_input_embeddings()
@@ -255,14 +255,14 @@ def places_of(model: nn.Module) -> list[Place]:
     inner = [module for module in inner if module.weight.shape[-1] == own.weight.shape[-1]]
     weights = {id(embedding.weight) for embedding in inner}
     modules = dict(model.named_modules(remove_duplicate=False))
-    places = {}
+    embeddings = {}
     for path, module in modules.items():
         if module in inner or (isinstance(module, nn.Embedding) and id(module.weight) in weights):
             parent, _, _ = path.rpartition(".")
             while type(modules[parent]).__module__.startswith("peft.") or isinstance(modules[parent], nn.ModuleDict):
                 path, (parent, _, _) = parent, parent.rpartition(".")
-            places[path] = Place(path, weakref.ref(modules[path]))
-    return list(places.values())
+            embeddings[path] = InputEmbedding(path, weakref.ref(modules[path]))
+    return list(embeddings.values())
 
 
 def _embeddings_in(module: nn.Module | None) -> list[nn.Module]:

@@ -86,8 +86,8 @@ def _with_history(kind: type) -> type:
 
 
 def _empty_cache(kind: type) -> TokenHistory:
-    made = _with_history(kind)
-    return made.__new__(made)
+    with_history = _with_history(kind)
+    return with_history.__new__(with_history)
 
 
 def history_of(cache: Any) -> TokenHistory | None:

@@ -21,10 +21,31 @@ def flags(tmp_path):
     """Flags of a small run, without --out."""
     files = write_files(tmp_path)
     return [
-        "--items", files["items"], "--interactions", *files["interactions"], "--steps", "8", "--batch-size", "8",
-        "--log-every", "1", "--eval-every", "4", "--warmup-steps", "2", "--table-rows", "50", "--memory-dim", "8",
-        "--heads", "2", "--max-items", "5", "--learning-rate", "1e-2",
-    ]  # fmt: skip
+        "--items",
+        files["items"],
+        "--interactions",
+        *files["interactions"],
+        "--steps",
+        "8",
+        "--batch-size",
+        "8",
+        "--log-every",
+        "1",
+        "--eval-every",
+        "4",
+        "--warmup-steps",
+        "2",
+        "--table-rows",
+        "50",
+        "--memory-dim",
+        "8",
+        "--heads",
+        "2",
+        "--max-items",
+        "5",
+        "--learning-rate",
+        "1e-2",
+    ]
 
 
 TINY_FLAGS = ["--model-options", json.dumps(TINY)]
@@ -49,8 +70,19 @@ def test_pretrain_then_train_then_evaluate(tmp_path, flags, capsys, method, more
     assert f"--encoder {first / 'encoder'}" in out
     tables = PrefixMem.from_pretrained(first / "encoder").memory.weight
 
-    code, out, _ = run(capsys, "train", *flags, *TINY_FLAGS, "--encoder", first / "encoder", "--encoder-lr-multiple", 0,
-                       "--keep-best", "--out", second)  # fmt: skip
+    code, out, _ = run(
+        capsys,
+        "train",
+        *flags,
+        *TINY_FLAGS,
+        "--encoder",
+        first / "encoder",
+        "--encoder-lr-multiple",
+        0,
+        "--keep-best",
+        "--out",
+        second,
+    )
     assert code == 0
     assert "level 3" in out
     trained = PrefixMem.from_pretrained(second / "model")
@@ -91,10 +123,25 @@ def test_two_processes_of_torchrun_are_two_batches_a_step(tmp_path, flags, capsy
     alone = run(capsys, "train", *arguments, "--accumulation", "2", "--out", tmp_path / "alone", "--json")
     assert alone[0] == 0
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-         "prefixmem_fast.cli", "train", *arguments, "--out", str(tmp_path / "two"), "--json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "prefixmem_fast.cli",
+            "train",
+            *arguments,
+            "--out",
+            str(tmp_path / "two"),
+            "--json",
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "missing keys" not in done.stderr  # replicas are quiet
     one, two = (json.loads(text) for text in (alone[1], done.stdout))  # and printed once

@@ -35,9 +35,16 @@ CACHE = next(n for n in ("cache", "past_key_values") if n in inspect.signature(G
 FIRST_TEXT, FIRST_SID = 3, 20  # ids 3 .. 19 are text, SID tokens stand among 20 .. 63
 
 _LLAMA = {
-    "vocab_size": TOKENS, "hidden_size": HIDDEN, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": TOKENS,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 _NEOX = {name: value for name, value in _LLAMA.items() if name != "num_key_value_heads"}
 _MODELS = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_LLAMA, head_dim=16)),
@@ -53,11 +60,18 @@ _MODELS = {
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_NEOX)),
     "t5": lambda: T5ForConditionalGeneration(
         T5Config(
-            vocab_size=TOKENS, d_model=HIDDEN, d_kv=16, d_ff=32, num_layers=2, num_heads=2, eos_token_id=2,
-            pad_token_id=0, decoder_start_token_id=0,
+            vocab_size=TOKENS,
+            d_model=HIDDEN,
+            d_kv=16,
+            d_ff=32,
+            num_layers=2,
+            num_heads=2,
+            eos_token_id=2,
+            pad_token_id=0,
+            decoder_start_token_id=0,
         )
     ),
-}  # fmt: skip
+}
 FAMILIES = list(_MODELS)
 
 

@@ -92,10 +92,14 @@ def test_generate_with_a_cache_is_recomputation(family, search):
         torch.manual_seed(3)
         found.append(
             model.generate(
-                **inputs, **options, max_new_tokens=7, use_cache=use_cache, output_scores=True,
+                **inputs,
+                **options,
+                max_new_tokens=7,
+                use_cache=use_cache,
+                output_scores=True,
                 return_dict_in_generate=True,
             )
-        )  # fmt: skip
+        )
     cached, recomputed = found
     assert torch.equal(cached.sequences, recomputed.sequences)
     for one, other in zip(cached.scores, recomputed.scores, strict=True):
@@ -366,9 +370,16 @@ def test_embeddings_between_tokens_end_a_sid(cache):
 def test_an_encoder_called_with_the_decoders_cache():
     torch.manual_seed(0)
     config = BartConfig(
-        vocab_size=TOKENS, d_model=HIDDEN, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=TOKENS,
+        d_model=HIDDEN,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        pad_token_id=0,
+    )
     model = attach(BartForConditionalGeneration(config).eval(), encoder(), vocabulary())
     input_ids, decoder = prompts()["input_ids"], torch.tensor([[0, *sid(1, 3)]] * 4)
     whole = logits(model, input_ids=input_ids, decoder_input_ids=decoder)

@@ -139,14 +139,17 @@ def test_arguments_of_the_search():
         ("text", {}, "inputs holds no input_ids"),
         ({"input_ids": [[1, 2]]}, {}, "inputs holds no input_ids"),
         (torch.ones(1, 2, dtype=torch.int64), {}, "inputs holds no input_ids"),
-        ({"input_ids": torch.ones(2, 2, dtype=torch.int64), "attention_mask": torch.tensor([[1, 1], [1, 0]])}, {},
-         "inputs is padded on the right"),
+        (
+            {"input_ids": torch.ones(2, 2, dtype=torch.int64), "attention_mask": torch.tensor([[1, 1], [1, 0]])},
+            {},
+            "inputs is padded on the right",
+        ),
         (prompts(), {"max_new_tokens": 2}, "max_new_tokens is set by the search over the trie"),
         (prompts(), {"length_penalty": 2.0}, "length_penalty is set by the search"),
         (prompts(), {"eos_token_id": sid(1)[0]}, "is the token of a code; end with another"),
         (prompts(), {"eos_token_id": 5000}, "reach token id 5000, the scores 63"),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments(inputs, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         generate_items(tiny_model(), trie(), inputs, **options)

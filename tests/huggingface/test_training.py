@@ -24,10 +24,20 @@ def rows(count=16):
 
 def trainer(model, folder, steps=4, optimizer=None, **options):
     arguments = TrainingArguments(
-        str(folder), per_device_train_batch_size=4, max_steps=steps, save_steps=2, logging_steps=1, report_to=[],
-        use_cpu=True, seed=1, disable_tqdm=True, learning_rate=1e-2,
-        lr_scheduler_type="constant", max_grad_norm=0.0 if optimizer else 1.0, **options
-    )  # fmt: skip
+        str(folder),
+        per_device_train_batch_size=4,
+        max_steps=steps,
+        save_steps=2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        seed=1,
+        disable_tqdm=True,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0 if optimizer else 1.0,
+        **options,
+    )
     return Trainer(model, arguments, train_dataset=rows(), optimizers=(optimizer, None))
 
 

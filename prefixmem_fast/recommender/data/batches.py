@@ -35,7 +35,7 @@ def causal_batch(rows: Sequence[dict[str, Tensor]], pad: int) -> dict[str, Tenso
     return batch
 
 
-def parts_batch(rows: Sequence[dict[str, Tensor]], pad: int) -> dict[str, Tensor]:
+def source_target_batch(rows: Sequence[dict[str, Tensor]], pad: int) -> dict[str, Tensor]:
     """Sources and targets for an encoder-decoder, padded on the right.
 
     Returns:

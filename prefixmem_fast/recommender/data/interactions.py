@@ -166,8 +166,10 @@ def split_by_time(histories: Histories, fractions: tuple[float, float] = (0.8, 0
             raise ValueError(
                 f"split = 'time' at {first:g} and {second:g} leaves no {name} example; change time_fractions"
             )
-    return Split(Histories(users, kept), *(Examples([u for u, _, _ in p], [h for _, h, _ in p],
-                                                    np.array([t for _, _, t in p])) for p in examples))  # fmt: skip
+    return Split(
+        Histories(users, kept),
+        *(Examples([u for u, _, _ in p], [h for _, h, _ in p], np.array([t for _, _, t in p])) for p in examples),
+    )
 
 
 def _but(items: np.ndarray, count: int) -> np.ndarray:
@@ -185,10 +187,10 @@ class _Builder:
     def row(self, item: Any, where: str) -> int:
         if isinstance(item, float) and item.is_integer():
             item = int(item)
-        found = self.rows.get(str(item)) if isinstance(item, (str, int)) and not isinstance(item, bool) else None
-        if found is None:
+        row = self.rows.get(str(item)) if isinstance(item, (str, int)) and not isinstance(item, bool) else None
+        if row is None:
             raise ValueError(f"{where}: item {item!r} is not in the index; an item named there was expected")
-        return found
+        return row
 
     def extend(self, user: str, items: Any, where: str) -> None:
         if not isinstance(items, list):
@@ -228,9 +230,9 @@ def _time(value: Any, where: str) -> float:
     try:
         if isinstance(value, datetime):  # one without a zone means the same on every machine
             value = (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
-        found = float(value)
-        if np.isfinite(found):
-            return found
+        seconds = float(value)
+        if np.isfinite(seconds):
+            return seconds
     except (TypeError, ValueError):
         pass
     raise ValueError(f"{where}: timestamp {value!r} is no number; seconds or any other ascending number was expected")
@@ -319,9 +321,9 @@ def _read_targets(rows: Iterable[tuple[str, dict[str, Any]]], builder: _Builder)
 
 
 def _column(columns: Sequence[str], names: tuple[str, ...], what: str, optional: bool = False) -> str | None:
-    found = next((name for name in names if name in columns), None)
-    if found is None and not optional:
+    column = next((name for name in names if name in columns), None)
+    if column is None and not optional:
         raise ValueError(
             f"no column for the {what}; one of {', '.join(names)} was expected, found {', '.join(columns)}"
         )
-    return found
+    return column

@@ -30,7 +30,7 @@ class Tokens:
         sids: int64 ``[items, L]``.
         texts: the text of each item; None where there is none.
         start, end, pad: ids of the tokens before a sequence, after it and beside it; `start` may be None.
-        phrases: what stands between the parts.
+        phrases: what stands between them.
     """
 
     sids: np.ndarray
@@ -109,23 +109,23 @@ class Sequences:
         tokens: of the catalogue.
         histories: to train on.
         max_items: of one sequence; longer histories give a random window at each visit.
-        parts: whether a sequence is (source, target), for an encoder-decoder, or one list.
+        encoder_decoder: whether a sequence is (source, target), for an encoder-decoder, or one list.
     """
 
     kind: str
     tokens: Tokens
     histories: Histories
     max_items: int
-    parts: bool = False
+    encoder_decoder: bool = False
 
     def __post_init__(self) -> None:
         if self.kind != "histories" and self.tokens.texts is None:
             raise ValueError(f"the sequences {self.kind!r} need the text of the items; give text")
-        shortest = 2 if self.parts else 1
+        shortest = 2 if self.encoder_decoder else 1
         if self.kind == "pairs":
             with_text = np.array([i for i, text in enumerate(self.tokens.texts) if text], dtype=np.int64)
             self._units = np.stack([np.repeat(with_text, 2), np.tile([0, 1], len(with_text))], 1)
-        elif self.parts:  # one for each item that has some before it
+        elif self.encoder_decoder:  # one for each item that has some before it
             self._units = np.array(
                 [(user, stop) for user, items in enumerate(self.histories.items) for stop in range(2, len(items) + 1)],
                 dtype=np.int64,
@@ -143,7 +143,7 @@ class Sequences:
         return len(self._units)
 
     def make(self, index: int, random: np.random.Generator) -> tuple[list[int], list[int]]:
-        """Source and target of a sequence; the source is empty where `parts` is not set."""
+        """Source and target of a sequence; the source is empty where `encoder_decoder` is not set."""
         tokens = self.tokens
         first, second = self._units[index].tolist()
         if self.kind == "pairs":
@@ -152,12 +152,12 @@ class Sequences:
         else:
             write = tokens.history if self.kind == "histories" else tokens.interleaved
             items = self.histories.items[first][:second]
-            if self.parts:
+            if self.encoder_decoder:
                 source, target = write(items[:-1][-self.max_items :]), tokens.sids[items[-1]].tolist()
             else:
                 start = int(random.integers(len(items) - self.max_items + 1)) if len(items) > self.max_items else 0
                 source, target = [], write(items[start : start + self.max_items])
-        if self.parts:
+        if self.encoder_decoder:
             return source, [*target, tokens.end]
         end = [tokens.end] if self.kind == "pairs" else []
         return [], [*tokens.begin, *source, *target, *end]

@@ -28,7 +28,7 @@ class SequenceStream(Dataset):
         length: how many batches the stream has.
         batch_size: rows of a batch, on average.
         seed: of order, mixture and windows.
-        pack: sequences a row; more than 1 needs kinds without parts.
+        pack: sequences a row; more than 1 needs kinds for decoders alone.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class SequenceStream(Dataset):
         self._pool = lru_cache(maxsize=2)(self._draw_pool)
 
     def __reduce__(self) -> tuple[Any, ...]:  # caches of bound methods cannot be pickled for a DataLoader's workers
-        made = partial(SequenceStream, batch_size=self.batch_size, seed=self.seed, pack=self.pack)
-        return made, (self.kinds, self.length)
+        make = partial(SequenceStream, batch_size=self.batch_size, seed=self.seed, pack=self.pack)
+        return make, (self.kinds, self.length)
 
     def __len__(self) -> int:
         return self.length
@@ -61,16 +61,16 @@ class SequenceStream(Dataset):
         """Rows: input_ids and position_ids that start again with each packed sequence; or input_ids and labels."""
         if not 0 <= batch < self.length:
             raise IndexError(batch)
-        pool, place = divmod(batch, _BATCHES)
-        return [self._row(row) for row in self._pool(pool)[place]]
+        pool, position = divmod(batch, _BATCHES)
+        return [self._row(row) for row in self._pool(pool)[position]]
 
-    def _row(self, made: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-        if self.sequences[0].parts:
-            source, target = made[0]
+    def _row(self, sequences: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+        if self.sequences[0].encoder_decoder:
+            source, target = sequences[0]
             return {"input_ids": torch.tensor(source), "labels": torch.tensor(target)}
         return {
-            "input_ids": torch.tensor([token for _, ids in made for token in ids]),
-            "position_ids": torch.cat([torch.arange(len(ids)) for _, ids in made]),
+            "input_ids": torch.tensor([token for _, ids in sequences for token in ids]),
+            "position_ids": torch.cat([torch.arange(len(ids)) for _, ids in sequences]),
         }
 
     def _draw_pool(self, pool: int) -> list[list[list[tuple[list[int], list[int]]]]]:
@@ -90,8 +90,8 @@ class SequenceStream(Dataset):
         return [batches[i] for i in np.random.default_rng([self.seed, 3, pool]).permutation(_BATCHES)]
 
     def _sequence(self, number: int) -> tuple[list[int], list[int]]:
-        block, place = divmod(number, _BLOCK)
-        kind, visit = (int(drawn[place]) for drawn in self._block(block))
+        block, offset = divmod(number, _BLOCK)
+        kind, visit = (int(drawn[offset]) for drawn in self._block(block))
         sequences = self.sequences[kind]
         turn, position = divmod(visit, len(sequences))
         return sequences.make(int(self._order(kind, turn)[position]), np.random.default_rng([self.seed, 2, number]))

@@ -16,13 +16,41 @@ from .interactions import Histories
 
 LEVELS, CODES, DIMENSIONS = 5, 32, 24
 _COLOURS = (
-    "amber", "blue", "coral", "dusty", "emerald", "frosted", "golden", "hazel", "ivory", "jade", "khaki", "lilac",
-    "mint", "navy", "olive", "pearl",
-)  # fmt: skip
+    "amber",
+    "blue",
+    "coral",
+    "dusty",
+    "emerald",
+    "frosted",
+    "golden",
+    "hazel",
+    "ivory",
+    "jade",
+    "khaki",
+    "lilac",
+    "mint",
+    "navy",
+    "olive",
+    "pearl",
+)
 _THINGS = (
-    "lamp", "chair", "brush", "kettle", "scarf", "drum", "tent", "clock", "puzzle", "mirror", "basket", "ladder",
-    "camera", "pillow", "bottle", "guitar",
-)  # fmt: skip
+    "lamp",
+    "chair",
+    "brush",
+    "kettle",
+    "scarf",
+    "drum",
+    "tent",
+    "clock",
+    "puzzle",
+    "mirror",
+    "basket",
+    "ladder",
+    "camera",
+    "pillow",
+    "bottle",
+    "guitar",
+)
 
 
 @dataclass
@@ -77,7 +105,7 @@ def synthetic(items: int = 3000, users: int = 3000, seed: int = 0) -> Synthetic:
 
 def residual_codes(vectors: np.ndarray, levels: int, codes: int, random: np.random.Generator) -> np.ndarray:
     """Residual k-means: int64 ``[items, levels]``, each level the nearest centre of what the levels before left."""
-    residual, found = vectors.copy(), []
+    residual, codes_by_level = vectors.copy(), []
     for _ in range(levels):
         centres = residual[random.choice(len(residual), codes, replace=False)]
         nearest = _nearest(residual, centres)
@@ -86,9 +114,9 @@ def residual_codes(vectors: np.ndarray, levels: int, codes: int, random: np.rand
                 if (nearest == code).any():
                     centres[code] = residual[nearest == code].mean(0)
             nearest = _nearest(residual, centres)
-        found.append(nearest)
+        codes_by_level.append(nearest)
         residual = residual - centres[nearest]
-    return np.stack(found, axis=1).astype(np.int64)
+    return np.stack(codes_by_level, axis=1).astype(np.int64)
 
 
 def _nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ def item_counts(train: Histories, items: int) -> np.ndarray:
 
 def popularity_ranks(train: Histories, examples: Examples, items: int) -> np.ndarray:
     """int64 ``[N]``: items ranked above each target by their number of interactions."""
-    return _places(item_counts(train, items))[examples.targets]
+    return _ranks_of(item_counts(train, items))[examples.targets]
 
 
 def markov_ranks(train: Histories, examples: Examples, items: int) -> np.ndarray:
@@ -29,9 +29,9 @@ def markov_ranks(train: Histories, examples: Examples, items: int) -> np.ndarray
     for history in train.items:
         for before, after in zip(history[:-1].tolist(), history[1:].tolist(), strict=True):
             follows[before][after] += 1
-    places = _places(item_counts(train, items))
+    popularity = _ranks_of(item_counts(train, items))
     ranked = {
-        last: sorted(counted, key=lambda item: (-counted[item], places[item])) for last, counted in follows.items()
+        last: sorted(counted, key=lambda item: (-counted[item], popularity[item])) for last, counted in follows.items()
     }
     ranks = np.empty(len(examples), dtype=np.int64)
     for i, (history, target) in enumerate(zip(examples.histories, examples.targets.tolist(), strict=True)):
@@ -39,14 +39,14 @@ def markov_ranks(train: Histories, examples: Examples, items: int) -> np.ndarray
         if target in first:
             ranks[i] = first.index(target)
         else:
-            ranks[i] = places[target] + sum(places[item] > places[target] for item in first)
+            ranks[i] = popularity[target] + sum(popularity[item] > popularity[target] for item in first)
     return ranks
 
 
-def _places(score: np.ndarray) -> np.ndarray:
-    places = np.empty(len(score), dtype=np.int64)
-    places[np.lexsort((np.arange(len(score)), -score))] = np.arange(len(score))
-    return places
+def _ranks_of(score: np.ndarray) -> np.ndarray:
+    ranks = np.empty(len(score), dtype=np.int64)
+    ranks[np.lexsort((np.arange(len(score)), -score))] = np.arange(len(score))
+    return ranks
 
 
 def count_table_accuracy(train: Histories, examples: Examples, codes: np.ndarray) -> list[float]:

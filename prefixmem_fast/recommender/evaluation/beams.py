@@ -97,10 +97,10 @@ def _grow(
     _, count, size = logits.shape
     scores = beams.scores[..., None] + logits.float().log_softmax(-1)  # [B, K, V]
     if trie is not None:
-        place = trie.allowed(nodes.flatten(), size)
-        kept = scores.flatten()[place]
+        allowed = trie.allowed(nodes.flatten(), size)
+        allowed_scores = scores.flatten()[allowed]
         scores = torch.full_like(scores, -torch.inf)
-        scores.view(-1)[place] = kept
+        scores.view(-1)[allowed] = allowed_scores
     best, chosen = scores.flatten(1).topk(min(num_beams, count * size))
     beam, token = chosen // size, chosen % size
     prefix = beams.tokens.gather(1, beam[..., None].expand(-1, -1, beams.tokens.shape[2]))

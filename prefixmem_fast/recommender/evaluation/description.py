@@ -19,14 +19,14 @@ def describe(
     """Greedy texts of items, from the prompt of the pairs that the model was trained on."""
     from ...huggingface.constrained import generation_arguments
 
-    parts, device, texts = is_encoder_decoder(model), next(model.parameters()).device, []
+    encoder_decoder, device, texts = is_encoder_decoder(model), next(model.parameters()).device, []
     if tokens.texts is None:
         raise ValueError("tokens holds no text; describe needs a model that was trained with the text of the items")
     training = model.training
     model.eval()
     try:
         for start in range(0, len(items), batch):
-            begin = [] if parts else tokens.begin
+            begin = [] if encoder_decoder else tokens.begin
             prompts = torch.tensor(
                 [begin + tokens.describe(int(item)) for item in items[start : start + batch]], device=device
             )
@@ -37,7 +37,9 @@ def describe(
                     model, max_new_tokens=max_new_tokens, eos_token_id=tokens.end, pad_token_id=tokens.pad
                 ),
             )
-            texts += tokenizer.batch_decode(generated[:, 0 if parts else prompts.shape[1] :], skip_special_tokens=True)
+            texts += tokenizer.batch_decode(
+                generated[:, 0 if encoder_decoder else prompts.shape[1] :], skip_special_tokens=True
+            )
     finally:
         model.train(training)
     return [" ".join(text.split()) for text in texts]

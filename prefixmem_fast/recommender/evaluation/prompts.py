@@ -28,12 +28,12 @@ class Prompts:
 
 
 def prompts_of(
-    examples: Examples, tokens: Tokens, *, parts: bool, device: torch.device, max_tokens: int = 4096
+    examples: Examples, tokens: Tokens, *, encoder_decoder: bool, device: torch.device, max_tokens: int = 4096
 ) -> Iterator[Prompts]:
     """Batches of examples with histories of one length.
 
     Args:
-        parts: whether they are for an encoder-decoder.
+        encoder_decoder: whether they are for an encoder-decoder.
         max_tokens: of a batch.
     """
     lengths = np.array([len(history) for history in examples.histories], dtype=np.int64)
@@ -43,7 +43,7 @@ def prompts_of(
         for chunk in (rows[i : i + step] for i in range(0, len(rows), step)):
             items = np.stack([examples.histories[i] for i in chunk])  # [B, length]
             ids = tokens.sids[items].reshape(len(chunk), -1)
-            if not parts and tokens.start is not None:
+            if not encoder_decoder and tokens.start is not None:
                 ids = np.concatenate([np.full((len(chunk), 1), tokens.start), ids], 1)
             targets = tokens.sids[examples.targets[chunk]]
             yield Prompts(chunk, torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device))

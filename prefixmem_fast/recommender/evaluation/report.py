@@ -90,20 +90,28 @@ def evaluate(
         }
     trie = SIDTrie(catalogue, vocabulary)
     for search in searches:
-        found = retrieve(
-            model, seen, tokens, trie, num_beams=num_beams, constrained=search == "constrained",
-            popularity=popularity, progress=progress(search, len(seen)) if progress else None,
-        )  # fmt: skip
-        result: dict[str, Any] = ranking_metrics(found.rank, cutoffs)
-        result["hit_rate"] = found.hits.mean(0).tolist()
-        result["first_codes"] = float(found.first_codes.mean())
+        retrieval = retrieve(
+            model,
+            seen,
+            tokens,
+            trie,
+            num_beams=num_beams,
+            constrained=search == "constrained",
+            popularity=popularity,
+            progress=progress(search, len(seen)) if progress else None,
+        )
+        result: dict[str, Any] = ranking_metrics(retrieval.rank, cutoffs)
+        result["hit_rate"] = retrieval.hits.mean(0).tolist()
+        result["first_codes"] = float(retrieval.first_codes.mean())
         at = min(10, num_beams)
-        result[f"recall@{at}_by_popularity"] = {n: recall(found.rank[thirds == i], at) for i, n in enumerate(THIRDS)}
+        result[f"recall@{at}_by_popularity"] = {
+            n: recall(retrieval.rank[thirds == i], at) for i, n in enumerate(THIRDS)
+        }
         if reachable is not None:
             for name, group in groups.items():
-                report["reachable"][name][f"{search}_recall@{at}"] = recall(found.rank[group], at)
+                report["reachable"][name][f"{search}_recall@{at}"] = recall(retrieval.rank[group], at)
         report["searches"][search] = result
-        arrays[f"{search}_rank"] = found.rank
+        arrays[f"{search}_rank"] = retrieval.rank
     report["floors"] = {
         "markov": ranking_metrics(markov_ranks(train, chosen, len(catalogue)), cutoffs),
         "popularity": ranking_metrics(popularity_ranks(train, chosen, len(catalogue)), cutoffs),
@@ -148,11 +156,11 @@ def table(report: dict[str, Any]) -> str:
     lines.append(_row("cross-entropy, nats", scored["loss"]))
     metrics = list(next(iter(report["floors"].values())))
     lines += ["", _row("next item", metrics)]
-    for name, found in (*report["searches"].items(), *report["floors"].items()):
-        lines.append(_row(name, [found[metric] for metric in metrics], 4))
+    for name, row in (*report["searches"].items(), *report["floors"].items()):
+        lines.append(_row(name, [row[metric] for metric in metrics], 4))
     lines += ["", _row("SIDs in the beams", [f"hit {l}" for l in levels] + ["L1 codes"])]
-    for name, found in report["searches"].items():
-        lines.append(_row(name, [*found["hit_rate"], found["first_codes"]]))
+    for name, row in report["searches"].items():
+        lines.append(_row(name, [*row["hit_rate"], row["first_codes"]]))
     if "bleu" in report:
         lines += ["", _row("BLEU, SID to text", [report["bleu"]])]
     return "\n".join(lines)

@@ -57,30 +57,32 @@ def retrieve(
     """
     levels, device = tokens.levels, next(model.parameters()).device
     shared = _SharedSIDs(tokens, trie, popularity)
-    found = Retrieval(
+    retrieval = Retrieval(
         np.full(len(examples), NOT_FOUND), np.zeros((len(examples), levels)), np.zeros(len(examples), np.int64)
     )
-    parts, training = is_encoder_decoder(model), model.training
+    encoder_decoder, training = is_encoder_decoder(model), model.training
     model.eval()
     longest = max(map(len, examples.histories), default=0) + 1
     share = longest / (longest + num_beams)  # of the history in a batch's tokens
     try:
-        for batch in prompts_of(examples, tokens, parts=parts, device=device, max_tokens=int(max_tokens * share)):
+        for batch in prompts_of(
+            examples, tokens, encoder_decoder=encoder_decoder, device=device, max_tokens=int(max_tokens * share)
+        ):
             beams = beam_search(model, batch.input_ids, levels, num_beams, trie if constrained else None)
             depth = _depth(beams.tokens, trie)  # [B, K]
             real = beams.scores > -torch.inf
             rows = batch.rows
             for l in range(levels):
                 inside = ((depth > l) & real).sum(1) / real.sum(1).clamp(min=1)
-                found.hits[rows, l] = inside.cpu().numpy()
+                retrieval.hits[rows, l] = inside.cpu().numpy()
             first = torch.where(real, trie.vocabulary.decode(beams.tokens)[..., 0], -1).cpu()
-            found.first_codes[rows] = [len(set(row) - {-1}) for row in first.tolist()]
-            found.rank[rows] = shared.ranks(beams.tokens, real, examples.targets[rows])
+            retrieval.first_codes[rows] = [len(set(row) - {-1}) for row in first.tolist()]
+            retrieval.rank[rows] = shared.ranks(beams.tokens, real, examples.targets[rows])
             if progress is not None:
                 progress(len(rows))
     finally:
         model.train(training)
-    return found
+    return retrieval
 
 
 def _depth(sids: Tensor, trie: SIDTrie) -> Tensor:
@@ -112,8 +114,8 @@ class _SharedSIDs:
         sizes = np.where(nodes >= 0, self.sizes[np.clip(nodes, 0, None)], nodes == -1)
         before = np.cumsum(sizes, 1) - sizes
         here = nodes == self.leaf[targets][:, None]
-        place = here.argmax(1)
-        rank = before[np.arange(len(nodes)), place] + self.within[targets]
+        beam = here.argmax(1)
+        rank = before[np.arange(len(nodes)), beam] + self.within[targets]
         return np.where(here.any(1), rank, NOT_FOUND)
 
 

@@ -45,14 +45,16 @@ def teacher_forced(model: nn.Module, examples: Examples, tokens: Tokens, *, max_
         examples: histories cut to what the model is to see.
         max_tokens: of a batch.
     """
-    parts, levels, device = is_encoder_decoder(model), tokens.levels, next(model.parameters()).device
+    encoder_decoder, levels, device = is_encoder_decoder(model), tokens.levels, next(model.parameters()).device
     rank = np.zeros((len(examples), levels), dtype=np.int64)
     loss = np.zeros((len(examples), levels), dtype=np.float32)
     training = model.training
     model.eval()
     try:
-        for batch in prompts_of(examples, tokens, parts=parts, device=device, max_tokens=max_tokens):
-            if parts:
+        for batch in prompts_of(
+            examples, tokens, encoder_decoder=encoder_decoder, device=device, max_tokens=max_tokens
+        ):
+            if encoder_decoder:
                 logits = model(input_ids=batch.input_ids, labels=batch.targets).logits
             else:
                 ids = torch.cat([batch.input_ids, batch.targets[:, :-1]], 1)

@@ -34,10 +34,14 @@ def build_encoder(
     if config.arm == "sid-transformer":
         return SIDTransformer(
             SIDTransformerConfig(
-                codebook_sizes, hidden_size, config.sid_width, config.sid_layers, active_levels=levels,
+                codebook_sizes,
+                hidden_size,
+                config.sid_width,
+                config.sid_layers,
+                active_levels=levels,
                 output_init_std=config.output_init_std,
             )
-        )  # fmt: skip
+        )
     how = {"grad": config.grad, "dropout": config.memory_dropout}
     if config.encoder is not None:
         encoder = PrefixMem.from_pretrained(config.encoder, hidden_size=hidden_size, active_levels=levels, **how)
@@ -50,9 +54,15 @@ def build_encoder(
         return encoder
     order = min(config.max_order, max(levels) if config.mode != "full" else len(codebook_sizes))
     spec = AddressSpec(
-        codebook_sizes, max_order=order, heads=config.heads, table_rows=config.table_rows, mode=config.mode,
-        addressing=config.addressing, active_levels=levels, seed=config.address_seed,
-    )  # fmt: skip
+        codebook_sizes,
+        max_order=order,
+        heads=config.heads,
+        table_rows=config.table_rows,
+        mode=config.mode,
+        addressing=config.addressing,
+        active_levels=levels,
+        seed=config.address_seed,
+    )
     return PrefixMem(
         PrefixMemConfig(spec, config.memory_dim, hidden_size, output_init_std=config.output_init_std), **how
     )
@@ -68,8 +78,13 @@ def add_arm(model: nn.Module, config: RunConfig, vocabulary: SIDVocabulary) -> N
 def optimizer_for(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """One optimizer for model and encoder, the encoder at a multiple of the learning rate, if there is one."""
     return optim.for_model(
-        model, config.learning_rate, encoder_lr_multiple=config.encoder_lr_multiple,
-        rows=_ROWS[config.row_optimizer], row_options={"weight_decay": config.row_weight_decay},
-        betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay, muon_lr=config.muon_lr,
+        model,
+        config.learning_rate,
+        encoder_lr_multiple=config.encoder_lr_multiple,
+        rows=_ROWS[config.row_optimizer],
+        row_options={"weight_decay": config.row_weight_decay},
+        betas=(0.9, config.adam_beta2),
+        weight_decay=config.weight_decay,
+        muon_lr=config.muon_lr,
         encoder_needed=False,
-    )  # fmt: skip
+    )

@@ -16,14 +16,30 @@ from .config import RunConfig
 # Small enough for a CPU; model_options changes their entries.
 PRESETS: dict[str, dict[str, Any]] = {
     "decoder": {
-        "model_type": "gpt2", "n_embd": 128, "n_layer": 2, "n_head": 4, "n_inner": 1024, "n_positions": 1024,
-        "activation_function": "gelu_pytorch_tanh", "embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.0,
+        "model_type": "gpt2",
+        "n_embd": 128,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_inner": 1024,
+        "n_positions": 1024,
+        "activation_function": "gelu_pytorch_tanh",
+        "embd_pdrop": 0.1,
+        "resid_pdrop": 0.1,
+        "attn_pdrop": 0.0,
     },
     "tiger": {
-        "model_type": "t5", "d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_decoder_layers": 3,
-        "num_heads": 4, "dropout_rate": 0.1, "feed_forward_proj": "relu", "tie_word_embeddings": True,
+        "model_type": "t5",
+        "d_model": 128,
+        "d_kv": 32,
+        "d_ff": 512,
+        "num_layers": 3,
+        "num_decoder_layers": 3,
+        "num_heads": 4,
+        "dropout_rate": 0.1,
+        "feed_forward_proj": "relu",
+        "tie_word_embeddings": True,
     },
-}  # fmt: skip
+}
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 _TEXT_VOCABULARY = 4096
 
@@ -42,23 +58,25 @@ def build_backbone(
 
     description, pretrained = _description(config)
     if pretrained is None:
-        tokenizer = _load_tokenizer(config.tokenizer) if config.tokenizer else make_tokenizer(text)
+        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else make_tokenizer(text)
         vocabulary = _vocabulary(tokenizer, None, catalogue, config)
         ids = {
-            "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id,
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
             "decoder_start_token_id": tokenizer.pad_token_id,
-        }  # fmt: skip
+        }
         description = {**description, **ids, **(config.model_options or {})}
         kind = description.pop("model_type")
         try:
-            model = _class_of(made := AutoConfig.for_model(kind, **description)).from_config(made)
+            model = _class_of(model_config := AutoConfig.for_model(kind, **description)).from_config(model_config)
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"model = {config.model!r}: transformers refuses its configuration: {error}") from None
     else:
-        made = AutoConfig.from_pretrained(pretrained, **(config.model_options or {}))
-        model = _class_of(made).from_pretrained(pretrained, config=made)
-        tokenizer = _load_tokenizer(config.tokenizer or pretrained)
+        model_config = AutoConfig.from_pretrained(pretrained, **(config.model_options or {}))
+        model = _class_of(model_config).from_pretrained(pretrained, config=model_config)
+        tokenizer = load_tokenizer(config.tokenizer or pretrained)
         vocabulary = _vocabulary(tokenizer, model, catalogue, config)
     if config.precision == "bfloat16" and not torch.cuda.is_available():
         _attend_in_float32(model)
@@ -150,13 +168,13 @@ def _description(config: RunConfig) -> tuple[dict[str, Any] | None, str | None]:
     return description, None
 
 
-def _class_of(made: Any) -> Any:
+def _class_of(model_config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    return AutoModelForSeq2SeqLM if getattr(made, "is_encoder_decoder", False) else AutoModelForCausalLM
+    return AutoModelForSeq2SeqLM if getattr(model_config, "is_encoder_decoder", False) else AutoModelForCausalLM
 
 
-def _load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name)

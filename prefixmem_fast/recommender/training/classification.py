@@ -68,11 +68,11 @@ class NextCode(nn.Module):
         training = self.training
         losses, right = self.eval().losses(codes.to(self.heads[0].weight.device))
         self.train(training)
-        found = {"loss": float(losses.sum(1).mean())}
+        figures = {"loss": float(losses.sum(1).mean())}
         for i, level in enumerate(self.levels):
-            found[f"accuracy_{level + 1}"] = float(right[:, i].float().mean())
-            found[f"loss_{level + 1}"] = float(losses[:, i].mean())
-        return found
+            figures[f"accuracy_{level + 1}"] = float(right[:, i].float().mean())
+            figures[f"loss_{level + 1}"] = float(losses[:, i].mean())
+        return figures
 
 
 class _Batches(Dataset):

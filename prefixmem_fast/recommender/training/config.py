@@ -111,14 +111,36 @@ class RunConfig:
                 raise ValueError(f"{field.name} = {value!r}; allowed are {', '.join(choices)}")
             object.__setattr__(self, field.name, value)
         for name in (
-            "steps", "batch_size", "pack", "accumulation", "max_items", "max_text_tokens", "log_every", "eval_every",
-            "table_rows", "heads", "max_order", "memory_dim", "sid_layers", "sid_width",
-        ):  # fmt: skip
+            "steps",
+            "batch_size",
+            "pack",
+            "accumulation",
+            "max_items",
+            "max_text_tokens",
+            "log_every",
+            "eval_every",
+            "table_rows",
+            "heads",
+            "max_order",
+            "memory_dim",
+            "sid_layers",
+            "sid_width",
+        ):
             _at_least(self, name, 1)
         for name in (
-            "histories", "interleaved", "pairs", "weight_decay", "row_weight_decay", "max_grad_norm", "warmup_steps",
-            "patience", "learning_rate", "encoder_lr_multiple", "output_init_std", "seed",
-        ):  # fmt: skip
+            "histories",
+            "interleaved",
+            "pairs",
+            "weight_decay",
+            "row_weight_decay",
+            "max_grad_norm",
+            "warmup_steps",
+            "patience",
+            "learning_rate",
+            "encoder_lr_multiple",
+            "output_init_std",
+            "seed",
+        ):
             _at_least(self, name, 0)
         if self.muon_lr is not None:
             _at_least(self, "muon_lr", 0)
@@ -183,9 +205,9 @@ def config_from(options: argparse.Namespace, file: str | Path | None, **defaults
     """
     values = {**defaults, **(read_options(file) if file else {})}
     for field, kinds in _kinds().items():
-        given = getattr(options, field.name, None)
-        if given is not None:
-            values[field.name] = _parse(field.name, given, kinds)
+        flag = getattr(options, field.name, None)
+        if flag is not None:
+            values[field.name] = _parse(field.name, flag, kinds)
     return RunConfig(**values)
 
 
@@ -228,20 +250,20 @@ def _with_exponents(kind: type) -> type:
     import re
 
     number = re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
-    made = type(kind.__name__, (kind,), {})
-    made.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
-    return made
+    extended = type(kind.__name__, (kind,), {})
+    extended.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    return extended
 
 
 def _kinds() -> dict[dataclasses.Field, tuple[Any, ...]]:
     """Each option and the types that its values may have."""
     hints = typing.get_type_hints(RunConfig)
-    found = {}
+    types_of = {}
     for field in dataclasses.fields(RunConfig):
         hint = hints[field.name]
         union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-        found[field] = typing.get_args(hint) if union else (hint,)
-    return found
+        types_of[field] = typing.get_args(hint) if union else (hint,)
+    return types_of
 
 
 def _plain(value: Any) -> Any:
@@ -275,27 +297,27 @@ def _metavar(field: dataclasses.Field, kinds: tuple[Any, ...]) -> str:
     return {int: "N", float: "X", dict: "JSON"}.get(kind, "A,B,.." if typing.get_args(kind) else "NAME")
 
 
-def _parse(name: str, given: Any, kinds: tuple[Any, ...]) -> Any:
+def _parse(name: str, text: Any, kinds: tuple[Any, ...]) -> Any:
     """The value that a flag's string stands for."""
-    if not isinstance(given, str):
-        return given
+    if not isinstance(text, str):
+        return text
     nothing = ("none", "null", "all") if int in kinds else ("none", "null")
-    if type(None) in kinds and given.lower() in nothing:
+    if type(None) in kinds and text.lower() in nothing:
         return None
-    if dict in kinds and given.lstrip().startswith("{"):
+    if dict in kinds and text.lstrip().startswith("{"):
         try:
-            return json.loads(given)
+            return json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{name} = {given!r} is no JSON: {error}") from None
+            raise ValueError(f"{name} = {text!r} is no JSON: {error}") from None
     try:
         for kind in kinds:
             if typing.get_args(kind):
-                return [typing.get_args(kind)[0](part) for part in given.split(",") if part.strip()]
+                return [typing.get_args(kind)[0](part) for part in text.split(",") if part.strip()]
             if kind in (int, float):
-                return kind(given)
+                return kind(text)
     except ValueError:
-        raise ValueError(f"{name} = {given!r}; {_described(kinds)} was expected") from None
-    return given
+        raise ValueError(f"{name} = {text!r}; {_described(kinds)} was expected") from None
+    return text
 
 
 def _at_least(config: RunConfig, name: str, least: int) -> None:

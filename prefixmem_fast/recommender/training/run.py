@@ -34,7 +34,7 @@ from ..data import (
     synthetic,
     tokens_of,
 )
-from ..data.batches import causal_batch, parts_batch
+from ..data.batches import causal_batch, source_target_batch
 from .config import CONFIG, RunConfig, read_options
 
 MODEL, CURVES = "model", "curves.json"
@@ -74,8 +74,8 @@ def load_data(config: RunConfig) -> Data:
         FileNotFoundError, ValueError: a file is not there or wrong; the message gives file, line or key.
     """
     if config.synthetic:
-        made = synthetic()
-        name, catalogue, histories, text = "synthetic", made.catalogue, made.histories, made.text
+        generated = synthetic()
+        name, catalogue, histories, text = "synthetic", generated.catalogue, generated.histories, generated.text
     else:
         catalogue = Catalogue.load(config.items, codebook_sizes=config.codebook_sizes, token_format=config.token_format)
         histories = load_interactions(config.interactions, catalogue)
@@ -187,7 +187,7 @@ def load_run(folder: str | Path) -> Run:
     from ...encoder import PrefixMem, SIDTransformer
     from ...encoder.saving import kind_of_encoder
     from ...huggingface.attach import attach
-    from .backbone import _load_tokenizer, load_model
+    from .backbone import load_model, load_tokenizer
 
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
@@ -198,7 +198,7 @@ def load_run(folder: str | Path) -> Run:
         )
     config = RunConfig(**read_options(folder / CONFIG))
     data = load_data(config)
-    model, tokenizer = load_model(folder / MODEL), _load_tokenizer(str(folder / MODEL))
+    model, tokenizer = load_model(folder / MODEL), load_tokenizer(str(folder / MODEL))
     vocabulary = SIDVocabulary.from_pretrained(folder / MODEL, tokenizer)
     if (folder / MODEL / FOLDER).is_dir():
         kind = {"prefixmem": PrefixMem, "sid-transformer": SIDTransformer}[kind_of_encoder(folder / MODEL)]
@@ -211,17 +211,17 @@ def load_run(folder: str | Path) -> Run:
 def stream_of(run: Run) -> tuple[SequenceStream, Callable]:
     """The sequences of a run, numbered, and what makes batches of them."""
     config, tokens = run.config, run.tokens
-    parts = bool(getattr(run.model.config, "is_encoder_decoder", False))
-    if parts and config.pack > 1:
+    encoder_decoder = bool(getattr(run.model.config, "is_encoder_decoder", False))
+    if encoder_decoder and config.pack > 1:
         raise ValueError(f"pack = {config.pack}: an encoder-decoder takes one sequence a row; give pack = 1")
     kinds = {
-        kind: (Sequences(kind, tokens, run.data.split.train, config.max_items, parts), getattr(config, kind))
+        kind: (Sequences(kind, tokens, run.data.split.train, config.max_items, encoder_decoder), getattr(config, kind))
         for kind in KINDS
         if getattr(config, kind)
     }
     batches = config.steps * config.accumulation * process_count()
     stream = SequenceStream(kinds, batches, batch_size=config.batch_size, seed=config.seed, pack=config.pack)
-    return stream, partial(parts_batch if parts else causal_batch, pad=tokens.pad)
+    return stream, partial(source_target_batch if encoder_decoder else causal_batch, pad=tokens.pad)
 
 
 def check_folder(config: RunConfig, out: Path, resume: bool) -> None:

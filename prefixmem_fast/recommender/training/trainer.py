@@ -70,8 +70,8 @@ class RecommenderTrainer(Trainer):
         if self._before is None:
             self._before = max((row.get("eval_seconds", 0.0) for row in self.state.log_history), default=0.0)
         seconds = self._before + begun - self._started - self._validating
-        found = {"seconds": round(seconds, 1), **self.score(self.model)}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        scored = {"seconds": round(seconds, 1), **self.score(self.model)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scored.items()}
         self._validating += time.perf_counter() - begun
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -115,16 +115,34 @@ def _environment_of_precision(precision: str) -> Iterator[None]:
 def _training_arguments(config: RunConfig, out: Path, quiet: bool) -> TrainingArguments:
     """The options as transformers names them."""
     return TrainingArguments(
-        str(out), max_steps=config.steps, per_device_train_batch_size=1,  # the stream gives whole batches
-        gradient_accumulation_steps=config.accumulation, learning_rate=config.learning_rate,
+        str(out),
+        max_steps=config.steps,
+        per_device_train_batch_size=1,  # the stream gives whole batches
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
         lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
-        warmup_steps=config.warmup_steps, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-        bf16=config.precision == "bfloat16", use_cpu=not torch.cuda.is_available(), logging_steps=config.log_every,
-        eval_strategy="steps", eval_steps=config.eval_every, save_strategy="steps", save_steps=config.eval_every,
-        save_total_limit=2, load_best_model_at_end=config.keep_best, metric_for_best_model="eval_loss",
-        greater_is_better=False, report_to=[], seed=config.seed, data_seed=config.seed, remove_unused_columns=False,
-        disable_tqdm=quiet, dataloader_pin_memory=False, log_level_replica="error",
-    )  # fmt: skip
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.precision == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=config.log_every,
+        eval_strategy="steps",
+        eval_steps=config.eval_every,
+        save_strategy="steps",
+        save_steps=config.eval_every,
+        save_total_limit=2,
+        load_best_model_at_end=config.keep_best,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        report_to=[],
+        seed=config.seed,
+        data_seed=config.seed,
+        remove_unused_columns=False,
+        disable_tqdm=quiet,
+        dataloader_pin_memory=False,
+        log_level_replica="error",
+    )
 
 
 class _Progress(ProgressCallback):
@@ -149,22 +167,22 @@ class StopAt(TrainerCallback):
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that is complete; those that a kill has cut short are removed."""
-    found = []
+    complete = []
     for checkpoint in folder.glob("checkpoint-*"):
         if (checkpoint / COMPLETE).is_file():
-            found.append(checkpoint)
+            complete.append(checkpoint)
         elif checkpoint.is_dir():
             shutil.rmtree(checkpoint)
-    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
 
 
 def score_examples(model: nn.Module, examples: Examples, tokens: Tokens) -> dict[str, float]:
     """Cross-entropy of a whole SID in nats, and accuracy and cross-entropy of each level."""
     scored = teacher_forced(model, examples, tokens)
-    found = {"loss": float(scored.loss.sum(1).mean())}
+    figures = {"loss": float(scored.loss.sum(1).mean())}
     for level, (accuracy, loss) in enumerate(zip(scored.accuracy, scored.loss.mean(0), strict=True), start=1):
-        found[f"accuracy_{level}"], found[f"loss_{level}"] = accuracy, float(loss)
-    return found
+        figures[f"accuracy_{level}"], figures[f"loss_{level}"] = accuracy, float(loss)
+    return figures
 
 
 def _curves(history: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefixmem_fast import attach
-from prefixmem_fast.recommender.data.batches import causal_batch, parts_batch
+from prefixmem_fast.recommender.data.batches import causal_batch, source_target_batch
 from tests.huggingface.models import encoder, sid, tiny_model, vocabulary
 
 PAD = 0
@@ -78,13 +78,13 @@ def test_parts_by_hand():
         {"input_ids": torch.tensor([5, 0, 7]), "labels": torch.tensor([3, 0])},
         {"input_ids": torch.tensor([8]), "labels": torch.tensor([9, 4, 2])},
     ]
-    batch = parts_batch(rows, pad=0)
+    batch = source_target_batch(rows, pad=0)
     assert set(batch) == {"input_ids", "labels", "attention_mask"}
     assert batch["input_ids"].tolist() == [[5, 0, 7], [8, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[3, 0, -100], [9, 4, 2]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
-    assert parts_batch(rows, pad=6)["input_ids"].tolist() == [[5, 0, 7], [8, 6, 6]]
+    assert source_target_batch(rows, pad=6)["input_ids"].tolist() == [[5, 0, 7], [8, 6, 6]]
 
 
 def packs():
@@ -156,5 +156,5 @@ def test_parts_have_the_loss_of_theirs_alone(attached):
     with torch.no_grad():
         total = sum(len(t) * model(input_ids=torch.tensor([s]), labels=torch.tensor([t])).loss for s, t in parts)
         rows = [{"input_ids": torch.tensor(s), "labels": torch.tensor(t)} for s, t in parts]
-        loss = model(**parts_batch(rows, PAD)).loss
+        loss = model(**source_target_batch(rows, PAD)).loss
     torch.testing.assert_close(loss, total / sum(map(len, targets)), rtol=1e-5, atol=1e-6)

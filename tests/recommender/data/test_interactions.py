@@ -119,10 +119,15 @@ class TestCSV:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ("name,item_id\nu,x\n",
-             r"a\.csv: no column for the user; one of user_id, user was expected, found name, item_id"),
-            ("user_id,thing\nu,x\n",
-             "no column for the item; one of item_id, item, item_asin, parent_asin was expected, found user_id, thing"),
+            (
+                "name,item_id\nu,x\n",
+                r"a\.csv: no column for the user; one of user_id, user was expected, found name, item_id",
+            ),
+            (
+                "user_id,thing\nu,x\n",
+                "no column for the item; one of item_id, item, item_asin, parent_asin was expected, "
+                "found user_id, thing",
+            ),
             ("", r"interactions .*a\.csv: no column for the user"),
             ("user_id,item_id\n", r"interactions .*a\.csv: no user is in it"),
             ("user_id,item_id\nu,x\nu\n", r"a\.csv: line 3: it has another number of fields than the header; 2 were"),
@@ -137,7 +142,7 @@ class TestCSV:
             (b"user_id,item_id\nu,\xff\n", r"interactions .*a\.csv: .*utf-8"),
             ('user_id,item_id\nu,"x\n' + "u,x\n" * 40_000, r"interactions .*a\.csv: .*field larger than"),
         ],
-    )  # fmt: skip
+    )
     def test_errors(self, content, message, load):
         with pytest.raises(ValueError, match=message):
             load(("a.csv", content))
@@ -167,8 +172,10 @@ class TestMiniOneRec:
     @pytest.mark.parametrize(
         ("rows", "message"),
         [
-            (target("u", [10], 11) + target("u", [10], 13),
-             r"a\.csv: line 3: the history of user 'u' does not end as the rows before it; .* train, valid, test"),
+            (
+                target("u", [10], 11) + target("u", [10], 13),
+                r"a\.csv: line 3: the history of user 'u' does not end as the rows before it; .* train, valid, test",
+            ),
             (target("u", [10], 11) + target("u", [13, 10, 11], 13), "line 3: the history of user 'u' does not end"),
             (target("u", [10], 11) + target("u", [11, 10], 13), "line 3: the history of user 'u' does not end"),
             (target("u", [10], 11) + target("v", [], 11) + target("u", [], 13), "line 4: the history of user 'u'"),
@@ -181,7 +188,7 @@ class TestMiniOneRec:
             ("u,a,b,{[]: 1},11,c,d\n", "line 2: history_item_id = '{"),
             ("u,a,b,[10],11,c\n", "line 2: it has another number of fields than the header; 7 were expected"),
         ],
-    )  # fmt: skip
+    )
     def test_errors(self, rows, message, load):
         with pytest.raises(ValueError, match=message):
             load(("a.csv", HEADER + rows))
@@ -238,8 +245,10 @@ class TestParquet:
     @pytest.mark.parametrize(
         ("columns", "message"),
         [
-            ({"name": ["u"], "item_id": [10]},
-             r"a\.parquet: no column for the user; one of user_id, user was expected, found name, item_id"),
+            (
+                {"name": ["u"], "item_id": [10]},
+                r"a\.parquet: no column for the user; one of user_id, user was expected, found name, item_id",
+            ),
             ({"user_id": ["u"], "thing": [10]}, "no column for the item"),
             ({"name": ["u"], "items": [[10]]}, "no column for the user"),
             ({"user_id": ["u", "u"], "item_id": [10, 12]}, "row 1: item 12 is not in the index"),
@@ -249,7 +258,7 @@ class TestParquet:
             ({"user_id": ["u"], "items": ["10"]}, "row 0: '10' is no list"),
             ({"user_id": ["u"], "item_id": [10], "timestamp": ["soon"]}, "row 0: timestamp 'soon' is no number"),
         ],
-    )  # fmt: skip
+    )
     def test_errors(self, columns, message, parquet):
         with pytest.raises(ValueError, match=message):
             parquet(columns)
@@ -287,8 +296,11 @@ class TestFiles:
             load(("a.json", "{}"), ("b.json", "{}"))
 
     def test_forms_mix(self, load):
-        histories = load(("a.json", '{"u": [10]}'), ("b.csv", "user_id,item_id\nu,x\n"),
-                         ("c.csv", HEADER + target("u", [10, "x"], 11)))  # fmt: skip
+        histories = load(
+            ("a.json", '{"u": [10]}'),
+            ("b.csv", "user_id,item_id\nu,x\n"),
+            ("c.csv", HEADER + target("u", [10, "x"], 11)),
+        )
         assert by_user(histories) == {"u": [0, 2, 1]}
 
 
@@ -316,8 +328,10 @@ class TestLeaveTwoOut:
     def test_brute_force(self, items):
         histories = Histories([f"u{i}" for i in range(len(items))], [np.array(i, dtype=np.int64) for i in items])
         if max(map(len, items)) < 3:
-            with pytest.raises(ValueError, match="leave-two-out needs users with 3 items or more; the longest history "
-                               f"has {max(map(len, items))}"):  # fmt: skip
+            with pytest.raises(
+                ValueError,
+                match=f"leave-two-out needs users with 3 items or more; the longest history has {max(map(len, items))}",
+            ):
                 leave_two_out(histories)
             return
         split = leave_two_out(histories)
@@ -362,8 +376,11 @@ def quantile(values, share):
 class TestSplitByTime:
     @given(timed(), st.sampled_from([(0.25, 0.5), (0.5, 0.75), (0.25, 0.75), (0.5, 0.9375)]))
     def test_brute_force_and_no_leakage(self, histories, fractions):
-        time_of = {int(i): float(t) for items, times in zip(histories.items, histories.times, strict=True)
-                   for i, t in zip(items, times, strict=True)}  # fmt: skip
+        time_of = {
+            int(i): float(t)
+            for items, times in zip(histories.items, histories.times, strict=True)
+            for i, t in zip(items, times, strict=True)
+        }
         if not time_of:
             return
         first, second = (quantile(time_of.values(), share) for share in fractions)
@@ -429,8 +446,13 @@ class TestExamples:
 
     def test_last(self, examples):
         assert as_tuples(examples.last(2)) == [
-            ("a", (3, 4), 10), ("b", (0,), 11), ("c", (0, 1), 12), ("d", (1, 2), 13), ("e", (), 14), ("f", (2, 3), 15),
-        ]  # fmt: skip
+            ("a", (3, 4), 10),
+            ("b", (0,), 11),
+            ("c", (0, 1), 12),
+            ("d", (1, 2), 13),
+            ("e", (), 14),
+            ("f", (2, 3), 15),
+        ]
         assert as_tuples(examples.last(100)) == as_tuples(examples)
 
     def test_sample(self, examples):

@@ -19,9 +19,11 @@ def tokens(start=START, texts=TEXTS):
     return Tokens(SIDS, start, END, PAD, texts, {} if texts is None else PHRASES)
 
 
-def sequences(kind, histories=((0, 1, 3), (2,), (), (3, 0)), max_items=20, parts=False, **options):
+def sequences(kind, histories=((0, 1, 3), (2,), (), (3, 0)), max_items=20, encoder_decoder=False, **options):
     items = [np.array(own, dtype=np.int64) for own in histories]
-    return Sequences(kind, tokens(**options), Histories([str(i) for i in range(len(items))], items), max_items, parts)
+    return Sequences(
+        kind, tokens(**options), Histories([str(i) for i in range(len(items))], items), max_items, encoder_decoder
+    )
 
 
 def every(made, seed=0):
@@ -49,11 +51,16 @@ class TestCausal:
         ]
 
     def test_pairs_of_the_items_that_have_text(self):
-        assert sorted(every(sequences("pairs"))) == sorted([
-            ([], [START, 40, 10, 20, 43, 30, END]), ([], [START, 41, 42, 30, 43, 10, 20, END]),
-            ([], [START, 40, 11, 21, 43, 31, 32, END]), ([], [START, 41, 42, 31, 32, 43, 11, 21, END]),
-            ([], [START, 40, 13, 23, 43, 33, END]), ([], [START, 41, 42, 33, 43, 13, 23, END]),
-        ])  # fmt: skip
+        assert sorted(every(sequences("pairs"))) == sorted(
+            [
+                ([], [START, 40, 10, 20, 43, 30, END]),
+                ([], [START, 41, 42, 30, 43, 10, 20, END]),
+                ([], [START, 40, 11, 21, 43, 31, 32, END]),
+                ([], [START, 41, 42, 31, 32, 43, 11, 21, END]),
+                ([], [START, 40, 13, 23, 43, 33, END]),
+                ([], [START, 41, 42, 33, 43, 13, 23, END]),
+            ]
+        )
 
     def test_without_a_token_before_a_sequence(self):
         assert every(sequences("histories", start=None))[1] == ([], [12, 22])
@@ -78,28 +85,33 @@ class TestCausal:
 
 class TestParts:
     def test_histories(self):
-        assert every(sequences("histories", parts=True)) == [
+        assert every(sequences("histories", encoder_decoder=True)) == [
             ([10, 20], [11, 21, END]),
             ([10, 20, 11, 21], [13, 23, END]),
             ([13, 23], [10, 20, END]),
         ]
 
     def test_interleaved(self):
-        assert every(sequences("interleaved", parts=True)) == [
+        assert every(sequences("interleaved", encoder_decoder=True)) == [
             ([30, 44, 10, 20, 45], [11, 21, END]),
             ([30, 44, 10, 20, 45, 31, 32, 44, 11, 21, 45], [13, 23, END]),
             ([33, 44, 13, 23, 45], [10, 20, END]),
         ]
 
     def test_pairs(self):
-        assert sorted(every(sequences("pairs", parts=True))) == sorted([
-            ([40, 10, 20, 43], [30, END]), ([41, 42, 30, 43], [10, 20, END]),
-            ([40, 11, 21, 43], [31, 32, END]), ([41, 42, 31, 32, 43], [11, 21, END]),
-            ([40, 13, 23, 43], [33, END]), ([41, 42, 33, 43], [13, 23, END]),
-        ])  # fmt: skip
+        assert sorted(every(sequences("pairs", encoder_decoder=True))) == sorted(
+            [
+                ([40, 10, 20, 43], [30, END]),
+                ([41, 42, 30, 43], [10, 20, END]),
+                ([40, 11, 21, 43], [31, 32, END]),
+                ([41, 42, 31, 32, 43], [11, 21, END]),
+                ([40, 13, 23, 43], [33, END]),
+                ([41, 42, 33, 43], [13, 23, END]),
+            ]
+        )
 
     def test_the_last_items_before_a_long_historys_target(self):
-        made = sequences("histories", [[0, 1, 3, 2, 1]], max_items=2, parts=True)
+        made = sequences("histories", [[0, 1, 3, 2, 1]], max_items=2, encoder_decoder=True)
         expected = [
             ([10, 20], [11, 21, END]),
             ([10, 20, 11, 21], [13, 23, END]),
@@ -121,7 +133,7 @@ class TestNothingToTrainOn:
         with pytest.raises(ValueError, match=f"no sequence '{kind}' to train on: no history has 1 items"):
             sequences(kind, [[], []])
         with pytest.raises(ValueError, match=f"no sequence '{kind}' to train on: no history has 2 items"):
-            sequences(kind, [[0], [1]], parts=True)
+            sequences(kind, [[0], [1]], encoder_decoder=True)
 
     def test_without_a_word_of_text(self):
         with pytest.raises(ValueError, match=r"no sequence 'pairs' to train on: no .*text"):

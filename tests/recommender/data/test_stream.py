@@ -14,8 +14,8 @@ from prefixmem_fast.recommender.data import Histories, Sequences, SequenceStream
 class Told:
     """`count` sequences of three tokens, and as many more as `lengths` says."""
 
-    def __init__(self, kind, count, lengths=None, parts=False):
-        self.kind, self.count, self.lengths, self.parts = kind, count, lengths, parts
+    def __init__(self, kind, count, lengths=None, encoder_decoder=False):
+        self.kind, self.count, self.lengths, self.encoder_decoder = kind, count, lengths, encoder_decoder
         self.made = 0
 
     def __len__(self):
@@ -25,16 +25,16 @@ class Told:
         self.made += 1
         more = 0 if self.lengths is None else self.lengths[index % len(self.lengths)]
         ids = [self.kind, index, int(random.integers(2**40)), *[9] * more]
-        return ([7, *ids], [8, *ids]) if self.parts else ([], ids)
+        return ([7, *ids], [8, *ids]) if self.encoder_decoder else ([], ids)
 
 
 LENGTHS = [int(n) for n in np.random.default_rng(0).integers(0, 60, size=97)]
 POOL = 16  # batches that are drawn together
 
 
-def stream(length=160, sizes=(5, 7), weights=(3.0, 1.0), lengths=None, parts=False, **options):
+def stream(length=160, sizes=(5, 7), weights=(3.0, 1.0), lengths=None, encoder_decoder=False, **options):
     kinds = {
-        str(kind): (Told(kind, size, lengths, parts), weight)
+        str(kind): (Told(kind, size, lengths, encoder_decoder), weight)
         for kind, (size, weight) in enumerate(zip(sizes, weights, strict=True))
     }
     return SequenceStream(kinds, length, **options)
@@ -192,7 +192,7 @@ def test_rows_are_made_once():
 
 
 def test_parts_are_sorted_by_both():
-    made = list(stream(48, lengths=LENGTHS, parts=True, batch_size=6))
+    made = list(stream(48, lengths=LENGTHS, encoder_decoder=True, batch_size=6))
     for row in flat(made):
         assert set(row) == {"input_ids", "labels"}
         assert row["input_ids"][0] == 7
@@ -204,7 +204,7 @@ def test_parts_are_sorted_by_both():
         def make(self, index, random):
             return [1] * (1 + index % 3), [2] * (1 + index)
 
-    mixed = list(SequenceStream({"": (Uneven(0, 90, parts=True), 1.0)}, POOL, batch_size=6))
+    mixed = list(SequenceStream({"": (Uneven(0, 90, encoder_decoder=True), 1.0)}, POOL, batch_size=6))
     totals = [sorted(len(row["input_ids"]) + len(row["labels"]) for row in batch) for batch in mixed]
     rising = sorted(totals, key=lambda own: (own[0], own[-1]))
     assert [n for own in rising for n in own] == sorted(flat(totals))

@@ -76,9 +76,10 @@ def test_count_table(world):
             if children:  # of equal ones, that of the first item of the catalogue that was met
                 most = max(children.values())
                 right += sid[level] == next(
-                    row[level] for row in rows
+                    row[level]
+                    for row in rows
                     if row[:level] == sid[:level] and row in met_sids and children[row[level]] == most
-                )  # fmt: skip
+                )
         expected.append(right / len(chosen))
     assert count_table_accuracy(train, chosen, codes) == pytest.approx(expected)
 

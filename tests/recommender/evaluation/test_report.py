@@ -64,8 +64,15 @@ METRICS = [f"{name}@{k}" for k in (1, 5, 6) for name in ("recall", "ndcg")]
 def test_what_is_promised_is_there(made):
     data, _, report, arrays = made
     assert list(report) == [
-        "part", "examples", "teacher_forcing", "count_table_accuracy", "beams", "searches", "reachable", "floors",
-    ]  # fmt: skip
+        "part",
+        "examples",
+        "teacher_forcing",
+        "count_table_accuracy",
+        "beams",
+        "searches",
+        "reachable",
+        "floors",
+    ]
     assert (report["part"], report["examples"], report["beams"]) == ("test", len(data.test), BEAMS)
     assert list(report["teacher_forcing"]) == ["accuracy", "loss", "accuracy_by_popularity"]
     assert list(report["teacher_forcing"]["accuracy_by_popularity"]) == list(THIRDS)
@@ -94,9 +101,14 @@ def test_it_is_what_its_parts_say(made):
     popularity = item_counts(data.train, 8)
     for name in ("constrained", "unconstrained"):
         found = retrieve(
-            model, seen, tokens(), SIDTrie(catalogue(), vocabulary()), num_beams=BEAMS,
-            constrained=name == "constrained", popularity=popularity,
-        )  # fmt: skip
+            model,
+            seen,
+            tokens(),
+            SIDTrie(catalogue(), vocabulary()),
+            num_beams=BEAMS,
+            constrained=name == "constrained",
+            popularity=popularity,
+        )
         np.testing.assert_array_equal(arrays[f"{name}_rank"], found.rank)
         of_report = report["searches"][name]
         assert {metric: of_report[metric] for metric in METRICS} == ranking_metrics(found.rank, (1, 5, 6))

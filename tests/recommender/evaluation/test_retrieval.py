@@ -109,11 +109,17 @@ def test_ranks_by_hand(target, beams, popularity, rank, monkeypatch):
 def test_a_search_of_a_model(family, constrained):
     model, chosen, done = made_model(family, "prefixmem"), examples(), []
     found = retrieve(
-        model, chosen, tokens(), trie(), num_beams=12, constrained=constrained, popularity=POPULARITY,
+        model,
+        chosen,
+        tokens(),
+        trie(),
+        num_beams=12,
+        constrained=constrained,
+        popularity=POPULARITY,
         progress=done.append,
-    )  # fmt: skip
+    )
     assert sum(done) == len(chosen)
-    for batch in prompts_of(chosen, tokens(), parts=family == "t5", device=CPU):
+    for batch in prompts_of(chosen, tokens(), encoder_decoder=family == "t5", device=CPU):
         beams = beam_search(model, batch.input_ids, 3, 12, trie() if constrained else None)
         for i, row in enumerate(batch.rows):
             rank, hits, first = read_by_hand(

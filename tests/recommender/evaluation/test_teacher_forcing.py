@@ -164,21 +164,23 @@ def test_accuracy_and_reachable():
     assert scored.reachable(11).tolist() == [True] * 4
 
 
-@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("encoder_decoder", [False, True])
 @pytest.mark.parametrize("start", [START, None])
 @pytest.mark.parametrize("max_tokens", [1, 24, 4096])
-def test_prompts_hold_each_example_once(parts, start, max_tokens):
+def test_prompts_hold_each_example_once(encoder_decoder, start, max_tokens):
     chosen, known, seen = examples((2, 1, 2, 2, 4, 1, 2, 2)), tokens(start), []
-    for batch in prompts_of(chosen, known, parts=parts, device=CPU, max_tokens=max_tokens):
+    for batch in prompts_of(chosen, known, encoder_decoder=encoder_decoder, device=CPU, max_tokens=max_tokens):
         seen += batch.rows.tolist()
         length = len(chosen.histories[batch.rows[0]])
         assert len(batch.rows) == 1 or len(batch.rows) * (length + 1) * 3 <= max_tokens
         for row, ids, target in zip(batch.rows, batch.input_ids.tolist(), batch.targets.tolist(), strict=True):
-            begin = [start] if start is not None and not parts else []
+            begin = [start] if start is not None and not encoder_decoder else []
             assert ids == [*begin, *known.history(chosen.histories[row])]
             assert target == known.sids[chosen.targets[row]].tolist()
     assert sorted(seen) == list(range(8))
-    batches = sum(1 for _ in prompts_of(chosen, known, parts=parts, device=CPU, max_tokens=max_tokens))
+    batches = sum(
+        1 for _ in prompts_of(chosen, known, encoder_decoder=encoder_decoder, device=CPU, max_tokens=max_tokens)
+    )
     assert batches == {1: 8, 24: 1 + 3 + 1, 4096: 3}[max_tokens]
 
 

@@ -34,8 +34,19 @@ TINY_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_decoder_l
 
 def options(folder: Path, **changes) -> RunConfig:
     small = {
-        "model_options": TINY, "table_rows": 50, "heads": 2, "max_order": 2, "memory_dim": 8, "steps": 8,
-        "batch_size": 8, "log_every": 1, "eval_every": 4, "warmup_steps": 2, "max_items": 5, "sid_width": 8,
-        "sid_layers": 1, "learning_rate": 1e-2,
-    }  # fmt: skip
+        "model_options": TINY,
+        "table_rows": 50,
+        "heads": 2,
+        "max_order": 2,
+        "memory_dim": 8,
+        "steps": 8,
+        "batch_size": 8,
+        "log_every": 1,
+        "eval_every": 4,
+        "warmup_steps": 2,
+        "max_items": 5,
+        "sid_width": 8,
+        "sid_layers": 1,
+        "learning_rate": 1e-2,
+    }
     return RunConfig(**{**write_files(folder), **small, **changes})

@@ -156,10 +156,17 @@ class TestFiles:
     def test_yaml(self, file):
         config = read(file=file(self.YAML))
         assert config == RunConfig(
-            items="index.json", interactions=["a.csv", "b.csv"], learning_rate=0.001, weight_decay=25.0, histories=2.0,
-            output_init_std=0.005, codebook_sizes=[4, 4], eval_users=None, keep_best=False,
+            items="index.json",
+            interactions=["a.csv", "b.csv"],
+            learning_rate=0.001,
+            weight_decay=25.0,
+            histories=2.0,
+            output_init_std=0.005,
+            codebook_sizes=[4, 4],
+            eval_users=None,
+            keep_best=False,
             model={"model_type": "llama", "hidden_size": 8},
-        )  # fmt: skip
+        )
         assert isinstance(config.histories, float)
         assert isinstance(config.learning_rate, float)
 
@@ -175,9 +182,14 @@ class TestFiles:
     @pytest.mark.parametrize("ascii", [True, False])
     def test_json(self, indent, ascii, file):
         options = {
-            "items": "caf\u00e9 \U0001f600.json", "interactions": ["h/a.csv"], "learning_rate": 1e-5,
-            "model": {"a": [1, None]}, "steps": 7, "keep_best": True, "text": None,
-        }  # fmt: skip
+            "items": "caf\u00e9 \U0001f600.json",
+            "interactions": ["h/a.csv"],
+            "learning_rate": 1e-5,
+            "model": {"a": [1, None]},
+            "steps": 7,
+            "keep_best": True,
+            "text": None,
+        }
         content = json.dumps(options, indent=indent, ensure_ascii=ascii).replace("/", "\\/")
         assert read(file=file(content, "run.json")) == RunConfig(**options)
 
@@ -269,9 +281,14 @@ class TestTypes:
 class TestValues:
     @pytest.mark.parametrize(
         ("name", "choices"),
-        [("split", SPLITS), ("arm", ARMS), ("row_optimizer", ROW_OPTIMIZERS), ("schedule", SCHEDULES),
-         ("precision", PRECISIONS)],
-    )  # fmt: skip
+        [
+            ("split", SPLITS),
+            ("arm", ARMS),
+            ("row_optimizer", ROW_OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("precision", PRECISIONS),
+        ],
+    )
     def test_choices(self, name, choices):
         for choice in choices:
             assert getattr(RunConfig(synthetic=True, **{name: choice}), name) == choice
@@ -280,9 +297,20 @@ class TestValues:
 
     @pytest.mark.parametrize(
         "name",
-        ["steps", "batch_size", "pack", "accumulation", "max_items", "max_text_tokens", "log_every", "eval_every",
-         "sid_layers", "sid_width", "eval_users"],
-    )  # fmt: skip
+        [
+            "steps",
+            "batch_size",
+            "pack",
+            "accumulation",
+            "max_items",
+            "max_text_tokens",
+            "log_every",
+            "eval_every",
+            "sid_layers",
+            "sid_width",
+            "eval_users",
+        ],
+    )
     def test_one_or_more(self, name):
         for value in (0, -3):
             with pytest.raises(ValueError, match=f"^{name} = {value}; give 1 or more"):
@@ -291,9 +319,20 @@ class TestValues:
 
     @pytest.mark.parametrize(
         "name",
-        ["histories", "interleaved", "pairs", "weight_decay", "row_weight_decay", "max_grad_norm", "warmup_steps",
-         "patience", "learning_rate", "seed", "encoder_lr_multiple"],
-    )  # fmt: skip
+        [
+            "histories",
+            "interleaved",
+            "pairs",
+            "weight_decay",
+            "row_weight_decay",
+            "max_grad_norm",
+            "warmup_steps",
+            "patience",
+            "learning_rate",
+            "seed",
+            "encoder_lr_multiple",
+        ],
+    )
     def test_zero_or_more(self, name):
         with pytest.raises(ValueError, match=rf"^{name} = -1(\.0)?; give 0 or more"):
             RunConfig(synthetic=True, **{name: -1})
@@ -352,11 +391,19 @@ class TestWritten:
         "config",
         [
             RunConfig(synthetic=True),
-            catalogue(text="café.json", learning_rate=1e-5, weight_decay=1e20, eval_users=None, split="time",
-                      codebook_sizes=[4, 5], model={"model_type": "llama", "a": [1, None, {"b": 1e-9}]},
-                      interactions=["a b.csv", "\U0001f600: #.csv", "-", "no", "7"], time_fractions=[1e-4, 0.5]),
+            catalogue(
+                text="café.json",
+                learning_rate=1e-5,
+                weight_decay=1e20,
+                eval_users=None,
+                split="time",
+                codebook_sizes=[4, 5],
+                model={"model_type": "llama", "a": [1, None, {"b": 1e-9}]},
+                interactions=["a b.csv", "\U0001f600: #.csv", "-", "no", "7"],
+                time_fractions=[1e-4, 0.5],
+            ),
         ],
-    )  # fmt: skip
+    )
     def test_round_trip(self, config, tmp_path):
         write_options(config, tmp_path / CONFIG)
         options = read_options(tmp_path / CONFIG)
