@@ -15,7 +15,7 @@ from .files import leave_files, watch_files
 from .hooks import NAME, Attachment, input_embeddings_of, unwrapped
 from .kv_cache import cache_argument, keeps_keys, parameters_of
 
-_PASTS = {"use_cache", "use_mems"}  # arguments of models that keep their past somehow
+_PAST_SWITCHES = {"use_cache", "use_mems"}  # arguments of models that keep their past, in whatever it is
 
 
 def attach(model: nn.Module, encoder: PrefixMem | SIDTransformer, vocabulary: SIDVocabulary) -> nn.Module:
@@ -112,8 +112,9 @@ def _check(base: nn.Module, encoder: PrefixMem | SIDTransformer, vocabulary: SID
         level, code = vocabulary.table[pad].tolist()
         raise ValueError(f"pad_token_id = {pad} is the token of level {level}, code {code}; pad with another token")
     around = {parent for embedding in input_embeddings_of(base) for parent in _ancestors(base, embedding.path)}
-    cached = any(cache_argument(module) for module in around)
-    if not keeps_keys(base.config) if cached else _PASTS.intersection(parameters_of(base)):
+    takes_cache = any(cache_argument(module) for module in around)
+    keeps_past = takes_cache or not _PAST_SWITCHES.isdisjoint(parameters_of(base))
+    if keeps_past and not (takes_cache and keeps_keys(base.config)):
         raise NotImplementedError(
             f"{type(base).__name__} keeps its past in something else than a KV cache, so the codes before a token are "
             "not known; attach to a model that takes a Cache of transformers with keys in it"

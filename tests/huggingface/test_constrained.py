@@ -244,6 +244,28 @@ def test_with_reuse_scores_the_next_call_overwrites_a_result():
     assert torch.equal(first, expected[0])
 
 
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}])
+def test_beam_search_copies_the_scores_that_it_keeps(options):
+    """Else `generate_items` could not let them be overwritten."""
+    model, inputs = attach(tiny_model(), encoder(), vocabulary()), prompts()
+    searches = []
+    for reuse in (False, True):
+        torch.manual_seed(3)
+        searches.append(
+            model.generate(
+                **inputs,
+                **options,
+                num_beams=4,
+                max_new_tokens=3,
+                logits_processor=[SIDLogitsProcessor(trie(), inputs["input_ids"].shape[1], EOS, reuse_scores=reuse)],
+                output_scores=True,
+                return_dict_in_generate=True,
+            )
+        )
+    assert torch.equal(searches[0].sequences, searches[1].sequences)
+    assert all(torch.equal(one, other) for one, other in zip(searches[0].scores, searches[1].scores, strict=True))
+
+
 def test_sampling_never_leaves_the_catalogue():
     model, inputs = attach(tiny_model(), encoder(), vocabulary()), prompts()
     made = trie()
