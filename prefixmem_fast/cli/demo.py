@@ -85,9 +85,9 @@ def _run(options: argparse.Namespace) -> int:
         "synthetic catalogue, validation",
         floors=reports[PLAIN]["count_table_accuracy"],
     )
-    report = {"data": "synthetic", "curves": curves, "test": reports, "step_ms": milliseconds, "picture": str(picture)}
-    (out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report, indent=1) if options.json else _table(report))
+    results = {"data": "synthetic", "curves": curves, "test": reports, "step_ms": milliseconds, "picture": str(picture)}
+    (out / REPORT).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(results, indent=1) if options.json else _table(results))
     return 0
 
 
@@ -157,10 +157,10 @@ def _evaluate(folder: Path, quiet: bool) -> dict[str, Any]:
     return report
 
 
-def _table(report: dict[str, Any]) -> str:
+def _table(results: dict[str, Any]) -> str:
     from ..recommender.evaluation.plots import rows_at
 
-    reports, curves = report["test"], report["curves"]
+    reports, curves = results["test"], results["curves"]
     levels = range(1, len(reports[PLAIN]["teacher_forcing"]["accuracy"]) + 1)
     head = "".join(f"{f'level {level}':>9}" for level in levels)
     lines = ["", f"synthetic catalogue, teacher-forced accuracy{'':<2}{head}"]
@@ -184,6 +184,6 @@ def _table(report: dict[str, Any]) -> str:
     for name, row in reports[PLAIN]["floors"].items():
         lines.append(f"{name:<46}{row['recall@10']:>9.4f}{row['ndcg@10']:>9.4f}")
     lines += ["", f"{'training step, T = 200,000':<46}{'ms':>9}"]
-    lines += [f"{name:<46}{value:>9.1f}" for name, value in report["step_ms"].items()]
-    lines += ["", f"learning curves: {report['picture']}"]
+    lines += [f"{name:<46}{value:>9.1f}" for name, value in results["step_ms"].items()]
+    lines += ["", f"learning curves: {results['picture']}"]
     return "\n".join(lines)
