@@ -8,18 +8,23 @@ GPU_PYTHON = $(shell $(PYTHON) -c "import $(GPU_NEEDS)" 2>/dev/null && echo $(PY
 # The oldest and the newest releases that setup.py allows, each in an environment of its own. TORCH says what torch they
 # get, where plain "torch" would bring the GPU's libraries: make test-newest TORCH=torch==2.14.1+cpu
 TORCH ?=
-OTHER_RELEASES := tests/huggingface tests/recommender tests/cli
+PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: test test-oldest test-newest demo bench gpu lint format clean
+.PHONY: test test-slow test-all test-oldest test-newest demo bench gpu lint format clean
 
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 tests
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow" tests
 	@$(MAKE) --no-print-directory lint
+
+test-slow: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow tests
+
+test-all: test test-slow
 
 test-oldest: .venv-oldest/ready
 test-newest: .venv-newest/ready
 test-oldest test-newest: test-%:
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n auto --maxprocesses 8 $(OTHER_RELEASES)
+	OMP_NUM_THREADS=1 .venv-$*/bin/python $(PYTEST) -m "not slow" tests
 
 .venv-oldest/ready: RELEASES := transformers==4.57.1
 .venv-newest/ready: RELEASES := --upgrade --upgrade-strategy eager

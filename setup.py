@@ -36,7 +36,7 @@ setup(
         "hf": ["transformers>=4.57.1"],
         "train": train,
         "bench": [*train, "nvidia-ml-py"],
-        "test": [*train, "pytest", "pytest-xdist", "hypothesis", "ruff"],
+        "test": [*train, "pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools>=68"],
     },
     entry_points={"console_scripts": ["prefixmem = prefixmem_fast.cli:main"]},
     classifiers=[
