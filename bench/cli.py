@@ -5,7 +5,6 @@
     python -m bench report bench/results/<machine>.jsonl
     python -m bench compare before.jsonl after.jsonl
     python -m bench compare main HEAD --names training
-    python -m bench traffic
     python -m bench scale --items 1e9
 
 `prefixmem bench` is the same command.
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="list|run|report|compare|traffic|scale")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list|run|report|compare|scale")
 
     def add(name: str, summary: str) -> argparse.ArgumentParser:
         action = actions.add_parser(name, help=summary.replace("%", "%%"), description=summary, allow_abbrev=False)
@@ -79,10 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_selection(compare)
     compare.add_argument("--names", nargs="+", default=["training-sweep"], help="benchmarks to run on two revisions")
     compare.add_argument("--rounds", type=int, default=3, help="runs of each revision, in turns (default: %(default)s)")
-    traffic = add(
-        "traffic", "Bytes and launches of every kernel, counted in Triton's interpreter, against their floors."
-    )
-    traffic.add_argument("--out", type=Path, help="write the table's rows to this file, as JSON Lines")
     scale = add("scale", "What a catalogue costs in rows, bytes and devices, by the formulas of scale.py.")
     scale.add_argument("--items", type=float, default=1e9, help="of the catalogue (default: %(default)g)")
     scale.add_argument("--codes", type=int, default=2048, help="K, of each level (default: %(default)s)")
@@ -100,9 +95,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exit code: 0 done, 1 a check failed, 2 bad input."""
-    actions = {
-        "list": _list, "run": _run, "report": _report, "compare": _compare, "traffic": _traffic, "scale": _scale,
-    }  # fmt: skip
+    actions = {"list": _list, "run": _run, "report": _report, "compare": _compare, "scale": _scale}
     return actions[options.action](options)
 
 
@@ -221,15 +214,6 @@ def _compare(options: argparse.Namespace) -> int:
         raise ValueError("A and B have no figure of prefixmem_fast in common")
     print(f"{slower} of {len(found)} figures are slower by more than {compare.LIMIT:.0%}", file=sys.stderr)
     return 1 if slower else 0
-
-
-def _traffic(options: argparse.Namespace) -> int:
-    import os
-
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
-    from prefixmem_fast.checks import traffic
-
-    return traffic.report(options.out, options.json)
 
 
 def _scale(options: argparse.Namespace) -> int:

@@ -1,9 +1,12 @@
-"""Check every backend against the reference, or compile every kernel for GPUs that are not here."""
+"""Check every backend against the reference, or prove without a GPU what the kernels compile to and what they move."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -25,19 +28,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=int, default=100, help="random configurations (default: %(default)s)")
     parser.add_argument("--seconds", type=float, help="start no further configuration after so many")
     parser.add_argument("--seed", type=int, default=0, help="seed of the configurations (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="compile offline instead, and report the machine code")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--compile", action="store_true", help="compile offline instead, and report the machine code")
+    instead.add_argument(
+        "--traffic",
+        action="store_true",
+        help="count instead the bytes of each kernel in Triton's interpreter; --json prints a line a kernel",
+    )
     for name, known in (("targets", offline.TARGETS), ("dtypes", offline.DTYPES)):
         parser.add_argument(f"--{name}", help=f"for --compile: some of {','.join(known)} (default: all)")
 
 
 def run(options: argparse.Namespace) -> int:
-    return _compile(options) if options.compile else _verify(options)
-
-
-def _verify(options: argparse.Namespace) -> int:
+    if options.compile:
+        return _compile(options)
     for name in ("targets", "dtypes"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} goes with --compile; add it, or leave --{name} out")
+    return _traffic(options) if options.traffic else _verify(options)
+
+
+def _verify(options: argparse.Namespace) -> int:
     if options.cases < 1:
         raise ValueError(f"--cases = {options.cases}; give 1 or more")
     if options.seconds is not None and not options.seconds > 0:
@@ -74,6 +85,20 @@ def _verify(options: argparse.Namespace) -> int:
         for mismatch in report.mismatches[:10]:
             print(f"MISMATCH {mismatch}")
     return 1 if report.mismatches else 0
+
+
+def _traffic(options: argparse.Namespace) -> int:
+    if not interpreting():  # triton reads the variable when it is imported, which may have happened
+        command = [sys.executable, "-m", "prefixmem_fast.cli", "verify", "--traffic", *["--json"] * options.json]
+        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+    from ..checks import traffic
+
+    counts = [count() for count in tqdm(traffic.COUNTS, unit="kernel", disable=options.json or None)]
+    if options.json:
+        print("\n".join(json.dumps(count.as_row()) for count in counts))
+    else:
+        print(traffic.table(counts))
+    return 1 if any(count.excess for count in counts) else 0
 
 
 def _compile(options: argparse.Namespace) -> int:
