@@ -12,38 +12,29 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from .report import OURS, main_times
-from .rows import Row, describe, key_of, latest, read_rows
+from .machine import hardware
+from .rows import OURS, Row, describe, key_of, latest, main_times, read_rows
 
 LIMIT = 0.15
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """One figure in A and in B, in its unit."""
 
     what: str
     unit: str
     a: float
     b: float
-    a_p80: float
-    b_p20: float
-
-    @property
-    def slower(self) -> bool:
-        return self.b > (1 + LIMIT) * self.a and (self.b_p20 > self.a_p80 or self.unit != "ms")
-
-    def as_row(self) -> dict[str, Any]:
-        return {**asdict(self), "slower": self.slower}
+    slower: bool
 
     def __str__(self) -> str:
-        verdict = "SLOWER" if self.slower else "ok"
         change = f"{self.b / self.a - 1:+.0%}" if self.a else "new"
-        return f"{verdict:<7}{change:>6}  {self.a:.4g} to {self.b:.4g} {self.unit}  {self.what}"
+        return (
+            f"{'SLOWER' if self.slower else 'ok':<7}{change:>6}  {self.a:.4g} to {self.b:.4g} {self.unit}  {self.what}"
+        )
 
 
 def compare_files(a: Path, b: Path) -> list[Comparison]:
@@ -53,7 +44,7 @@ def compare_files(a: Path, b: Path) -> list[Comparison]:
         ValueError: a file's line is not a row, or the files come from different machines.
     """
     rows_a, rows_b = latest(read_rows(a)), latest(read_rows(b))
-    machines = [{_machine(row) for row in rows} for rows in (rows_a, rows_b)]
+    machines = [{hardware(row) for row in rows} for rows in (rows_a, rows_b)]
     if machines[0] and machines[1] and machines[0] != machines[1]:
         raise ValueError(f"{a} is of {'; '.join(machines[0])}, {b} of {'; '.join(machines[1])}: not to be compared")
     return compare(rows_a, rows_b)
@@ -62,14 +53,19 @@ def compare_files(a: Path, b: Path) -> list[Comparison]:
 def compare(a: Iterable[Row], b: Iterable[Row]) -> list[Comparison]:
     """Main times, peak memory and launches of this package's providers, where both have them."""
     left, right = _figures(a), _figures(b)
-    return [
-        Comparison(
-            f"{key[0]}, {key[2]}, {row['metric']}: {describe(row['workload'])}", row["unit"], row["p50"],
-            right[key]["p50"], row["p80"], right[key]["p20"],
-        )
-        for key, row in left.items()
-        if key in right
-    ]  # fmt: skip
+    return [_compared(key, left[key], right[key]) for key in left if key in right]
+
+
+def _compared(key: tuple, a: Row, b: Row) -> Comparison:
+    slower = b["p50"] > (1 + LIMIT) * a["p50"] and (b["p20"] > a["p80"] or a["unit"] != "ms")
+    what = f"{a['benchmark']}, {a['provider']}, {a['metric']}: {describe(a['workload'])}"
+    return Comparison(what, a["unit"], a["p50"], b["p50"], slower)
+
+
+def _figures(rows: Iterable[Row]) -> dict[tuple, Row]:
+    rows = list(rows)
+    counts = [row for row in rows if row.get("metric") and row["unit"] != "ms"]
+    return {key_of(row): row for row in (*main_times(rows), *counts) if row["provider"].startswith(OURS)}
 
 
 def compare_revisions(a: str, b: str, names: list[str], selection: list[str], rounds: int) -> list[Comparison]:
@@ -85,56 +81,41 @@ def compare_revisions(a: str, b: str, names: list[str], selection: list[str], ro
     with tempfile.TemporaryDirectory() as folder:
         sides = []
         for side, revision in (("a", a), ("b", b)):
-            commit = _git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", revision=revision).strip()
+            commit = _commit(root, revision)
             sides.append((_library(root, commit, Path(folder) / side), commit, Path(folder) / f"{side}.jsonl"))
         for turn in range(rounds):
-            for library, commit, out in sides if turn % 2 == 0 else sides[::-1]:
+            for library, commit, out in sides[:: 1 if turn % 2 == 0 else -1]:
                 command = [sys.executable, "-m", "bench", "run", *names, *selection]
                 command += ["--out", str(out), "--commit", commit]
                 paths = [str(library), str(root), os.environ.get("PYTHONPATH", "")]
                 environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
                 print(f"round {turn + 1} of {rounds}: {commit[:12]}", file=sys.stderr, flush=True)
                 # From the library's folder: the checkout's own prefixmem_fast must not come first.
-                done = subprocess.run(command, cwd=library, env=environment, stdout=subprocess.DEVNULL)
-                if done.returncode:
-                    raise ValueError(
-                        f"{' '.join(command[1:])} failed on {commit[:12]} with exit code {done.returncode}"
-                    )
-        return compare(*(_best(read_rows(out)) for _, _, out in sides))
+                code = subprocess.run(command, cwd=library, env=environment, stdout=subprocess.DEVNULL).returncode
+                if code:
+                    raise ValueError(f"{' '.join(command[1:])} failed on {commit[:12]} with exit code {code}")
+        return compare(*(_fastest(read_rows(out)) for _, _, out in sides))
+
+
+def _commit(root: Path, revision: str) -> str:
+    command = ["git", "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{revision!r} is neither a file of rows nor a revision that git knows in {root.name}")
+    return done.stdout.strip()
 
 
 def _library(root: Path, commit: str, folder: Path) -> Path:
     """The package of a revision as an installation would lay it out, without this checkout's benchmarks in it."""
     folder.mkdir()
-    archive = subprocess.run(
-        ["git", "archive", commit, "prefixmem_fast", "kernels"], cwd=root, check=True, capture_output=True
-    )
+    command = ["git", "archive", commit, "prefixmem_fast", "kernels"]
+    archive = subprocess.run(command, cwd=root, check=True, capture_output=True)
     subprocess.run(["tar", "-x"], cwd=folder, input=archive.stdout, check=True)
     shutil.move(folder / "kernels", folder / "prefixmem_fast" / "kernels")
     return folder
 
 
-def _git(root: Path, *arguments: str, revision: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{revision!r} is neither a file of rows nor a revision that git knows in {root.name}")
-    return done.stdout
-
-
-def _figures(rows: Iterable[Row]) -> dict[tuple, Row]:
-    rows = list(rows)
-    counted = [row for row in rows if row.get("metric") and row["unit"] != "ms"]
-    return {key_of(row): row for row in (*main_times(rows), *counted) if row["provider"].startswith(OURS)}
-
-
-def _best(rows: Iterable[Row]) -> list[Row]:
-    best: dict[tuple, Row] = {}
-    for row in rows:
-        if row.get("metric") and (key_of(row) not in best or row["p50"] < best[key_of(row)]["p50"]):
-            best[key_of(row)] = row
-    return list(best.values())
-
-
-def _machine(row: Row) -> str:
-    gpus = row["machine"]["gpus"]
-    return gpus[0]["name"] if gpus else f"{row['machine']['cpu']}, {row['threads']} threads"
+def _fastest(rows: Iterable[Row]) -> list[Row]:
+    """Of each figure the row with the least median."""
+    measured = sorted((row for row in rows if "metric" in row), key=lambda row: row["p50"])
+    return list({key_of(row): row for row in reversed(measured)}.values())

@@ -10,7 +10,7 @@ Runs in a checkout without installing anything and without a network, with the t
     benchmarks  by importance; each row is written as it comes, so that a run that is cut off keeps what it had
     counters    ncu's reading of the main kernels, if it is there
 
-Without a GPU every part is skipped and says so.
+Without a GPU every job is skipped and says so.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KERNELS = "regex:prefix_memory_fwd|nested_sum|prefixes_kernel|mark_shared|sum_ke
 
 
 @dataclass
-class Part:
+class Job:
     """One process of a stage; `absent` says why it does not run."""
 
     name: str
@@ -52,7 +52,7 @@ def main() -> int:
     out, deadline = options.out.resolve(), time.monotonic() + options.seconds
     reason = _no_gpu()
     if reason:
-        for name in ("info", *(part.name for part in _checks()), "benchmarks", "counters"):
+        for name in ("info", *(job.name for job in _checks()), "benchmarks", "counters"):
             print(f"{name:<16}skipped: {reason}")
         return 0
 
@@ -60,24 +60,24 @@ def main() -> int:
     # A plain copy of the packages, laid out as an installation would lay them.
     subprocess.run([sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(BUILD)], cwd=ROOT, check=True)
     out.mkdir(parents=True, exist_ok=True)
-    failed = _stage([Part("info", _module("prefixmem_fast.cli", "info"))], out, 60)
+    failed = _stage([Job("info", _module("prefixmem_fast.cli", "info"))], out, 60)
     failed += _stage(_checks(), out, CHECKS)
     left = deadline - time.monotonic()
     seconds = max(left - COUNTERS - 20, 30)
     command = _module(
         "bench", "run", "--report", "--seconds", f"{seconds:.0f}", "--out", str(out / f"{_gpu_name()}.jsonl")
     )
-    benchmarks = Part("benchmarks", [*command, *(["--commit", options.commit] if options.commit else [])])
+    benchmarks = Job("benchmarks", [*command, *(["--commit", options.commit] if options.commit else [])])
     failed += _stage([benchmarks], out, left - 15)
     failed += _stage([_counters()], out, max(deadline - time.monotonic(), 15))
-    print(f"failed: {', '.join(failed)}" if failed else "every part passed")
+    print(f"failed: {', '.join(failed)}" if failed else "every job succeeded")
     return 1 if failed else 0
 
 
-def _checks() -> list[Part]:
+def _checks() -> list[Job]:
     verify = _module("prefixmem_fast.cli", "verify", "--backend", "triton")
     parity = [
-        Part(f"parity, seed {seed}", [*verify, "--cases", "300", "--seed", str(seed), "--seconds", str(PARITY)])
+        Job(f"parity, seed {seed}", [*verify, "--cases", "300", "--seed", str(seed), "--seconds", str(PARITY)])
         for seed in range(PARITY_PROCESSES)
     ]
     workers = ["-n", "6"] if _has("xdist") else []
@@ -86,45 +86,45 @@ def _checks() -> list[Part]:
     memcheck = [sanitizer or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *verify]
     return [
         *parity,
-        Part("tests", tests, None if _has("pytest") else f"{sys.executable} has no pytest"),
-        Part(
+        Job("tests", tests, None if _has("pytest") else f"{sys.executable} has no pytest"),
+        Job(
             "sanitizer", [*memcheck, "--cases", "20", "--seed", "9", "--seconds", str(PARITY / 2)],
             None if sanitizer else "compute-sanitizer is not on the PATH",
         ),
     ]  # fmt: skip
 
 
-def _counters() -> Part:
+def _counters() -> Job:
     profiler = shutil.which("ncu")
-    run = _module("bench", "run", "training-sweep", "--set", "sids=65536", "--share", "0.01", "--no-audit")
+    run = _module("bench", "run", "training-sweep", "--set", "sids=65536", "--share", "0.01", "--no-counts")
     command = [
         profiler or "ncu", "--clock-control", "none", "-k", KERNELS, "-c", "24", "--section", "SpeedOfLight",
         "--section", "Occupancy", "--section", "MemoryWorkloadAnalysis", *run, "--out", os.devnull,
     ]  # fmt: skip
-    return Part("counters", command, None if profiler else "ncu is not on the PATH")
+    return Job("counters", command, None if profiler else "ncu is not on the PATH")
 
 
-def _stage(parts: list[Part], out: Path, seconds: float) -> list[str]:
-    """Run parts side by side, each with a log; returns the names of those that failed or were cut off."""
+def _stage(jobs: list[Job], out: Path, seconds: float) -> list[str]:
+    """Run jobs side by side, each with a log; returns the names of those that failed or were cut off."""
     paths = [str(BUILD), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     started, deadline = time.monotonic(), time.monotonic() + seconds
     running: dict[str, tuple[subprocess.Popen, Path]] = {}
     failed = []
     try:
-        for part in parts:
-            if part.absent:
-                print(f"== {part.name}: skipped: {part.absent}", flush=True)
+        for job in jobs:
+            if job.absent:
+                print(f"== {job.name}: skipped: {job.absent}", flush=True)
                 continue
-            log = out / "logs" / f"{part.name.replace(', ', '-').replace(' ', '-')}.log"
+            log = out / "logs" / f"{job.name.replace(', ', '-').replace(' ', '-')}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("w") as file:
                 # From the build folder: the checkout's own prefixmem_fast, which has no kernels/, must not come first.
                 process = subprocess.Popen(
-                    part.command, cwd=BUILD, env=environment, stdout=file, stderr=subprocess.STDOUT,
+                    job.command, cwd=BUILD, env=environment, stdout=file, stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )  # fmt: skip
-            running[part.name] = (process, log)
+            running[job.name] = (process, log)
         while running:
             time.sleep(0.2)
             late = time.monotonic() > deadline
@@ -174,7 +174,7 @@ def _no_gpu() -> str | None:
 
 
 def _gpu_name() -> str:
-    """As `machine.name_of` writes it."""
+    """As `machine.file_name` writes it."""
     import torch
 
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")

@@ -1,4 +1,4 @@
-"""Where a row comes from: machine, versions, commit, date, and the state of the GPU while it worked."""
+"""This machine: the record of a run, what its memory can do, and how much of it is used."""
 
 from __future__ import annotations
 
@@ -16,124 +16,93 @@ import torch
 import prefixmem_fast
 from prefixmem_fast.cli.info import collect
 
-# Reasons for which a GPU runs below its clocks; to be idle, or set so by its owner, is none.
-SLOWED = {
-    "SwPowerCap": "its power limit",
-    "HwSlowdown": "a slow-down by the hardware",
-    "SwThermalSlowdown": "its temperature",
-    "HwThermalSlowdown": "its temperature, by the hardware",
-    "HwPowerBrakeSlowdown": "the power supply",
-}
 
-
-def machine() -> dict[str, Any]:
+def run_record(commit: str | None = None) -> dict[str, Any]:
+    """What a file says once of all rows of a run; `commit` names the library where it is not a checkout's."""
+    facts, now = collect(), datetime.datetime.now(datetime.timezone.utc)
+    commit = commit or library_commit()
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    return {**collect(), "cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory() / 2**30, 1)}
-
-
-def memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def name_of(found: dict[str, Any]) -> str:
-    """A name for files: the GPU, or the CPU and its cores."""
-    text = found["gpus"][0]["name"] if found["gpus"] else f"{found['cpu']} {found['cores']} cores"
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def provenance() -> dict[str, Any]:
-    """What every row carries: machine, versions, threads, commit, date."""
+    if info.exists() and (model := re.search(r"model name\s*:\s*(.+)", info.read_text())):
+        cpu = model[1]
+    machine = {"gpus": facts["gpus"], "cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(_memory() / 2**30, 1)}
     return {
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "run": f"{now:%Y%m%dT%H%M%S.%f}"[:19] + f"-{commit.removeprefix('version ')[:7]}",
+        "machine": {**machine, "threads": torch.get_num_threads()},
+        "versions": facts["versions"],
+        "commit": commit,
+        "date": now.isoformat(timespec="seconds"),
     }
 
 
-def commit() -> str:
+def file_name(record: dict[str, Any]) -> str:
+    """The machine as a name for files: the GPU, or the CPU and its cores."""
+    machine = record["machine"]
+    text = machine["gpus"][0]["name"] if machine["gpus"] else f"{machine['cpu']} {machine['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def hardware(record: dict[str, Any]) -> str:
+    """The machine in words."""
+    machine = record["machine"]
+    return machine["gpus"][0]["name"] if machine["gpus"] else f"{machine['cpu']}, {machine['threads']} threads"
+
+
+def library_commit() -> str:
     """The library's commit, marked where files that can change a time differ from it."""
     folder = Path(prefixmem_fast.__file__).parent
-    found = _git(folder, "rev-parse", "HEAD")
-    root = _git(folder, "rev-parse", "--show-toplevel")
-    if not found or not (Path(root) / "setup.py").is_file():  # another project's, around an installation
+    head, root = _git(folder, "rev-parse", "HEAD"), _git(folder, "rev-parse", "--show-toplevel")
+    if not head or not (Path(root) / "setup.py").is_file():  # another project's, around an installation
         return f"version {prefixmem_fast.__version__}"
     changed = _git(Path(root), "status", "--porcelain", "--", "kernels", "prefixmem_fast", "bench/*.py")
-    return f"{found}-dirty" if changed else found
+    return f"{head}-dirty" if changed else head
 
 
 def _git(folder: Path, *arguments: str) -> str:
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
-    except OSError:
+        return subprocess.check_output(["git", *arguments], cwd=folder, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
-class DeviceState:
-    """Clocks, temperature, power and the reasons for slower clocks, read from the driver while the GPU works.
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written a second by a plain copy: the most of 20, whatever else the machine did."""
+    source = torch.randn((1 << 30 if device == "cuda" else 1 << 26) // 4, device=device)
+    target = torch.empty_like(source)
+    in_a_row = 10 if device == "cuda" else 1  # launches hide behind the copies before them
+    seconds = []
+    for _ in range(20 // in_a_row + 1):  # the first one warms up
+        began = time.perf_counter()
+        for _ in range(in_a_row):
+            target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - began) / in_a_row)
+    return 2 * source.numel() * 4 / min(seconds[1:])
 
-    `problem` says why nothing can be read, else it is None.
-    """
 
-    EVERY = 0.5  # seconds between readings
+def free_bytes(device: str) -> int:
+    """Memory that another contender may take."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - (1 << 30)
+    facts = Path("/proc/meminfo")
+    return _kib(facts, "MemAvailable") * 1024 - (2 << 30) if facts.exists() else _memory() // 2
 
-    def __init__(self) -> None:
-        self.problem: str | None = None
-        self._last, self._readings = 0.0, []
-        try:
-            import pynvml
-        except ImportError:
-            self.problem = "nvidia-ml-py is not installed, so clocks are unknown; pip install nvidia-ml-py"
-            return
-        try:
-            pynvml.nvmlInit()
-            uuid = str(torch.cuda.get_device_properties(0).uuid)
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-            self._nvml = pynvml
-            self._read()
-        except (pynvml.NVMLError, AttributeError, RuntimeError) as error:
-            self.problem = f"clocks are unknown: {error}"
 
-    def sample(self) -> None:
-        """Read, at most every half second."""
-        if self.problem is None and time.monotonic() - self._last >= self.EVERY:
-            self._readings.append(self._read())
-            self._last = time.monotonic()
+def reset_peak() -> int:
+    """Resident bytes of this process now, from where the peak counts. Linux alone counts it."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _kib(Path("/proc/self/status"), "VmRSS") * 1024
 
-    def take(self) -> dict[str, Any]:
-        """The range of what was read since the last call, for rows; empty if nothing was."""
-        readings, self._readings = self._readings, []
-        if not readings:
-            return {"problem": self.problem} if self.problem else {}
-        found: dict[str, Any] = {}
-        for name in ("sm_mhz", "memory_mhz", "celsius", "watts"):
-            values = [reading[name] for reading in readings]
-            found[name] = [min(values), max(values)]
-        found["slowed_by"] = sorted({reason for reading in readings for reason in reading["slowed_by"]})
-        return found
 
-    def _read(self) -> dict[str, Any]:
-        nvml, handle = self._nvml, self._handle
-        # The names changed from throttle to event reasons; older drivers and newer ones know one of them.
-        name = "nvmlDeviceGetCurrentClocks{}Reasons"
-        read = getattr(nvml, name.format("Event"), None) or getattr(nvml, name.format("Throttle"))
-        bits = read(handle)
-        slowed = [
-            reason
-            for reason in SLOWED
-            if bits
-            & getattr(nvml, f"nvmlClocksEventReason{reason}", getattr(nvml, f"nvmlClocksThrottleReason{reason}", 0))
-        ]
-        return {
-            "sm_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-            "memory_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-            "celsius": nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-            "watts": round(nvml.nvmlDeviceGetPowerUsage(handle) / 1e3, 1),
-            "slowed_by": slowed,
-        }
+def peak_bytes() -> int:
+    """Most resident bytes since `reset_peak`."""
+    return _kib(Path("/proc/self/status"), "VmHWM") * 1024
+
+
+def _kib(file: Path, field: str) -> int:
+    return int(re.search(rf"^{field}:\s*(\d+)", file.read_text(), re.MULTILINE)[1])
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,191 +1,140 @@
-"""Pictures of a machine's rows: time against size, percent of the floor, speed-up over others, memory."""
+"""Pictures of a machine's rows: speed-up over others, time against size, percent of the floor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from prefixmem_fast._files import write_file
 
-from .report import OURS, main_times, short
-from .rows import Row, describe, workload_key
+from .rows import OURS, Row, by_workload, describe, floor_percent, main_times, short
 
 COLOURS = {
-    "prefixmem_fast": "#0b6e4f", "plain PyTorch, one fused table": "#d1495b", "eager PyTorch": "#edae49",
-    "FBGEMM": "#30638e", "torch.compile": "#8d6a9f", "LigerEmbedding": "#7f7f7f",
-}  # fmt: skip
-STYLES = ("-", "--", ":", "-.")
+    OURS: "#0b6e4f",
+    "plain PyTorch, one fused table": "#d1495b",
+    "eager PyTorch": "#edae49",
+    "FBGEMM": "#30638e",
+    "torch.compile": "#8d6a9f",
+    "": "#7f7f7f",
+}
+LINES = ("-", "--", ":", "-.")
+TITLE = {"axes.titlesize": 9, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+LEGEND = {"legend.frameon": False, "legend.fontsize": 7}
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, **TITLE, **LEGEND}
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:
-    """Draw what the rows allow; returns the files."""
+    """Draw what the rows allow; returns the files.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    made = {"speed_up.png": _speed_up, "time.png": _time, "floor.png": _floor, "memory.png": _memory}
-    return [path for name, picture in made.items() if (path := _save(picture, rows, folder / name))]
-
-
-def _save(picture: Callable, rows: list[Row], path: Path) -> Path | None:
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "0"}):
-        figure = picture(rows, plt)
-        if figure is None:
-            return None
-        options = {"format": "png", "dpi": 130, "bbox_inches": "tight", "metadata": {"Software": None}}
-        write_file(path, lambda temporary: figure.savefig(temporary, **options))
-        plt.close(figure)
-    return path
+    written = []
+    for draw_on in (_speed_up, _time, _floor):
+        path = folder / f"{draw_on.__name__.strip('_')}.png"
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(layout="constrained")
+            draw_on(figure, rows)
+            if figure.axes:
+                options = {"format": "png", "dpi": 130, "bbox_inches": "tight", "metadata": {"Software": None}}
+                write_file(path, lambda temporary: figure.savefig(temporary, **options))  # noqa: B023
+                written.append(path)
+    return written
 
 
-def _first(rows: list[Row], benchmark: str) -> list[Row]:
-    """Main times of a benchmark's first workload."""
-    here = [row for row in main_times(rows) if row["benchmark"] == benchmark]
-    return [row for row in here if row["workload"] == here[0]["workload"]]
+def _panels(figure, groups: dict[str, list[Row]]):
+    """(axis, title, rows) of each group, below each other, as high as they have rows."""
+    lines = [len(group) + 1.5 for group in groups.values()]
+    figure.set_size_inches(9, 0.6 + sum(0.28 * count + 0.2 for count in lines))
+    axes = figure.subplots(len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": lines})[:, 0] if groups else []
+    return zip(axes, groups, groups.values(), strict=True)
 
 
-def _colour(name: str) -> str:
-    return next((colour for start, colour in COLOURS.items() if name.startswith(start)), "#444444")
+def _bars(axis, names: list[str], widths: list[float], notes: list[str], **options) -> None:
+    """A bar for each name, from top to bottom, with a note at its end."""
+    axis.barh(range(len(names)), widths, height=0.72, **options)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    for i, (width, note) in enumerate(zip(widths, notes, strict=True)):
+        axis.text(width, i, f"  {note}", va="center", fontsize=8)
 
 
-def _speed_up(rows: list[Row], plt):
-    """How many times our time the others take, workload by workload."""
-    found = {name: _first(rows, name) for name in dict.fromkeys(row["benchmark"] for row in rows)}
-    found = {
-        name: here
-        for name, here in found.items()
-        if len(here) > 1 and not name.endswith("sweep") and name != "language-model"
-    }
-    if not found:
-        return None
-    figure, axes = plt.subplots(
-        len(found), 1, layout="constrained", figsize=(9, 0.55 + sum(0.27 * len(here) + 0.5 for here in found.values())),
-        gridspec_kw={"height_ratios": [len(here) + 1.5 for here in found.values()]},
-    )  # fmt: skip
-    for axis, (name, here) in zip([axes] if len(found) == 1 else axes, found.items(), strict=True):
-        ours = next((row for row in here if row["provider"].startswith(OURS)), here[0])
-        ratios = [row["p50"] / ours["p50"] for row in here]
-        axis.barh(range(len(here)), ratios, color=[_colour(row["provider"]) for row in here], height=0.72)
-        axis.set_yticks(range(len(here)), [row["provider"] for row in here])
-        axis.invert_yaxis()
-        axis.set_xscale("log")
-        axis.set_xlim(min(0.5, *ratios) * 0.8, max(2.0, *ratios) * 2.5)
-        axis.axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
-        axis.set_xticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if tick < axis.get_xlim()[1]])
-        axis.set_xlim(left=min(0.5, *ratios) * 0.8)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+def _colour(provider: str) -> str:
+    return next(colour for start, colour in COLOURS.items() if provider.startswith(start))
+
+
+def _speed_up(figure, rows: list[Row]) -> None:
+    """How many times our time the others take, on the first workload of each benchmark."""
+    firsts: dict[str, list[Row]] = {}
+    for group in by_workload(main_times(rows)):
+        name = group[0]["benchmark"]
+        if len(group) > 1 and not name.endswith("sweep") and name != "language-model":
+            firsts.setdefault(name, group)
+    groups = {f"{name}: {describe(group[0]['workload'])}": group for name, group in firsts.items()}
+    for axis, title, group in _panels(figure, groups):
+        ours = next((row for row in group if row["provider"].startswith(OURS)), group[0])
+        ratios = [row["p50"] / ours["p50"] for row in group]
+        names = [row["provider"] for row in group]
+        notes = [f"{short(ratio)}x, {short(row['p50'])} ms" for row, ratio in zip(group, ratios, strict=True)]
+        _bars(axis, names, ratios, notes, color=list(map(_colour, names)))
+        axis.set(title=title, xscale="log", xlim=(min(0.5, *ratios) * 0.8, max(2.0, *ratios) * 2.5))
         axis.minorticks_off()
-        for i, (row, ratio) in enumerate(zip(here, ratios, strict=True)):
-            axis.text(ratio, i, f"  {short(ratio)}x, {short(row['p50'])} ms", va="center", fontsize=8)
-        axis.set_title(f"{name}: {describe(here[0]['workload'])}", loc="left", fontsize=9, fontweight="bold")
-    axis.set_xlabel("time, as a multiple of the first line's")
-    return figure
+        axis.set_xticks([1], ["ours"])
+        axis.axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
 
 
-def _time(rows: list[Row], plt):
-    """Time against the size of the batch."""
-    kinds = {"forward": ("forward", "forward-sweep"), "training": ("training", "training-sweep")}
-    found = {kind: [r for r in main_times(rows) if r["benchmark"] in names] for kind, names in kinds.items()}
-    found = {kind: _sizes(here) for kind, here in found.items()}
-    found = {kind: here for kind, here in found.items() if len({r["workload"]["sids"] for r in here}) > 1}
-    if not found:
-        return None
-    figure, axes = plt.subplots(1, len(found), figsize=(5.4 * len(found), 4.6))
-    for axis, (kind, here) in zip([axes] if len(found) == 1 else axes, found.items(), strict=True):
-        seen: dict[str, int] = {}
-        for name in dict.fromkeys(row["provider"] for row in here):
-            line = sorted({r["workload"]["sids"]: r for r in here if r["provider"] == name}.items())
-            if len(line) < 2:
-                continue
-            colour = _colour(name)
-            style = STYLES[seen.setdefault(colour, 0) % len(STYLES)]
-            seen[colour] += 1
-            sizes, times = zip(*((size, row["p50"]) for size, row in line), strict=True)
-            low, high = zip(*((row["p20"], row["p80"]) for _, row in line), strict=True)
-            axis.plot(sizes, times, style, color=colour, marker="o", markersize=3, label=name)
-            axis.fill_between(sizes, low, high, color=colour, alpha=0.12, linewidth=0)
-        floors = {
-            r["workload"]["sids"]: 1e3 * r["floor"]["distinct_bytes"] / r["ceilings"]["copy_bytes_per_second"]
-            for r in here
-            if "floor" in r
-        }
-        axis.plot(
-            *zip(*sorted(floors.items()), strict=True), color="#bbbbbb", label="floor: its bytes at copy bandwidth"
-        )
-        axis.set(xscale="log", yscale="log", xlabel="Semantic IDs", ylabel="ms")
-        shape = {k: v for k, v in here[0]["workload"].items() if k != "sids"}
-        axis.set_title(f"{kind}: {describe(shape)}", loc="left", fontsize=9, fontweight="bold")
-        axis.legend(fontsize=7, frameon=False, loc="upper left")
-        axis.set_ylim(top=axis.get_ylim()[1] * 12)  # room for the legend
-    figure.tight_layout()
-    return figure
+def _time(figure, rows: list[Row]) -> None:
+    """Time against the size of the batch, where the rest of the workload is that of the first one."""
+    groups = {}
+    for kind in ("forward", "training"):
+        group = [row for row in main_times(rows) if row["benchmark"] in (kind, f"{kind}-sweep")]
+        group = sorted((row for row in group if _shape(row) == _shape(group[0])), key=_sids)
+        if len(set(map(_sids, group))) > 1:
+            groups[f"{kind}: {describe(_shape(group[0]))}"] = group
+    figure.set_size_inches(5.4 * max(len(groups), 1), 4.6)
+    axes = figure.subplots(1, len(groups), squeeze=False)[0] if groups else []
+    for axis, (title, group) in zip(axes, groups.items(), strict=True):
+        seen: list[str] = []  # colours
+        for name in dict.fromkeys(row["provider"] for row in group):
+            line = list({_sids(row): row for row in group if row["provider"] == name}.values())
+            if len(line) > 1:
+                style = {"color": _colour(name), "linestyle": LINES[seen.count(_colour(name)) % len(LINES)]}
+                seen.append(_colour(name))
+                sizes, low, high = list(map(_sids, line)), [row["p20"] for row in line], [row["p80"] for row in line]
+                axis.plot(sizes, [row["p50"] for row in line], marker="o", markersize=3, label=name, **style)
+                axis.fill_between(sizes, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        copied = {_sids(row): _copy_ms(row) for row in group if "floor" in row}
+        axis.plot(list(copied), list(copied.values()), color="#bbbbbb", label="floor: its bytes at copy bandwidth")
+        axis.set(title=title, xscale="log", yscale="log", xlabel="Semantic IDs", ylabel="ms")
+        axis.set_ylim(top=axis.get_ylim()[1] * 100)  # room for the legend
+        axis.legend(loc="upper left")
 
 
-def _sizes(rows: list[Row]) -> list[Row]:
-    """Rows whose workloads differ from the first one in the number of SIDs alone."""
-    same = lambda row: {k: v for k, v in row["workload"].items() if k != "sids"}  # noqa: E731
-    return [row for row in rows if same(row) == same(rows[0])]
+def _copy_ms(row: Row) -> float:
+    return 1e3 * row["floor"]["distinct"] / row["ceilings"]["copy_bytes_per_second"]
 
 
-def _floor(rows: list[Row], plt):
+def _sids(row: Row) -> int:
+    return row["workload"]["sids"]
+
+
+def _shape(row: Row) -> dict:
+    return {name: value for name, value in row["workload"].items() if name != "sids"}
+
+
+def _floor(figure, rows: list[Row]) -> None:
     """Percent of the floor that ours reach, by workload."""
-    bars: dict[str, list[tuple[str, float, float]]] = {"forward": [], "backward + update": []}
-    for row in rows:
-        if "floor" in row and row["metric"] in bars and row["benchmark"] != "gradient":
-            if row["provider"] not in (OURS, f"{OURS}, fused, row-wise Adagrad"):
-                continue
-            if row["benchmark"].startswith("training") == (row["metric"] == "forward"):
-                continue
-            label = ("tokens: " if row["benchmark"] == "tokens" else "") + describe(row["workload"])
-            bars[row["metric"]].append((label, row["floor"]["percent_distinct"], row["floor"]["percent_algorithmic"]))
-    bars = {metric: list(dict.fromkeys(here)) for metric, here in bars.items() if here}
-    if not bars:
-        return None
-    figure, axes = plt.subplots(
-        len(bars), 1, layout="constrained", figsize=(8.5, 0.9 + sum(0.3 * len(here) + 0.5 for here in bars.values())),
-        gridspec_kw={"height_ratios": [len(here) for here in bars.values()]},
-    )  # fmt: skip
-    for axis, (metric, here) in zip([axes] if len(bars) == 1 else axes, bars.items(), strict=True):
-        places = range(len(here))
-        axis.barh(places, [one[2] for one in here], color="#0b6e4f", alpha=0.3, height=0.75, label="each read counted")
-        axis.barh(places, [one[1] for one in here], color="#0b6e4f", height=0.4, label="distinct bytes")
-        axis.set_yticks(places, [one[0] for one in here])
-        axis.invert_yaxis()
-        title = f"{metric}, fused, row-wise Adagrad" if "update" in metric else metric
-        axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
-        for i, one in enumerate(here):
-            axis.text(max(one[1:]), i, f"  {one[1]:.2g}", va="center", fontsize=8)
-        axis.margins(y=0.02)
-    axis.set_xlabel("% of the copy bandwidth of the same run")
-    figure.legend(*axis.get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside upper right", ncols=2)
-    return figure
-
-
-def _memory(rows: list[Row], plt):
-    """Peak memory: tables and optimizer state, and what a step takes beside them."""
-    peaks = [row for row in rows if row.get("metric") == "peak memory"]
-    groups = {key: [r for r in peaks if workload_key(r) == key] for key in dict.fromkeys(map(workload_key, peaks))}
-    if not groups:
-        return None
-    height = 0.6 + sum(0.3 * len(here) + 0.7 for here in groups.values())
-    figure, axes = plt.subplots(
-        len(groups), 1, layout="constrained", figsize=(8.5, height),
-        gridspec_kw={"height_ratios": [len(here) + 1 for here in groups.values()]},
-    )  # fmt: skip
-    for axis, (key, here) in zip([axes] if len(groups) == 1 else axes, groups.items(), strict=True):
-        held = [row["held_mib"] for row in here]
-        beside = [max(row["p50"] - row["held_mib"], 0) for row in here]
-        axis.barh(range(len(here)), held, color="#30638e", height=0.7, label="held between steps")
-        axis.barh(
-            range(len(here)), beside, left=held, color="#edae49", height=0.7, label="beside it, at the peak of a step"
-        )
-        axis.set_yticks(range(len(here)), [row["provider"] for row in here])
-        axis.invert_yaxis()
-        axis.set_xlabel("MiB")
-        axis.set_xlim(right=max(1.0, *(row["p50"] for row in here)) * 1.25)
-        for i, (row, extra) in enumerate(zip(here, beside, strict=True)):
-            axis.text(row["p50"], i, f"  {row['p50']:,.0f}, {extra:,.0f} beside", va="center", fontsize=8)
-        axis.set_title(f"{key[0]}: {describe(here[0]['workload'])}", loc="left", fontsize=9, fontweight="bold")
-        axis.legend(fontsize=7, frameon=False, loc="lower right")
-    return figure
+    groups = {}
+    for metric, provider in (("forward", OURS), ("backward + update", f"{OURS}, fused, row-wise Adagrad")):
+        group = [row for row in rows if (row.get("metric"), row["provider"]) == (metric, provider) and "floor" in row]
+        if group:
+            groups[f"{metric}, {provider}"] = group
+    for axis, title, group in _panels(figure, groups):
+        names = [("tokens: " if row["benchmark"] == "tokens" else "") + describe(row["workload"]) for row in group]
+        distinct, every_read = zip(*map(floor_percent, group), strict=True)
+        _bars(axis, names, every_read, list(map(short, every_read)), color="#8fbcae", label="each read counted")
+        axis.barh(range(len(names)), distinct, color=COLOURS[OURS], height=0.4, label="distinct bytes")
+        axis.set(title=title, xlabel="% of the copy bandwidth of the same run")
+        axis.legend(loc="lower right")

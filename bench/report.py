@@ -3,139 +3,93 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 
-from prefixmem_fast._files import write_file
+from .clocks import SLOWED
+from .machine import hardware
+from .rows import Row, by_workload, describe, floor_percent, main_metric, short
 
-from .rows import Row, describe, latest, read_rows, workload_key
-
-OURS = "prefixmem_fast"
-
-
-def main_metric(rows: Iterable[Row]) -> str:
-    """The time by which providers of a workload are compared."""
-    metrics = [row["metric"] for row in rows if row.get("unit") == "ms"]
-    return next((name for name in ("step", "backward", "forward") if name in metrics), metrics[0] if metrics else "")
-
-
-def main_times(rows: Iterable[Row]) -> list[Row]:
-    """The rows of every workload's main time."""
-    kept = [(main_metric(here), here) for here in _by_workload(rows).values()]
-    return [row for main, here in kept for row in here if main and row.get("metric") == main]
+SPREAD = 0.2  # (p80 - p20) / p50 above which a note says so
+UNITS = {"host": "host, ms", "peak memory": "peak MiB, of it tables and state"}  # else the metric's name
 
 
 def table(rows: list[Row]) -> str:
     """One workload: milliseconds by provider, then memory and launches, then who was left out and remarks."""
+    by_name = {(row["provider"], row["metric"]): row for row in rows if "metric" in row}
     timed = [row for row in rows if row.get("unit") == "ms"]
+    providers = list(dict.fromkeys(row["provider"] for row in timed))
     metrics = list(dict.fromkeys(row["metric"] for row in timed if row["metric"] != "host"))
+    counts = [name for name in ("host", "launches", "peak memory") if any(metric == name for _, metric in by_name)]
+    with_floor = list(dict.fromkeys(row["metric"] for row in timed if "floor" in row))[:1]
     main = main_metric(rows)
-    found = {(row["provider"], row["metric"]): row for row in rows if "metric" in row}
-    names = list(dict.fromkeys(row["provider"] for row in timed))
-    extra = [name for name in ("host", "launches", "peak memory") if any(key[1] == name for key in found)]
-    with_floor = [name for name in metrics if any("floor" in row for row in timed if row["metric"] == name)][:1]
     head = ["ms", *metrics, "20 to 80 %", "x the first"]
-    head += [f"% of floor, {name}" if len(metrics) > 1 else "% of floor" for name in with_floor]
-    head += [{"host": "host, ms", "peak memory": "peak MiB, of it held"}.get(name, name) for name in extra]
+    head += [f"% of floor, {metric}" if len(metrics) > 1 else "% of floor" for metric in with_floor]
+    head += [UNITS.get(name, name) for name in counts]
     lines = []
-    for name in names:
-        first, here = found.get((names[0], main)), found.get((name, main))
-        line = [name, *(_number(found.get((name, metric))) for metric in metrics)]
-        line += [f"{short(here['p20'])} to {short(here['p80'])}", f"{here['p50'] / first['p50']:.2f}"]
-        line += [_floor(found.get((name, metric))) for metric in with_floor]
-        for metric in extra:
-            row = found.get((name, metric))
-            line.append(_number(row) + (f", {row['held_mib']:,.0f}" if row and "held_mib" in row else ""))
-        lines.append(line)
-    text = markdown(head, lines) if lines else ""
+    for provider in providers:
+        row = by_name[provider, main]
+        cells = [_figure(by_name.get((provider, metric))) for metric in metrics]
+        ratio = row["p50"] / by_name[providers[0], main]["p50"]
+        cells += [f"{short(row['p20'])} to {short(row['p80'])}", f"{ratio:.2f}"]
+        cells += [_percent_of_floor(by_name.get((provider, metric), {})) for metric in with_floor]
+        cells += [_figure(by_name.get((provider, name))) for name in counts]
+        lines.append([provider, *cells])
     notes = [f"{row['provider']}: {row['skipped']}" for row in rows if "skipped" in row]
     remarks: dict[str, list[str]] = {}
     for row in timed:
-        if row["metric"] == main:
-            for remark in row.get("remarks", ()):
-                remarks.setdefault(remark, []).append(row["provider"])
-    notes += [f"{', '.join(who)}: {what}" for what, who in remarks.items()]
-    return text + "".join(f"\n- {note}" for note in notes) + "\n"
+        for remark in _remarks(row) if row["metric"] == main else ():
+            remarks.setdefault(remark, []).append(row["provider"])
+    notes += [f"{', '.join(names)}: {remark}" for remark, names in remarks.items()]
+    return (markdown(head, lines) if lines else "") + "".join(f"\n- {note}" for note in notes) + "\n"
 
 
-def write_report(path: Path, folder: Path) -> list[Path]:
-    """Tables and plots of the latest run of every workload in a file of rows, in `folder`.
-
-    Raises:
-        ValueError: the file holds no row, or one that is none.
-    """
-    from .plots import draw
-
-    rows = latest(read_rows(path))
-    if not rows:
-        raise ValueError(f"{path} holds no rows; python -m bench run writes them")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        written = draw(rows, folder)
-    except ImportError as error:
-        print(f"no plots: {error}; pip install matplotlib", file=sys.stderr)
-        written = []
-    page = folder / "tables.md"
-    text = _page(rows, written)
-    write_file(page, lambda temporary: Path(temporary).write_text(text))
-    return [page, *written]
-
-
-def _page(rows: list[Row], pictures: list[Path]) -> str:
-    about = rows[-1]
-    found, versions = about["machine"], about["machine"]["versions"]
-    gpu = found["gpus"][0] if found["gpus"] else None
-    name = f"{gpu['name']}, driver {gpu['driver']}" if gpu else f"{found['cpu']}, {about['threads']} threads"
+def page(rows: list[Row], pictures: list[Path]) -> str:
+    """All workloads of a machine, the last run of each."""
+    record = rows[-1]
+    gpus = record["machine"]["gpus"]
     copies = sorted({row["ceilings"]["copy_bytes_per_second"] / 1e9 for row in rows})
-    shorten = re.compile("([0-9a-f]{12})[0-9a-f]{28}")
-    runs = dict.fromkeys((shorten.sub(r"\1", row["commit"]), row["date"][:10]) for row in rows)
+    commits = dict.fromkeys((re.sub("([0-9a-f]{12})[0-9a-f]{28}", r"\1", r["commit"]), r["date"][:10]) for r in rows)
     text = [
-        f"# {name}\n",
+        f"# {', driver '.join([hardware(record), *(gpu['driver'] for gpu in gpus[:1])])}\n",
         "Written by `python -m bench report`. Medians; percent of the floor is the time that the fewest bytes take "
         "at the copy bandwidth of the same run, over the time measured: rows that several Semantic IDs share counted "
         "once / once for each.\n",
-        f"Copies move {' to '.join(f'{one:.4g}' for one in dict.fromkeys((copies[0], copies[-1])))} GB/s, read and "
-        f"written. {', '.join(f'{package} {version}' for package, version in versions.items())}. Commits "
-        f"{', '.join(f'{commit} of {date}' for commit, date in runs)}.\n",
+        f"Copies move {' to '.join(f'{rate:.4g}' for rate in dict.fromkeys((copies[0], copies[-1])))} GB/s, read and "
+        f"written. {', '.join(f'{package} {version}' for package, version in record['versions'].items())}. Commits "
+        f"{', '.join(f'{commit} of {date}' for commit, date in commits)}.\n",
         *(f"![{picture.stem}]({picture.name})" for picture in pictures),
     ]
-    for workload, here in _by_workload(rows).items():
-        text.append(f"\n## {workload[0]}: {describe(here[0]['workload'])}\n\n{table(here)}")
+    for group in by_workload(rows):
+        text.append(f"\n## {group[0]['benchmark']}: {describe(group[0]['workload'])}\n\n{table(group)}")
     return "\n".join(text)
-
-
-def _by_workload(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
-    found: dict[tuple, list[Row]] = {}
-    for row in rows:
-        found.setdefault(workload_key(row), []).append(row)
-    return found
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
     """Columns of equal width, so that it reads as text too."""
-    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
-    rule = "|" + "|".join("-" * (width + 1) + ("-" if i == 0 else ":") for i, width in enumerate(widths)) + "|"
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
 
-    def written(line: list[str]) -> str:
-        cells = [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        return "| " + " | ".join(cells) + " |"
+    def written(first: str, *cells: str) -> str:
+        rest = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        return "| " + " | ".join([first.ljust(widths[0]), *rest]) + " |"
 
-    return "\n".join([written(head), rule, *map(written, lines)]) + "\n"
+    rule = "|".join(["", "-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:]), ""])
+    return "\n".join([written(*head), rule, *(written(*line) for line in lines)]) + "\n"
 
 
-def short(value: float) -> str:
-    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
-
-
-def _number(row: Row | None) -> str:
-    return short(row["p50"]) if row else ""
-
-
-def _floor(row: Row | None) -> str:
-    if not row or "floor" not in row:
+def _figure(row: Row | None) -> str:
+    if row is None:
         return ""
-    return f"{row['floor']['percent_distinct']:.3g} / {row['floor']['percent_algorithmic']:.3g}"
+    return short(row["p50"]) + (f", {row['state_mib']:,.0f}" if "state_mib" in row else "")
+
+
+def _percent_of_floor(row: Row) -> str:
+    return " / ".join(f"{percent:.3g}" for percent in floor_percent(row)) if "floor" in row else ""
+
+
+def _remarks(row: Row) -> list[str]:
+    """What to think of a time."""
+    state = row.get("state", {})
+    remarks = [f"clocks were held down by {SLOWED[reason]}" for reason in state.get("slowed_by", ())]
+    remarks += [state["problem"]] if "problem" in state else []
+    spread = (row["p80"] - row["p20"]) / row["p50"] if row["p50"] else 0.0
+    return [*remarks, *[f"times spread by {spread:.0%} of the median, above {SPREAD:.0%}"] * (spread > SPREAD)]

@@ -1,11 +1,13 @@
-"""Results as rows of JSON Lines: what was measured of whom, its quantiles, and where it was measured.
+"""Results as JSON Lines: a record for each run, and rows that name their run.
 
-    {"benchmark": "training", "provider": "...", "workload": {"sids": 16384, ...}, "metric": "step", "unit": "ms",
-     "p50": 1.2, "p20": 1.1, "p80": 1.3, "repeats": 40,
-     "floor": {"distinct_bytes": ..., "algorithmic_bytes": ..., "percent_distinct": ..., "percent_algorithmic": ...},
-     "remarks": [], "state": {}, "ceilings": {...}, "machine": {...}, "commit": "...", "date": "...", "run": "..."}
+    {"run": "20261122T115251.000-7cde74e", "machine": {...}, "versions": {...}, "commit": "...", "date": "...",
+     "ceilings": {"copy_bytes_per_second": ...}}
+    {"run": "20261122T115251.000-7cde74e", "benchmark": "training", "provider": "...",
+     "workload": {"sids": 16384, ...}, "metric": "step", "unit": "ms", "p50": 1.2, "p20": 1.1, "p80": 1.3,
+     "repeats": 40, "floor": {"distinct": ..., "every_read": ...}, "state": {...}}
 
-A provider that was not measured has a row with "skipped", the reason, in place of metric and quantiles.
+A provider that was not measured has a row with "skipped", the reason, in place of metric and quantiles. `floor` is in
+bytes, see `registry.Floor`; `state` is that of a GPU. Readers get each row with the record of its run.
 """
 
 from __future__ import annotations
@@ -17,28 +19,42 @@ from typing import Any
 
 Row = dict[str, Any]
 
+OURS = "prefixmem_fast"
 
-def append_rows(out: Path, rows: list[Row], about: dict[str, Any]) -> None:
-    """Append rows, each with `about`, to a file of JSON Lines, in one write."""
+
+def append_rows(out: Path, record: dict[str, Any], rows: Iterable[Row]) -> None:
+    """Append rows of a run in one write; its record goes before the first of them."""
+    lines = [{"run": record["run"], **row} for row in rows]
+    if not lines:
+        return
     out.parent.mkdir(parents=True, exist_ok=True)
+    text = out.read_text() if out.exists() else ""
+    if json.dumps({"run": record["run"]})[:-1] not in text:
+        lines.insert(0, record)
     with out.open("a") as file:
-        file.write("".join(json.dumps({**row, **about}) + "\n" for row in rows))
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a file.
+def read_rows(path: Path, fields: tuple[str, ...] = ("benchmark", "workload", "provider")) -> list[Row]:
+    """Rows of a file, each with the record of its run.
+
+    Args:
+        fields: those that every row has.
 
     Raises:
-        ValueError: a line is not a row, with its number.
+        ValueError: a line is neither a run's record nor a row of a run before it, with its number.
     """
-    rows = []
+    rows, records = [], {}
     for i, line in enumerate(path.read_text().splitlines(), 1):
         try:
             row = json.loads(line)
-            key_of(row)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{path}, line {i} is not a row of python -m bench run") from None
-        rows.append(row)
+            if "machine" in row:
+                records[row["run"]] = row
+            else:
+                [row[name] for name in fields]
+                rows.append({**records[row["run"]], **row})
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {i} is neither the record of a run nor a row of a run above it") from None
     return rows
 
 
@@ -51,22 +67,53 @@ def key_of(row: Row) -> tuple:
     return *workload_key(row), row["provider"], row.get("metric")
 
 
-def latest(rows: Iterable[Row]) -> list[Row]:
+def latest(rows: list[Row]) -> list[Row]:
     """For each workload, the rows of the last run that measured it."""
-    rows = list(rows)
-    last = {workload_key(row): row.get("run") for row in rows}
-    return [row for row in rows if row.get("run") == last[workload_key(row)]]
+    last = {workload_key(row): row["run"] for row in rows}
+    return [row for row in rows if row["run"] == last[workload_key(row)]]
+
+
+def by_workload(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each workload."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(workload_key(row), []).append(row)
+    return list(groups.values())
+
+
+def main_metric(rows: Iterable[Row]) -> str:
+    """The time by which providers of a workload are compared."""
+    metrics = [row["metric"] for row in rows if row.get("unit") == "ms"]
+    return next((name for name in ("step", "backward", "forward") if name in metrics), metrics[0] if metrics else "")
+
+
+def main_times(rows: Iterable[Row]) -> list[Row]:
+    """The rows of every workload's main time."""
+    groups = [(main_metric(group), group) for group in by_workload(rows)]
+    return [row for main, group in groups for row in group if main and row.get("metric") == main]
+
+
+def floor_percent(row: Row) -> tuple[float, float]:
+    """Percent of the time measured that the floor's bytes take in a copy: distinct rows, and every read."""
+    bandwidth = row["ceilings"]["copy_bytes_per_second"]
+    distinct, every_read = (round(1e5 * size / bandwidth / row["p50"], 2) for size in row["floor"].values())
+    return distinct, every_read
 
 
 def describe(workload: dict[str, Any]) -> str:
     """A workload in words, for titles and logs."""
     forms = {"sids": "{} SIDs", "table_rows": "T = {}", "vocabulary": "a vocabulary of {}"}
-    parts = []
+    words = []
     for name, value in workload.items():
         if name == "sids" and value == 1:
-            parts.append("1 SID")
+            words.append("1 SID")
         elif isinstance(value, int):
-            parts.append(forms.get(name, f"{{}} {name.replace('_', ' ')}").format(f"{value:,}"))
+            words.append(forms.get(name, f"{{}} {name.replace('_', ' ')}").format(f"{value:,}"))
         else:
-            parts.append(str(value))
-    return ", ".join(parts)
+            words.append(str(value))
+    return ", ".join(words)
+
+
+def short(value: float) -> str:
+    """Three digits."""
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"

@@ -14,13 +14,17 @@ Real codes are not uniform: fewer prefixes are live than this says.
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefixmem_fast import AddressSpec
 
+from .machine import hardware
 from .report import markdown
 from .rows import Row, latest, read_rows
 
@@ -58,8 +62,8 @@ class Catalogue:
 
     def shared(self, table_rows: float) -> tuple[float, float]:
         """Share of the prefixes of the last order whose row in one head is another's too, and so in every head."""
-        one = -math.expm1(-self.prefixes()[-1] / table_rows)
-        return one, one**self.heads
+        in_a_head = -math.expm1(-self.prefixes()[-1] / table_rows)
+        return in_a_head, in_a_head**self.heads
 
     def read_bytes(self) -> int:
         return self.orders * self.heads * self.row_bytes
@@ -83,6 +87,29 @@ def where(size: float) -> str:
     return f"{math.ceil(size / (0.8 * HOST_BYTES))} hosts of 2 TB"
 
 
+def add_arguments(option: Callable) -> None:
+    option("--items", type=float, default=1e9, help="of the catalogue (default: %(default)g)")
+    option("--codes", type=int, default=2048, help="K, of each level (default: %(default)s)")
+    sizes = [2e6, 5e6, 5e7, 2.5e8, 1e9]
+    option("--table-rows", type=float, nargs="+", default=sizes, help="T, to compare")
+    option("--rows", type=Path, nargs="*", default=[], help="files of rows whose steps are set beside it")
+
+
+def run(options: argparse.Namespace) -> int:
+    for name in ("items", "codes"):
+        if not getattr(options, name) >= 1:
+            raise ValueError(f"--{name} {getattr(options, name)} is below 1")
+    if not all(size >= 1 for size in options.table_rows):
+        raise ValueError(f"--table-rows {options.table_rows} holds a number below 1")
+    catalogue = Catalogue(options.items, options.codes)
+    measured = [row for path in options.rows for row in measured_steps(path)]
+    if options.json:
+        print(json.dumps(as_row(catalogue, options.table_rows)))
+    else:
+        print(tables(catalogue, options.table_rows, measured))
+    return 0
+
+
 def tables(catalogue: Catalogue, sizes: list[float], measured: list[Row]) -> str:
     """The page's tables, in Markdown."""
     counts = [[f"{n}", f"{p:,.0f}", f"{catalogue.codes**n:,}"] for n, p in enumerate(catalogue.prefixes(), 1)]
@@ -92,9 +119,9 @@ def tables(catalogue: Catalogue, sizes: list[float], measured: list[Row]) -> str
     lines.append(["a row each", f"{rows:,.0f}", _size(size), "1", "0", "0", where(size)])
     for size in sizes:
         rows = catalogue.hashed_rows(size)
-        one, every = catalogue.shared(size)
+        in_a_head, in_all = catalogue.shared(size)
         total, load = catalogue.bytes(rows), catalogue.prefixes()[-1] / size
-        cells = [f"{rows:,.0f}", _size(total), f"{load:.3g}", f"{one:.1%}", f"{every:.2%}", where(total)]
+        cells = [f"{rows:,.0f}", _size(total), f"{load:.3g}", f"{in_a_head:.1%}", f"{in_all:.2%}", where(total)]
         lines.append([f"T = {size:,.0f}", *cells])
     traffic = [
         ["forward, rows alone", f"{catalogue.read_bytes():,}"],
@@ -140,14 +167,13 @@ def measured_steps(path: Path) -> list[Row]:
 def _rate(row: Row) -> list[str]:
     work: dict[str, Any] = row["workload"]
     seconds = row["p50"] / 1e3
-    found = row["machine"]["gpus"]
     return [
-        found[0]["name"] if found else f"{row['machine']['cpu']}, {row['threads']} threads",
+        hardware(row),
         f"T = {work['table_rows']:,}, {work['sids']:,} SIDs, {work['dtype']}",
         f"{row['p50']:,.3g}",
         f"{row['p20']:,.3g} to {row['p80']:,.3g}",
         f"{work['sids'] / seconds / 1e6:.3g}",
-        f"{row['floor']['algorithmic_bytes'] / seconds / 1e9:.3g}",
+        f"{row['floor']['every_read'] / seconds / 1e9:.3g}",
     ]
 
 

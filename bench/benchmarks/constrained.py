@@ -16,8 +16,7 @@ from torch import Tensor
 
 from prefixmem_fast import Catalogue, SIDTrie, SIDVocabulary
 
-from ..measure import Mark
-from ..suite import Case, Contender, benchmark
+from ..registry import Case, Contender, Mark, benchmark
 
 LEVELS, CODES, PROMPT, EOS = 4, 256, 40, 2
 FIRST_ID = 100
@@ -93,21 +92,21 @@ def constrained(device: str, vocabulary: int, items: int, sequences: int, beams:
 
     @torch.no_grad()
     def check(processor: Any) -> str | None:
-        found = [processor(prefix, scores).isfinite().cpu() for prefix in steps]
-        same = all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        masks = [processor(prefix, scores).isfinite().cpu() for prefix in steps]
+        same = all(torch.equal(mask, right) for mask, right in zip(masks, expected, strict=True))
         return None if same else "its allowed set differs"
 
     def python(make: Callable[[list[list[int]]], Allowed]) -> Any:
         return PrefixConstrainedLogitsProcessor(make(tokens.tolist()), beams)
 
-    made = {
+    processors = {
         "prefixmem_fast, SIDLogitsProcessor": lambda: SIDLogitsProcessor(
             SIDTrie(known, codes), PROMPT, EOS, reuse_scores=True
         ),
         "prefix_allowed_tokens_fn, dict of prefixes": partial(python, dict_of_prefixes),
         "prefix_allowed_tokens_fn, nested dicts": partial(python, nested_dicts),
     }
-    return Case([Contender(name, make) for name, make in made.items()], step, check, steps=LEVELS)
+    return Case([Contender(name, make) for name, make in processors.items()], step, check, steps=LEVELS)
 
 
 def _mask(allowed: Allowed, prefixes: Tensor, vocabulary: int) -> Tensor:

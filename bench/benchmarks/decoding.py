@@ -11,11 +11,10 @@ from torch import Tensor
 
 from prefixmem_fast import AddressSpec, DecodingState, PrefixMem, PrefixMemConfig
 
-from ..measure import Mark
-from ..providers import EagerTables, FusedTable, Provider
-from ..suite import Case, Contender, benchmark
-from ..workloads import BATCHES, HEADS, WIDTH, Floor, Workload, vocabulary_of
+from ..registry import Case, Contender, Mark, benchmark
+from .providers import EagerTables, FusedTable, Ours, Provider
 from .tables import differs
+from .workloads import BATCHES, HEADS, WIDTH, Floor, Workload, vocabulary_of
 
 HIDDEN = 1024
 
@@ -103,19 +102,19 @@ def decoding(device: str, sequences: int, table_rows: int, dtype: str) -> Case:
     expected = encoder(batches[0])  # [B, L, hidden]
 
     @torch.no_grad()
-    def step(one: Any, turn: int, mark: Mark) -> None:
+    def step(stepper: Any, turn: int, mark: Mark) -> None:
         codes = batches[turn % BATCHES]
         for level in range(1, spec.levels + 1):
-            one.step(level, codes[:, level - 1])
+            stepper.step(level, codes[:, level - 1])
         mark("step")
 
     @torch.no_grad()
-    def check(one: Any) -> str | None:
-        steps = [one.step(level, batches[0][:, level - 1]).clone() for level in range(1, spec.levels + 1)]
+    def check(stepper: Any) -> str | None:
+        steps = [stepper.step(level, batches[0][:, level - 1]).clone() for level in range(1, spec.levels + 1)]
         return differs(torch.stack(steps, 1), expected)
 
     plain: dict[str, Callable[[], Any]] = {
-        "prefixmem_fast, DecodingState": partial(Stepped, encoder, sequences),
+        f"{Ours.reads}, DecodingState": partial(Stepped, encoder, sequences),
         "eager PyTorch, the prefix read anew": partial(Recomputed, EagerTables, encoder, sequences),
         "plain PyTorch, one fused table, the prefix read anew": partial(Recomputed, FusedTable, encoder, sequences),
     }

@@ -12,8 +12,9 @@ from prefixmem_fast import AddressSpec, PrefixMem, PrefixMemConfig, attach, opti
 from prefixmem_fast.addressing import TokenStream
 from prefixmem_fast.operation import reference
 
-from ..suite import LEARNING, Case, Contender, benchmark, learning
-from ..workloads import (
+from ..registry import Case, Contender, benchmark
+from .providers import TRAINING_TOTAL, training_step
+from .workloads import (
     BATCHES,
     CODES,
     FIRST_TOKEN,
@@ -82,7 +83,7 @@ class Model:
         memory, W_out = self.encoder.memory.weight, self.encoder.out_proj.weight
         generator = torch.Generator(W_out.device).manual_seed(3)
         W_out.normal_(std=1.0, generator=generator)
-        found = float(self.loss(ids))
+        loss = float(self.loss(ids))
         table = self.vocabulary.token_table(ids.device)
         S = reference.forward(TokenStream(ids, table), memory, self.encoder.config.spec)
         embeddings = self.model.get_input_embeddings()(ids) + nn.functional.linear(S, W_out)
@@ -92,16 +93,16 @@ class Model:
             expected = float(_loss(self.model(inputs_embeds=embeddings).logits, ids))
         if abs(expected - without) < 1e-2:
             return f"the memory moves the loss by {abs(expected - without):.2g} alone, too little to be checked"
-        off = abs(found - expected)
-        return f"its loss {found:.5g} is not the reference's {expected:.5g}" if not off <= 2e-3 * expected else None
+        off = abs(loss - expected)
+        return f"its loss {loss:.5g} is not the reference's {expected:.5g}" if not off <= 2e-3 * expected else None
 
     def update(self) -> None:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
-    def held(self) -> int:
-        states = [s for one in self.optimizers for state in one.state.values() for s in state.values()]
+    def state_bytes(self) -> int:
+        states = [s for optimizer in self.optimizers for state in optimizer.state.values() for s in state.values()]
         tensors = [*self.model.parameters(), *(s for s in states if isinstance(s, Tensor))]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -126,12 +127,12 @@ def language_model(device: str, model: str, histories: int, table_rows: int, dty
     expected: list[float] = []
 
     @torch.no_grad()
-    def check(one: Model) -> str | None:
-        loss = float(one.loss(batches[0]))
+    def check(model: Model) -> str | None:
+        loss = float(model.loss(batches[0]))
         expected.append(loss)  # the first contender is the model alone
         if not abs(loss - expected[0]) <= 1e-3:
             return f"its loss {loss:.5g} with W_out zero is not that of the model alone, {expected[0]:.5g}"
-        return one.wrong_memory(batches[0], loss) if one.encoder else None
+        return model.wrong_memory(batches[0], loss) if model.encoder else None
 
     needs = _parameters(shape) * kind.itemsize * 5
     names = {"without the encoder": "", "prefixmem_fast, fused": "fused", "prefixmem_fast, sparse gradient": "sparse"}
@@ -140,8 +141,8 @@ def language_model(device: str, model: str, histories: int, table_rows: int, dty
         for name, grad in names.items()
     ]
     return Case(
-        contenders, learning(batches), check, totals=LEARNING, least_turns=7,
-        held=(lambda one: one.held()) if device == "cuda" else None,
+        contenders, training_step(batches), check, totals=TRAINING_TOTAL, least_turns=7,
+        state_bytes=Model.state_bytes if device == "cuda" else None,
     )  # fmt: skip
 
 

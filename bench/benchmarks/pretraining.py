@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from prefixmem_fast import PrefixMem, PrefixMemConfig
 
-from ..providers import EagerTables, FusedAdagrad, FusedTable, Provider, SparseAdagrad
-from ..suite import LEARNING, Case, Contender, benchmark, learning
-from ..workloads import HEADS, WIDTH, Workload
+from ..registry import Case, Contender, benchmark
+from .providers import TRAINING_TOTAL, EagerTables, FusedAdagrad, FusedTable, Provider, SparseAdagrad, training_step
 from .tables import QUICK, Sample, differs, sampled_rows, vary, wrong_update
+from .workloads import HEADS, WIDTH, Workload
 
 HIDDEN = 256
 
 
 def workloads(device: str) -> list[dict[str, Any]]:
     """Batches of the size that such training takes, not of that at which the tables are all that counts."""
-    return [{**one, "sids": 8192 if device == "cuda" else 1024} for one in vary(device)]
+    return [{**workload, "sids": 8192 if device == "cuda" else 1024} for workload in vary(device)]
 
 
 class ProviderEncoder(nn.Module):
@@ -68,12 +68,12 @@ def pretraining(device: str, **given: Any) -> Case:
     expected, sample, before = _library_step(workload, weight, batches[0])
     del weight
 
-    def check(one: Learner) -> str | None:
+    def check(learner: Learner) -> str | None:
         with torch.no_grad():
-            wrong = differs(one.model.encoder(batches[0]), expected)
-        one.loss(batches[0]).backward()
-        one.update()
-        return wrong or wrong_update(one.provider, sample, before)
+            wrong = differs(learner.model.encoder(batches[0]), expected)
+        learner.loss(batches[0]).backward()
+        learner.update()
+        return wrong or wrong_update(learner.provider, sample, before)
 
     contenders = [
         Contender(
@@ -81,7 +81,7 @@ def pretraining(device: str, **given: Any) -> Case:
         )
         for p in (FusedAdagrad, SparseAdagrad, EagerTables, FusedTable)
     ]  # fmt: skip
-    return Case(contenders, learning(batches), check, totals=LEARNING)
+    return Case(contenders, training_step(batches), check, totals=TRAINING_TOTAL)
 
 
 def _library_step(workload: Workload, weight: Tensor, codes: Tensor) -> tuple[Tensor, Sample, Tensor]:

@@ -14,8 +14,8 @@ from prefixmem_fast import prefix_rows, token_memory
 from prefixmem_fast.addressing import TokenStream
 from prefixmem_fast.operation import reference
 
-from ..measure import Mark, unmarked
-from ..providers import (
+from ..registry import Case, Contender, Mark, benchmark, unmarked
+from .providers import (
     GRADIENTS,
     LR,
     READERS,
@@ -27,8 +27,7 @@ from ..providers import (
     Ours,
     Provider,
 )
-from ..suite import Case, Contender, benchmark
-from ..workloads import (
+from .workloads import (
     BATCHES,
     HEADS,
     WIDTH,
@@ -94,13 +93,13 @@ def _reading(workload: Workload, device: str, providers: tuple[type[Provider], .
     expected = reference.forward(batches[0][:CHECKED], weight, spec)
 
     @torch.no_grad()
-    def step(one: Provider, turn: int, mark: Mark) -> None:
-        one.forward(batches[turn % BATCHES])
+    def step(provider: Provider, turn: int, mark: Mark) -> None:
+        provider.forward(batches[turn % BATCHES])
         mark("forward")
 
     @torch.no_grad()
-    def check(one: Provider) -> str | None:
-        return differs(one.forward(batches[0])[:CHECKED], expected)
+    def check(provider: Provider) -> str | None:
+        return differs(provider.forward(batches[0])[:CHECKED], expected)
 
     contenders = [_contender(p.reads, p, device, partial(p, spec, weight), workload.table_bytes) for p in providers]
     return Case(contenders, step, check, floors={"forward": workload.reading(batches[0])})
@@ -164,22 +163,23 @@ def gradient(device: str, **given: Any) -> Case:
     total = sum(grad[:, a].double().sum() * min(level, spec.max_order) for a, level in enumerate(spec.active_levels))
     scale = grad.double().square().sum().sqrt() * spec.max_order
 
-    def step(one: Provider, turn: int, mark: Mark) -> None:
-        out = one.forward(batches[turn % BATCHES])
+    def step(provider: Provider, turn: int, mark: Mark) -> None:
+        out = provider.forward(batches[turn % BATCHES])
         mark("forward")
-        one.backward(out, grad)
+        provider.backward(out, grad)
         mark("backward")
-        one.optimizer.zero_grad()
+        provider.optimizer.zero_grad()
 
-    def check(one: Provider) -> str | None:
-        one.backward(one.forward(batches[0]), grad)
-        found = torch.cat([table.grad for table in one.tables()])
-        one.optimizer.zero_grad()
-        kept = sample.kept(one, found)
-        wrong = differs(found[sample.rows][kept], sample.sums[kept], 1e-4 if found.itemsize > 2 else 0.1)
-        if wrong or found.itemsize == 2:  # half precision rounds every row, so its total says nothing
+    def check(provider: Provider) -> str | None:
+        provider.backward(provider.forward(batches[0]), grad)
+        gradient = torch.cat([table.grad for table in provider.tables()])
+        provider.optimizer.zero_grad()
+        judged = sample.judged(provider, gradient)
+        tolerance = 1e-4 if gradient.itemsize > 2 else 0.1
+        wrong = differs(gradient[sample.rows][judged], sample.sums[judged], tolerance)
+        if wrong or gradient.itemsize == 2:  # half precision rounds every row, so its total says nothing
             return wrong
-        off = abs(found.double().sum() - total)
+        off = abs(gradient.double().sum() - total)
         return f"all rows together are off by {off:.3g}" if off > 1e-4 * scale else None
 
     contenders = [
@@ -213,21 +213,21 @@ def _training(
     before = weight[sample.rows].double()
     del weight
 
-    def step(one: Provider, turn: int, mark: Mark) -> None:
-        out = one.forward(batches[turn % BATCHES])
+    def step(provider: Provider, turn: int, mark: Mark) -> None:
+        out = provider.forward(batches[turn % BATCHES])
         mark("forward")
-        one.backward(out, grad)
+        provider.backward(out, grad)
         mark("backward")
-        one.update()
+        provider.update()
         mark("update")
 
-    def check(one: Provider) -> str | None:
-        out = one.forward(codes)
+    def check(provider: Provider) -> str | None:
+        out = provider.forward(codes)
         if wrong := differs(out.detach()[:CHECKED], expected):
             return wrong
-        one.backward(out, grad)
-        one.update()
-        return wrong_update(one, sample, before)
+        provider.backward(out, grad)
+        provider.update()
+        return wrong_update(provider, sample, before)
 
     contenders = [
         _contender(p.trains(), p, device, lambda p=p: p(spec, workload.weight(device)), p.needs(workload))
@@ -235,8 +235,8 @@ def _training(
     ]
     update = workload.training(codes)
     return Case(
-        contenders, step, check, held=(lambda one: one.held()) if memory else None,
-        alone=lambda one: sorts(lambda: step(one, 0, unmarked)),
+        contenders, step, check, state_bytes=Provider.state_bytes if memory else None,
+        alone=lambda provider: sorts(lambda: step(provider, 0, unmarked)),
         floors={"backward + update": update, "step": update + workload.reading(codes)},
         totals={"backward + update": ("backward", "update"), "step": ("forward", "backward", "update")},
     )  # fmt: skip
@@ -269,9 +269,9 @@ class Sample(NamedTuple):
     terms: Tensor  # int64 [U], reads that add to them
     table: Tensor  # int64 [U], which (order, head)
 
-    def kept(self, one: Provider, values: Tensor) -> Tensor:
-        """Rows to check: half precision of others sums many terms badly, and is not wrong for that."""
-        if values.itemsize > 2 or isinstance(one, Ours):
+    def judged(self, provider: Provider, values: Tensor) -> Tensor:
+        """Which rows are checked: half precision of others sums many terms badly, and is not wrong for that."""
+        if values.itemsize > 2 or isinstance(provider, Ours):
             return torch.ones_like(self.rows, dtype=torch.bool)
         return self.terms <= FEW_TERMS
 
@@ -282,53 +282,53 @@ def sampled_rows(workload: Workload, codes: Tensor, grad: Tensor) -> Sample:
     generator = torch.Generator(device).manual_seed(0)
     read = prefix_rows(codes, spec)[:, spec.active_levels[-1] - 1]  # [M, N, H], -1 past the last level
     by_head = grad.view(*grad.shape[:2], HEADS, WIDTH)
-    parts = []
+    columns = []
     for order in range(1, spec.max_order + 1):
         levels = [a for a, level in enumerate(spec.active_levels) if level >= order]
         for head in range(HEADS):
             row = read[:, order - 1, head].contiguous()
-            found, terms = row[row >= 0].unique(return_counts=True)
-            most = found[terms.topk(min(SAMPLE, len(found))).indices]
-            some = found[torch.randperm(len(found), generator=generator, device=device)[:SAMPLE]]
+            touched, terms = row[row >= 0].unique(return_counts=True)
+            most = touched[terms.topk(min(SAMPLE, len(touched))).indices]
+            some = touched[torch.randperm(len(touched), generator=generator, device=device)[:SAMPLE]]
             any_rows = torch.randint(spec.rows_per_order[order - 1], (SAMPLE,), generator=generator, device=device)
             others = spec.offsets[order - 1][head] + any_rows
-            rows = torch.cat([most, some, others[~torch.isin(others, found)]]).unique()
+            rows = torch.cat([most, some, others[~torch.isin(others, touched)]]).unique()
             place = torch.searchsorted(rows, row).clamp(max=len(rows) - 1)
             here = (rows[place] == row).nonzero().squeeze(1)
             sums = torch.zeros(len(rows), WIDTH, dtype=torch.float64, device=device)
             if levels:
                 sums.index_add_(0, place[here], by_head[here, :, head][:, levels].double().sum(1))
             count = torch.bincount(place[here], minlength=len(rows))
-            parts.append((rows, sums, count, torch.full_like(rows, len(parts))))
-    return Sample(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            columns.append((rows, sums, count, torch.full_like(rows, len(columns))))
+    return Sample(*(torch.cat(column) for column in zip(*columns, strict=True)))
 
 
-def differs(found: Tensor, expected: Tensor, tolerance: float | None = None) -> str | None:
+def differs(result: Tensor, expected: Tensor, tolerance: float | None = None) -> str | None:
     """How a result is wrong, or None; half-precision sums of four rows round four times."""
-    if found.shape != expected.shape:
-        return f"its shape is {tuple(found.shape)}, the reference's {tuple(expected.shape)}"
+    if result.shape != expected.shape:
+        return f"its shape is {tuple(result.shape)}, the reference's {tuple(expected.shape)}"
     if tolerance is None:
-        tolerance = 3e-2 if min(found.itemsize, expected.itemsize) == 2 else 1e-5
-    found, expected = found.double(), expected.double()
+        tolerance = 3e-2 if min(result.itemsize, expected.itemsize) == 2 else 1e-5
+    result, expected = result.double(), expected.double()
     allowed = tolerance * (expected.abs() + expected.square().mean().sqrt())
-    off = ~((found - expected).abs() <= allowed)  # NaN is off
+    off = ~((result - expected).abs() <= allowed)  # NaN is off
     if not off.any():
         return None
-    most = (found - expected).abs().max()
+    most = (result - expected).abs().max()
     return f"{off.double().mean():.2%} of the values differ from the reference, by up to {most:.3g}"
 
 
-def wrong_update(one: Provider, sample: Sample, before: Tensor) -> str | None:
+def wrong_update(provider: Provider, sample: Sample, before: Tensor) -> str | None:
     """How a table's rows after the first step are wrong, or None.
 
     Adam's first step is the sign of the gradient, which rounding may turn where the sum is nearly zero: half precision
     is not judged there, and a few values of each table may differ.
     """
-    found, expected = one.rows(sample.rows), one.first_step(before, sample.sums)
-    half = found.itemsize == 2
+    updated, expected = provider.rows(sample.rows), provider.first_step(before, sample.sums)
+    half = updated.itemsize == 2
     allowed = (0.05 if half else 1e-3) * LR + (2**-7 if half else 1e-6) * expected.abs()
-    off = ~((found.double() - expected).abs() <= allowed)
-    judged = sample.kept(one, found)[:, None].expand_as(off)
+    off = ~((updated.double() - expected).abs() <= allowed)
+    judged = sample.judged(provider, updated)[:, None].expand_as(off)
     if half:
         size = sample.sums.square().mean(1, keepdim=True).sqrt()
         judged = judged & ((sample.sums.abs() > 0.1 * size) | (size == 0))
@@ -353,8 +353,4 @@ def _no_codes(workload: Workload) -> str | None:
 
 
 def _absent(names: list[str], reason: str) -> Case:
-    return Case([Contender(name, None, reason) for name in names], _nothing, _nothing)
-
-
-def _nothing(*arguments: Any) -> None:
-    pass
+    return Case([Contender(name, None, reason) for name in names], lambda *_: None, lambda *_: None)

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from prefixmem_fast.recommender.training.run import train
 
-from ..machine import provenance
 from .arms import ARMS
 from .run import arm_of
 
@@ -33,7 +32,12 @@ def measure(data_set: str, arms: list[str], data: Path, rounds: int) -> list[dic
         warm, end = (validation["seconds"] for validation in report["validation"])
         seconds[arm].append((end - warm) / STEPS)
     return [
-        {"set": data_set, "arm": arm, "what": ARMS[arm].what, "seconds_per_step": statistics.median(found),
-         "rounds": found, **provenance()}
-        for arm, found in seconds.items()
-    ]  # fmt: skip
+        {
+            "set": data_set,
+            "arm": arm,
+            "what": ARMS[arm].what,
+            "seconds_per_step": statistics.median(rounds_of_arm),
+            "rounds": rounds_of_arm,
+        }
+        for arm, rounds_of_arm in seconds.items()
+    ]

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from prefixmem_fast.recommender.evaluation.plots import plot_curves, rows_at
 
+from ..rows import Row, read_rows
 from .arms import ARMS, PACE, SETS, recipe
-
-Row = dict[str, Any]
 
 
 def report(folder: Path) -> int:
     """Write ``summary.md`` and a picture a set into the folder of the rows, and print the tables."""
     studied = {name: runs for name in SETS if (runs := read_runs(folder, name))}
     if not studied:
-        print(f"no rows in {folder}; python -m bench quality run writes them")
-        return 2
+        raise ValueError(f"no rows in {folder}; python -m bench quality run writes them")
     lines = ["# The study", "", "Written by `python -m bench quality report` from the rows beside it.", "", _METHOD, ""]
     for name, runs in studied.items():
         lines += _of_set(name, runs, read_pace(folder, name))
@@ -45,24 +41,24 @@ PrefixMem reads for the catalogue's items, which are a part of its tables."""
 def read_runs(folder: Path, data_set: str) -> dict[str, list[Row]]:
     """Rows of each arm by seed, the last one where a run was repeated; rows of other recipes are left out."""
     file = folder / f"{data_set}.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    rows = read_rows(file, ("arm", "seed", "recipe")) if file.is_file() else []
     kept = {
         (row["arm"], row["seed"]): row
         for row in rows
         if row["arm"] in ARMS and row["recipe"] == recipe(row["arm"], data_set)
     }
-    found: dict[str, list[Row]] = {}
+    runs: dict[str, list[Row]] = {}
     for arm in ARMS:
         own = [row for (name, _), row in sorted(kept.items()) if name == arm]
         if own:
-            found[arm] = own
-    return found
+            runs[arm] = own
+    return runs
 
 
 def read_pace(folder: Path, data_set: str) -> dict[str, float]:
     """Seconds a step of each arm that `pace` has timed, the last time."""
     file = folder / PACE
-    rows = map(json.loads, file.read_text().splitlines()) if file.is_file() else ()
+    rows = read_rows(file, ("set", "arm", "seconds_per_step")) if file.is_file() else ()
     return {row["arm"]: row["seconds_per_step"] for row in rows if row["set"] == data_set}
 
 
@@ -113,11 +109,9 @@ def _of_set(name: str, runs: dict[str, list[Row]], pace: dict[str, float]) -> li
         ]
     lines += ["", compared, "", *_table("validation", runs, columns)]
     groups: list[tuple[str, Callable]] = []
-    for thirds in ("rare", "medium", "popular"):
-        groups.append((
-            f"TF-{levels[-1]} {thirds}",
-            lambda row, t=thirds: row["test"]["teacher_forcing"]["accuracy_by_popularity"][t][-1],
-        ))  # fmt: skip
+    for third in ("rare", "medium", "popular"):
+        accuracy = lambda row, t=third: row["test"]["teacher_forcing"]["accuracy_by_popularity"][t][-1]  # noqa: E731
+        groups.append((f"TF-{levels[-1]} {third}", accuracy))
     for group in ("reachable", "unreachable"):
         groups.append((f"TF-{levels[-1]} {group}", lambda row, g=group: row["test"]["reachable"][g]["accuracy"][-1]))
         groups.append((f"uR@10 {group}", lambda row, g=group: row["test"]["reachable"][g]["unconstrained_recall@10"]))
@@ -163,5 +157,5 @@ def _at_time(row: Row, seconds: float, pace: dict[str, float], metric: str) -> f
     if "steps" in ARMS[row["arm"]].options:
         raise KeyError("steps")
     steps = (seconds - row.get("pretraining", {}).get("seconds", 0.0)) / pace[_timed(row["arm"])]
-    passed = [(validation["step"], validation[metric]) for validation in row["validation"]]
-    return float(np.interp(steps, *zip(*passed, strict=True)))
+    curve = [(validation["step"], validation[metric]) for validation in row["validation"]]
+    return float(np.interp(steps, *zip(*curve, strict=True)))

@@ -18,7 +18,6 @@ from prefixmem_fast.recommender.training import classification
 from prefixmem_fast.recommender.training.config import CONFIG, RunConfig
 from prefixmem_fast.recommender.training.run import Data, load_data, load_run, prepare, train
 
-from ..machine import provenance
 from .arms import ARMS, PRETRAINING, config_of, recipe
 from .control import add_permuted
 
@@ -41,7 +40,7 @@ def run_one(
         report["pretraining"] = _pretrain(data_set, pretraining, seed, data, folder / "pretraining", quiet)
         changes["encoder"] = str(folder / "pretraining" / ("encoder" if pretraining == "classification" else "model"))
     config, loaded, add_arm = arm_of(arm, data_set, data, seed, **changes)
-    trained = _train(config, folder / "train", quiet, loaded, add_arm)
+    training = _train(config, folder / "train", quiet, loaded, add_arm)
     # The control is no encoder that the library knows, so its weights are put back by hand.
     run = prepare(config, loaded) if add_arm else load_run(folder / "train")
     if add_arm:
@@ -68,7 +67,7 @@ def run_one(
     return {
         "set": data_set, "arm": arm, "seed": seed, "what": ARMS[arm].what, "recipe": recipe(arm, data_set),
         "options": {name: value for name, value in config.to_dict().items() if name not in _PLACES},
-        **report, **trained, "test": tested, "test_seconds": round(time.perf_counter() - started, 1), **provenance(),
+        **report, **training, "test": tested, "test_seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
 
 

@@ -232,14 +232,14 @@ def backward(text: int | None = None) -> Count:
     return Count("gradient by atomics" + _over(text), traffic, floor, UPDATE, len(codes))
 
 
-def dense(kind: str = "uniform") -> Count:
+def dense(kind: str = "uniform", sids: int = TRAINED) -> Count:
     """The dense gradient by sorting: codes and dS in, each touched row out."""
-    return _trained(f"dense gradient by sorting, {kind}", kind, sorted_backward.dense, W * 2)
+    return _trained(f"dense gradient by sorting, {kind}", kind, sorted_backward.dense, W * 2, sids=sids)
 
 
-def sparse(kind: str = "uniform") -> Count:
+def sparse(kind: str = "uniform", sids: int = TRAINED) -> Count:
     """The touched rows and their float32 sums: codes and dS in, each touched row and its number out."""
-    return _trained(f"sparse gradient, {kind}", kind, sorted_backward.padded_rows, W * 4 + 8)
+    return _trained(f"sparse gradient, {kind}", kind, sorted_backward.padded_rows, W * 4 + 8, sids=sids)
 
 
 def update(

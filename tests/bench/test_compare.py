@@ -10,21 +10,21 @@ import pytest
 
 from bench.cli import main
 from bench.compare import compare
-from bench.rows import latest
+from bench.rows import append_rows, latest
 
 ROOT = Path(__file__).parents[2]
-MACHINE = {"gpus": [], "cpu": "a CPU"}
+MACHINE = {"gpus": [], "cpu": "a CPU", "threads": 2}
 
 
 def row(p50, spread=0.05, provider="prefixmem_fast", metric="step", unit="ms", run="1", **workload):
     return {
         "benchmark": "training", "provider": provider, "workload": workload, "metric": metric, "unit": unit, "p50": p50,
-        "p20": p50 * (1 - spread), "p80": p50 * (1 + spread), "run": run, "machine": MACHINE, "threads": 2,
+        "p20": p50 * (1 - spread), "p80": p50 * (1 + spread), "run": run,
     }  # fmt: skip
 
 
 def verdicts(a, b):
-    return [one.slower for one in compare(a, b)]
+    return [figure.slower for figure in compare(a, b)]
 
 
 def test_fifteen_percent_beyond_the_spread_is_slower():
@@ -46,13 +46,14 @@ def test_memory_and_launches_have_no_spread():
 def test_only_our_own_main_figures_count():
     peer = row(1.0, provider="plain PyTorch")
     assert compare([peer], [{**peer, "p50": 9.0}]) == []
-    parts = [row(1.0, metric="forward"), row(5.0, metric="step")]
-    assert [one.what for one in compare(parts, parts)] == ["training, prefixmem_fast, step: "]
+    phases = [row(1.0, metric="forward"), row(5.0, metric="step")]
+    assert [figure.what for figure in compare(phases, phases)] == ["training, prefixmem_fast, step: "]
     assert compare([row(1.0, sids=1)], [row(1.0, sids=2)]) == []
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+def write(path, rows, machine=MACHINE):
+    for measured in rows:
+        append_rows(path, {"run": measured["run"], "machine": machine}, [measured])
     return str(path)
 
 
@@ -77,7 +78,7 @@ def test_the_last_run_of_a_workload_stands_for_it():
 
 def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     a = write(tmp_path / "a.jsonl", [row(1.0)])
-    other = write(tmp_path / "b.jsonl", [{**row(1.0), "threads": 1}])
+    other = write(tmp_path / "b.jsonl", [row(1.0)], {**MACHINE, "threads": 1})
     assert main(["compare", a, other]) == 2
     assert "not to be compared" in capsys.readouterr().err
     nothing = write(tmp_path / "c.jsonl", [row(1.0, sids=3)])
@@ -92,6 +93,18 @@ def git(folder, *arguments):
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
 
 
+SLOW = """
+_fast = token_memory
+
+
+def token_memory(*arguments, **options):
+    import time
+
+    time.sleep(0.05)
+    return _fast(*arguments, **options)
+"""
+
+
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
     """This tree as a commit, then one whose token streams wait: tagged fast and slow."""
@@ -103,22 +116,19 @@ def repository(tmp_path_factory):
     git(folder, "add", ".")
     git(folder, "commit", "-q", "-m", "fast")
     git(folder, "tag", "fast")
-    ops = folder / "prefixmem_fast" / "ops.py"
-    text = ops.read_text()
-    assert "    backend = resolve(backend, **tensors)\n" in text
-    ops.write_text(
-        text.replace(
-            "    backend = resolve(backend, **tensors)\n",
-            "    backend = resolve(backend, **tensors)\n    import time; time.sleep(0.05)\n",
-        )
-    )
+    with (folder / "prefixmem_fast" / "__init__.py").open("a") as package:
+        package.write(SLOW)
     git(folder, "commit", "-q", "-a", "-m", "slow")
     git(folder, "tag", "slow")
     return folder
 
 
 @pytest.mark.parametrize(
-    ("b", "code", "rounds"), [("slow", 1, "1"), ("fast", 0, "2")], ids=["a planted slow-down", "the same again"]
+    ("b", "code", "rounds"),
+    [
+        pytest.param("slow", 1, "1", id="a planted slow-down"),
+        pytest.param("fast", 0, "2", id="the same again", marks=pytest.mark.slow),
+    ],
 )
 def test_revisions_run_in_turns(repository, b, code, rounds):
     command = [
@@ -137,10 +147,10 @@ def test_revisions_run_in_turns(repository, b, code, rounds):
     ]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
     assert done.returncode == code, done.stderr[-2000:]
-    (found,) = [json.loads(line) for line in done.stdout.splitlines()]
-    assert found["what"].startswith("tokens, prefixmem_fast, forward")
+    (figure,) = [json.loads(line) for line in done.stdout.splitlines()]
+    assert figure["what"].startswith("tokens, prefixmem_fast, forward")
     if code:
-        assert found["b"] - found["a"] == pytest.approx(50, abs=25)
+        assert figure["b"] - figure["a"] == pytest.approx(50, abs=25)
 
 
 def test_an_unknown_revision_is_refused(repository, capsys):

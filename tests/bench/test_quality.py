@@ -1,5 +1,6 @@
 """The study: its arms, its control, one run from start to row, and the report."""
 
+import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench import real_data
+from bench.cli import main as bench
 from bench.quality import arms, pace, report
-from bench.quality.__main__ import main
 from bench.quality.control import PermutedPrefixMem
 from bench.quality.run import widened
+from bench.rows import append_rows, read_rows
 from prefixmem_fast import AddressSpec, PrefixMem, PrefixMemConfig, SIDVocabulary, prefix_rows
 from prefixmem_fast.recommender.training.run import load_data
 from tests.recommender.training.small import TINY, write_files
@@ -25,8 +28,11 @@ SMALL = {
 def small_study(tmp_path, monkeypatch):
     """One small set and a recipe of seconds; returns the arguments that every command needs."""
     write_files(tmp_path)
-    monkeypatch.setattr(arms, "SETS", {"small": arms.DataSet("items.index.json", "interactions.json", 6)})
-    for module in ("bench.quality.__main__", "bench.quality.report"):
+    files = ("items.index.json", "interactions.json")
+    digests = {name: ("source", hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()) for name in files}
+    monkeypatch.setattr(real_data, "FILES", digests)
+    monkeypatch.setattr(arms, "SETS", {"small": arms.DataSet(*files, 6)})
+    for module in ("bench.quality.cli", "bench.quality.report"):
         monkeypatch.setattr(f"{module}.SETS", arms.SETS)
     recipe = {**arms.RECIPE, **SMALL, "codebook_sizes": [6, 6, 6]}
     monkeypatch.setattr(arms, "RECIPE", recipe)
@@ -34,7 +40,11 @@ def small_study(tmp_path, monkeypatch):
     monkeypatch.setitem(arms.PRETRAINING, "classification", short)
     torch.set_num_threads(1)
     places = {"data": tmp_path, "runs": tmp_path / "runs", "out": tmp_path / "out"}
-    return ["--sets", "small", *(part for name, path in places.items() for part in (f"--{name}", str(path)))]
+    return ["--sets", "small", *(word for name, path in places.items() for word in (f"--{name}", str(path)))]
+
+
+def main(arguments):
+    return bench(["quality", *arguments])
 
 
 def test_every_arm_has_options_that_are_allowed():
@@ -47,10 +57,10 @@ def test_every_arm_has_options_that_are_allowed():
 
 def test_runs_are_done_once_and_reported(tmp_path, small_study, capsys):
     for arm in ("plain", "permuted", "pretrained"):
-        one = ["one", *small_study, "--arms", arm, "--seeds", "0", "--beams", "10", "--examples", "30"]
-        assert main(one) == 0
+        assert main(["run-here", *small_study, "--arms", arm, "--seeds", "0", "--beams", "10", "--examples", "30"]) == 0
     file = tmp_path / "out" / "small.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [line for line in lines if "arm" in line]
     assert [row["arm"] for row in rows] == ["plain", "permuted", "pretrained"]
     assert "reachable" not in rows[0]["test"]
     for row in rows[1:]:
@@ -65,18 +75,15 @@ def test_runs_are_done_once_and_reported(tmp_path, small_study, capsys):
     assert listed.endswith("4 runs to do of 6\n")
     assert "plain             0" not in listed
     before = file.read_text()
-    assert main(["one", *small_study, "--arms", "plain", "--seeds", "0"]) == 0
+    assert main(["run-here", *small_study, "--arms", "plain", "--seeds", "0"]) == 0
     assert file.read_text() == before
 
-    monkeypatched = rows[0]["test"]
-    monkeypatched["floors"] = {
-        name: {**floor, "recall@100": 1.0} for name, floor in monkeypatched["floors"].items()
-    }  # beams of 10 give no figure at 100
-    for row in rows:
-        row["test"]["floors"] = monkeypatched["floors"]
+    for row in rows:  # beams of 10 give no figure at 100
+        for floor in row["test"]["floors"].values():
+            floor["recall@100"] = 1.0
         for search in row["test"]["searches"].values():
             search["recall@100"] = 1.0
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(["report", *small_study]) == 0
     text = (tmp_path / "out" / "summary.md").read_text()
     assert "equal time" not in text  # before the steps were timed
@@ -85,7 +92,8 @@ def test_runs_are_done_once_and_reported(tmp_path, small_study, capsys):
     assert float(line.split("|")[3]) == pytest.approx(accuracy, abs=1e-3)
     assert "count table" in text
     assert "markov" in text
-    (tmp_path / "out" / arms.PACE).write_text('{"set": "small", "arm": "plain", "seconds_per_step": 0.25}\n')
+    timed = {"set": "small", "arm": "plain", "seconds_per_step": 0.25}
+    append_rows(tmp_path / "out" / arms.PACE, {"run": "1", "machine": {}}, [timed])
     assert main(["report", *small_study]) == 0
     text = (tmp_path / "out" / "summary.md").read_text()
     assert "after the 2 s that the plain model's steps take" in text  # 6 steps
@@ -96,8 +104,8 @@ def test_runs_are_done_once_and_reported(tmp_path, small_study, capsys):
 
 def test_equal_time_is_counted_with_the_pace_of_steps(tmp_path, small_study, monkeypatch, capsys):
     monkeypatch.setattr("bench.quality.pace.STEPS", 2)
-    assert main(["one-pace", *small_study, "--arms", "plain,permuted,pretrained", "--rounds", "2"]) == 0
-    timed = [json.loads(line) for line in (tmp_path / "out" / arms.PACE).read_text().splitlines()]
+    assert main(["pace-here", *small_study, "--arms", "plain,permuted,pretrained", "--rounds", "2"]) == 0
+    timed = read_rows(tmp_path / "out" / arms.PACE, ("arm", "rounds"))
     assert [row["arm"] for row in timed] == ["plain", "permuted"]  # the steps of "pretrained" are those of "prefixmem"
     assert all(len(row["rounds"]) == 2 for row in timed)
     assert "ms a step" in capsys.readouterr().out
@@ -123,26 +131,52 @@ def test_a_pace_is_the_median_after_the_warm_up(tmp_path, small_study, monkeypat
     assert [row["seconds_per_step"] for row in rows] == [3.0 / pace.STEPS, 1.0 / pace.STEPS]
 
 
-@pytest.mark.parametrize(("codes", "expected"), [([0, 0], 0), ([-9, 0], 1), ([0, 2], 1)])
-def test_pace_fails_where_a_process_failed(tmp_path, monkeypatch, codes, expected):
+@pytest.mark.parametrize(("codes", "expected"), [([0], 0), ([-9], 1), ([2], 1)])
+def test_pace_fails_where_a_process_failed(small_study, monkeypatch, codes, expected):
     left = iter(codes)
     monkeypatch.setattr("subprocess.run", lambda command, **_: SimpleNamespace(returncode=next(left)))
-    assert main(["pace", "--data", str(tmp_path), "--out", str(tmp_path)]) == expected  # two sets
+    assert main(["pace", *small_study]) == expected
 
 
 def test_rows_of_another_recipe_do_not_count(tmp_path, small_study, monkeypatch):
-    assert main(["one", *small_study, "--arms", "plain", "--seeds", "0", "--beams", "4", "--examples", "9"]) == 0
+    assert main(["run-here", *small_study, "--arms", "plain", "--seeds", "0", "--beams", "4", "--examples", "9"]) == 0
     assert report.read_runs(tmp_path / "out", "small")["plain"]
     monkeypatch.setitem(arms.RECIPE, "learning_rate", 0.5)
     assert not report.read_runs(tmp_path / "out", "small")
 
 
-def test_missing_data_and_unknown_names(tmp_path, capsys):
-    assert main(["run", "--data", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
-    assert "is not there; --data names" in capsys.readouterr().out
+def test_missing_and_other_data_are_refused(tmp_path, small_study, monkeypatch, capsys):
+    monkeypatch.delenv(real_data.VARIABLE, raising=False)
+    assert main(["run", "--sets", "small"]) == 2
+    assert "no folder of real data: set PREFIXMEM_DATA or give --data" in capsys.readouterr().err
+    monkeypatch.setenv(real_data.VARIABLE, str(tmp_path / "none"))
+    assert main(["run", "--sets", "small"]) == 2
+    error = capsys.readouterr().err
+    assert "items.index.json is not there; get it: curl" in error
+    assert error.count("\n") == 1
+    (tmp_path / "interactions.json").write_text("{}")
+    assert main(["run", *small_study]) == 2
+    assert f"{tmp_path / 'interactions.json'} has the SHA-256 44136fa3" in capsys.readouterr().err
+
+
+def test_unknown_names_are_refused(tmp_path, capsys):
     assert main(["report", "--out", str(tmp_path)]) == 2
-    with pytest.raises(SystemExit, match="'nothing' is unknown; known are plain"):
-        main(["list", "--arms", "nothing"])
+    assert "no rows in" in capsys.readouterr().err
+    assert main(["list", "--arms", "nothing"]) == 2
+    assert "'nothing' is unknown; known are plain" in capsys.readouterr().err
+
+
+def test_every_set_has_digests_of_its_files():
+    for data_set in arms.SETS.values():
+        assert {data_set.items, data_set.interactions} <= real_data.FILES.keys()
+    assert all(len(digest) == 64 for _, digest in real_data.FILES.values())
+
+
+def test_the_real_files_are_those_that_are_known(monkeypatch):
+    try:
+        assert real_data.checked_folder(real_data.FILES)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 def test_the_widened_model_has_as_many_parameters(tmp_path, small_study, monkeypatch):

@@ -7,13 +7,14 @@ import torch
 
 from bench import scale
 from bench.cli import main
+from bench.rows import append_rows
 from prefixmem_fast import AddressSpec, prefix_rows
 
 
 def test_prefixes_are_those_of_a_drawn_catalogue():
     codes = torch.randint(0, 16, (5000, 4))
-    found = [len(codes[:, :n].unique(dim=0)) for n in range(1, 5)]
-    assert scale.Catalogue(5000, codes=16).prefixes() == pytest.approx(found, rel=0.02)
+    drawn = [len(codes[:, :n].unique(dim=0)) for n in range(1, 5)]
+    assert scale.Catalogue(5000, codes=16).prefixes() == pytest.approx(drawn, rel=0.02)
 
 
 def test_rows_of_tables_are_those_of_the_address_spec():
@@ -27,9 +28,9 @@ def test_shared_rows_are_those_of_a_drawn_catalogue():
     codes = torch.randint(0, 256, (3000, 4)).unique(dim=0)
     rows = prefix_rows(codes, spec)[:, 3, 3]  # order 4, [M, H]
     shared = torch.stack([torch.bincount(row)[row] > 1 for row in rows.T], 1).float()
-    one, every = scale.Catalogue(len(codes), codes=256, heads=2).shared(4001)
-    assert float(shared.mean()) == pytest.approx(one, rel=0.05)
-    assert float(shared.prod(1).mean()) == pytest.approx(every, rel=0.1)
+    in_a_head, in_all = scale.Catalogue(len(codes), codes=256, heads=2).shared(4001)
+    assert float(shared.mean()) == pytest.approx(in_a_head, rel=0.05)
+    assert float(shared.prod(1).mean()) == pytest.approx(in_all, rel=0.1)
 
 
 def test_bytes_of_the_papers_shape():
@@ -59,11 +60,11 @@ def test_the_command(capsys, tmp_path):
     measured = {
         "benchmark": "training", "provider": "prefixmem_fast, fused, row-wise Adagrad", "metric": "step",
         "p50": 100.0, "p20": 90.0, "p80": 120.0,
-        "workload": {"codes": "uniform", "sids": 2000, "table_rows": 500, "dtype": "float32"}, "run": "1", "threads": 2,
-        "machine": {"gpus": [], "cpu": "a CPU"}, "floor": {"algorithmic_bytes": 1e9},
+        "workload": {"codes": "uniform", "sids": 2000, "table_rows": 500, "dtype": "float32"},
+        "floor": {"distinct": 5e8, "every_read": 1e9},
     }  # fmt: skip
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(measured) + "\n")
+    append_rows(path, {"run": "1", "machine": {"gpus": [], "cpu": "a CPU", "threads": 2}}, [measured])
     assert main(["scale", "--rows", str(path)]) == 0
     text = capsys.readouterr().out
     assert "| 1e+09" not in text

@@ -20,6 +20,7 @@ from prefixmem_fast.cli import main
 from prefixmem_fast.kernels import atomic_backward, forward, sorted_backward
 
 ROOT = Path(__file__).parents[2]
+FLOAT = torch.float32  # without the stochastic rounding that takes half of an update's time in the interpreter
 
 
 @pytest.mark.parametrize("kind", ["uniform", "zipf 1.05", "ended"])
@@ -74,19 +75,19 @@ def test_backward_reads_the_gradient_once_and_adds_each_row_once(text):
 @pytest.mark.parametrize(
     "count",
     [
-        lambda: traffic.dense("zipf 1.05"),
-        lambda: traffic.sparse(),
-        lambda: traffic.update("zipf 1.05", optim.RowWiseAdagrad, sids=96),
-        lambda: traffic.update(text=3, sids=64),
+        pytest.param(lambda: traffic.dense("zipf 1.05", sids=32), id="dense"),
+        pytest.param(lambda: traffic.update("zipf 1.05", optim.RowWiseAdagrad, dtype=FLOAT, sids=64), id="update"),
+        pytest.param(lambda: traffic.sparse(sids=32), id="sparse", marks=pytest.mark.slow),
+        pytest.param(lambda: traffic.update(text=3, dtype=FLOAT, sids=32), id="tokens", marks=pytest.mark.slow),
     ],
-    ids=["dense", "sparse", "update, Zipf", "update, tokens"],
 )
 def test_sorting_backward_and_update(count):
     """All kernels together, without torch's sorts, and no atomics."""
     count = count()
     assert not count.excess, count.name
     assert not sum(count.traffic.added.values())
-    assert count.traffic.loaded["grad"] == count.sids * A * H * W * 2, "dS is read once"
+    itemsize = 4 if "float32" in count.name else 2
+    assert count.traffic.loaded["grad"] == count.sids * A * H * W * itemsize, "dS is read once"
 
 
 def once_a_level(monkeypatch):
@@ -117,7 +118,7 @@ def test_a_gradient_read_once_an_order_is_caught(monkeypatch):
     assert traffic.backward().excess
 
 
-def test_an_update_that_marks_every_run_as_shared_is_caught(monkeypatch):
+def test_a_sort_that_marks_every_run_as_shared_is_caught(monkeypatch):
     """All rows would go through memory, as if each prefix collided with another."""
     sort_prefixes = sorted_backward.sort_prefixes
 
@@ -126,7 +127,7 @@ def test_an_update_that_marks_every_run_as_shared_is_caught(monkeypatch):
         return prefixes._replace(rows=prefixes.rows.clamp(max=0))
 
     monkeypatch.setattr(sorted_backward, "sort_prefixes", all_shared)
-    assert traffic.update(sids=64).excess
+    assert traffic.dense(sids=32).excess
 
 
 def test_sectors_are_distinct_within_a_launch():
@@ -167,7 +168,7 @@ def stored():
 def test_the_stored_table_is_that_of_the_kernels():
     """A few of its lines; the slow test below takes all."""
     assert len(stored()) == len(traffic.COUNTS)
-    assert all(count().as_row() in stored() for count in (traffic.forward, traffic.rows, traffic.decoding))
+    assert all(count().as_row() in stored() for count in (traffic.forward, traffic.rows))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
 import json, resource, sys
 import torch
-from bench.measure import peak_bytes, reset_peak
+from bench.machine import peak_bytes, reset_peak
 from prefixmem_fast import AddressSpec, optim, prefix_memory, prefix_rows
 
 spec = AddressSpec((2048,) * 5, table_rows=2_000_000, addressing="hash", active_levels=(3, 4))

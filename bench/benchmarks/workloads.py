@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,25 +13,18 @@ from torch import Tensor
 from prefixmem_fast import AddressSpec, Catalogue, SIDVocabulary, prefix_rows
 from prefixmem_fast.recommender.data import load_interactions
 
+from ..real_data import checked_folder
+from ..registry import Floor
+
 LEVELS, CODES, ORDERS, HEADS, WIDTH = 5, 2048, 4, 4, 64  # the paper's shape
 BATCHES = 4  # different batches in turn
 DTYPES = ("float32", "bfloat16", "float16")
 # Rows of random values, repeated: filling the largest tables with new ones would take minutes. Their number is odd, so
 # an offset that wraps at a power of two reads other values.
 BLOCK = (1 << 18) - 5
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data"  # Semantic IDs and histories, where they are there
+HISTORIES = ("beauty/mql4grec.index.json", "beauty/interactions.json")
 SORT_BYTES = 52  # an entry of a radix sort of 32-bit keys in three passes, keys and places
 FIRST_TOKEN = 100  # ids below are text
-
-
-class Floor(NamedTuple):
-    """The fewest bytes of a step: rows that several SIDs share counted once, or once for each SID that reads them."""
-
-    distinct: float
-    algorithmic: float
-
-    def __add__(self, other: Floor) -> Floor:
-        return Floor(self.distinct + other.distinct, self.algorithmic + other.algorithmic)
 
 
 @dataclass(frozen=True)
@@ -165,14 +157,19 @@ def histories() -> Histories:
     """The SIDs of real histories (Beauty), in the order in which users met them.
 
     Raises:
-        FileNotFoundError: they are not there.
+        FileNotFoundError, ValueError: as `real_data.checked_folder`.
     """
-    found = Catalogue.load(REAL / "beauty" / "mql4grec.index.json")
-    users = load_interactions(REAL / "beauty" / "interactions.json", found)
+    index, interactions = (checked_folder(HISTORIES) / name for name in HISTORIES)
+    catalogue = Catalogue.load(index)
+    users = load_interactions(interactions, catalogue)
     items = torch.cat([torch.as_tensor(row) for row in users.items])
-    return Histories(found.codes[items], found.codebook_sizes)
+    return Histories(catalogue.codes[items], catalogue.codebook_sizes)
 
 
 def no_histories() -> str | None:
     """Why there are no real histories, or None."""
-    return None if REAL.is_dir() else "no real histories: they stand beside the checkout in shared/data"
+    try:
+        checked_folder(HISTORIES)
+    except (FileNotFoundError, ValueError) as error:
+        return f"no real histories: {error}"
+    return None

@@ -7,6 +7,7 @@ get the same gradient of S.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,27 @@ from torch import Tensor, nn
 
 from prefixmem_fast import AddressSpec, optim, prefix_memory, prefix_rows
 
+from ..registry import Mark
 from .workloads import Workload
 
 LR = 0.01
+
+
+TRAINING_TOTAL = {"step": ("forward", "backward", "update")}
+
+
+def training_step(batches: list[Tensor]) -> Callable[[Any, int, Mark], None]:
+    """`Case.step` of objects with `loss(batch)` and `update()`; TRAINING_TOTAL is its total."""
+
+    def step(learner: Any, turn: int, mark: Mark) -> None:
+        loss = learner.loss(batches[turn % len(batches)])
+        mark("forward")
+        loss.backward()
+        mark("backward")
+        learner.update()
+        mark("update")
+
+    return step
 
 
 class Provider:
@@ -90,7 +109,7 @@ class Provider:
             out[here] = table[chosen[here] - (ends[i] - len(table))]
         return out
 
-    def held(self) -> int:
+    def state_bytes(self) -> int:
         """Bytes of tables and state."""
         seen = {tensor.data_ptr(): tensor for tensor in (*self.tables(), *self.states())}
         return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
