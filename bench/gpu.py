@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "gpu"
 CHECKS, PARITY = 170, 130  # seconds after which checks are cut off, and in which parity draws configurations
 COUNTERS = 60  # seconds kept for ncu
 PARITY_PROCESSES = 4  # each with a seed of its own
@@ -56,9 +55,6 @@ def main() -> int:
             print(f"{name:<16}skipped: {reason}")
         return 0
 
-    shutil.rmtree(BUILD, ignore_errors=True)
-    # A plain copy of the packages, laid out as an installation would lay them.
-    subprocess.run([sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(BUILD)], cwd=ROOT, check=True)
     out.mkdir(parents=True, exist_ok=True)
     failed = _stage([Job("info", _module("prefixmem_fast.cli", "info"))], out, 60)
     failed += _stage(_checks(), out, CHECKS)
@@ -106,7 +102,7 @@ def _counters() -> Job:
 
 def _stage(jobs: list[Job], out: Path, seconds: float) -> list[str]:
     """Run jobs side by side, each with a log; returns the names of those that failed or were cut off."""
-    paths = [str(BUILD), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     started, deadline = time.monotonic(), time.monotonic() + seconds
     running: dict[str, tuple[subprocess.Popen, Path]] = {}
@@ -119,9 +115,8 @@ def _stage(jobs: list[Job], out: Path, seconds: float) -> list[str]:
             log = out / "logs" / f"{job.name.replace(', ', '-').replace(' ', '-')}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("w") as file:
-                # From the build folder: the checkout's own prefixmem_fast, which has no kernels/, must not come first.
                 process = subprocess.Popen(
-                    job.command, cwd=BUILD, env=environment, stdout=file, stderr=subprocess.STDOUT,
+                    job.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )  # fmt: skip
             running[job.name] = (process, log)

@@ -30,7 +30,9 @@ from .. import (
     prefix_rows,
     token_memory,
 )
-from ..kernels import sorted_backward, sorted_prefixes
+from ..addressing import TokenStream
+from ..kernels import sorted_prefixes
+from ..operation import triton as backend
 
 SECTOR = 32  # bytes
 L, N, H, W, CODES = 5, 4, 4, 64, 2048  # the paper's shape
@@ -234,12 +236,16 @@ def backward(text: int | None = None) -> Count:
 
 def dense(kind: str = "uniform", sids: int = TRAINED) -> Count:
     """The dense gradient by sorting: codes and dS in, each touched row out."""
-    return _trained(f"dense gradient by sorting, {kind}", kind, sorted_backward.dense, W * 2, sids=sids)
+    return _trained(f"dense gradient by sorting, {kind}", kind, _dense, W * 2, sids=sids)
 
 
 def sparse(kind: str = "uniform", sids: int = TRAINED) -> Count:
     """The touched rows and their float32 sums: codes and dS in, each touched row and its number out."""
-    return _trained(f"sparse gradient, {kind}", kind, sorted_backward.padded_rows, W * 4 + 8, sids=sids)
+    return _trained(f"sparse gradient, {kind}", kind, _sparse, W * 4 + 8, sids=sids)
+
+
+_dense = partial(backend.dense_gradient, deterministic=True)
+_sparse = partial(backend.row_sums, dtype=torch.float32)
 
 
 def update(
@@ -251,7 +257,7 @@ def update(
     spec = spec_of(mode)
     weight = torch.nn.Parameter(torch.zeros(spec.total_rows, W, dtype=dtype))
     step = make([weight], lr=0.1).begin(weight)
-    run = partial(sorted_backward.update, update=step)
+    run = partial(backend.fused_update, update=step)
     name = f"fused update, {make.__name__}, {mode}, {kind}, {_short(dtype)}{_over(text)}"
     return _trained(name, kind, run, 2 * (W * dtype.itemsize + states), mode, dtype, text, sids)
 
@@ -262,17 +268,17 @@ def _trained(
 ) -> Count:  # fmt: skip
     """`run` over a batch; each touched row costs `row_bytes`."""
     spec, codes = spec_of(mode), codes_of(sids, kind)
-    inputs, shape = (codes,), (sids, A, H * W)
+    source, input_bytes, shape = codes, codes.numel() * 8, (sids, A, H * W)
     if text is not None:
-        ids, table = _stream(codes, text)
-        inputs, shape = (ids, table, None), (*ids.shape, H * W)
+        source = TokenStream(*_stream(codes, text))
+        input_bytes, shape = source.input_ids.numel() * 8, (*source.input_ids.shape, H * W)
     grad = torch.randn(shape).to(dtype)
     rows = prefix_rows(codes, spec, backend="reference")[:, [level - 1 for level in ACTIVE]]
     touched = len(rows[rows >= 0].unique())
     with mock.patch.object(sorted_prefixes, "block_of", return_value=BLOCK), counted(grad=grad) as traffic:
-        run(grad, inputs, spec)
+        run(grad, source, spec)
     vectors = sids * A * H * W * dtype.itemsize  # dS where a level is active
-    floor = inputs[0].numel() * 8 + vectors + touched * row_bytes
+    floor = input_bytes + vectors + touched * row_bytes
     return Count(name, traffic, floor, SUFFIX if mode == "suffix" else UPDATE, sids)
 
 
