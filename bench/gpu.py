@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKS, PARITY = 170, 130  # seconds after which checks are cut off, and in which parity draws configurations
 COUNTERS = 60  # seconds kept for ncu
 PARITY_PROCESSES = 4  # each with a seed of its own
-KERNELS = "regex:prefix_memory_fwd|nested_sum|prefixes_kernel|mark_shared|sum_kernel"
+KERNELS = "regex:prefix_memory_fwd|sum_prefixes|prefixes_kernel|mark_shared|sum_rows"
 
 
 @dataclass
