@@ -141,7 +141,7 @@ def language_model(device: str, model: str, histories: int, table_rows: int, dty
         for name, grad in names.items()
     ]
     return Case(
-        contenders, training_step(batches), check, totals=TRAINING_TOTAL, least_turns=7,
+        contenders, training_step(batches), check, totals=TRAINING_TOTAL, least_turns=7 if histories > 1 else 3,
         state_bytes=Model.state_bytes if device == "cuda" else None,
     )  # fmt: skip
 

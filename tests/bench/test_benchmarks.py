@@ -78,7 +78,10 @@ def test_a_wrong_training_step_is_caught(wrong, codes, dtype):
     [provider for provider in providers.TRAINERS if provider is not providers.CompiledTable],  # compiles for seconds
     ids=lambda p: p.__name__,
 )
-@pytest.mark.parametrize(("codes", "dtype"), [("hot", "float32"), ("zipf 1.2", "float32"), ("zipf 1.2", "bfloat16")])
+@pytest.mark.parametrize(
+    ("codes", "dtype"),
+    [pytest.param("hot", "float32", marks=pytest.mark.slow), ("zipf 1.2", "float32"), ("zipf 1.2", "bfloat16")],
+)
 def test_right_training_steps_pass(provider, codes, dtype):
     case = tables._training(Workload(300, codes, 500, dtype), "cpu", (provider,))
     (reason,) = names_and_skips(case).values()

@@ -1,31 +1,30 @@
 """The command: rows, reports, and bad input."""
 
+import contextlib
+import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 from bench.benchmarks import providers
 from bench.cli import main
 from bench.registry import BENCHMARKS
 from bench.report import table
 from bench.rows import append_rows, floor_percent, read_rows
-
-ROOT = Path(__file__).parents[2]
+from tests.bench.cases import SMALL_CACHE
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """One run of every benchmark on its tiny workload, from the command line."""
-    out = tmp_path_factory.mktemp("bench") / "deep" / "rows.jsonl"
-    command = [sys.executable, "-m", "bench", "run", "--quick", "--share", "0.02", "--out", str(out)]
-    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # compiling takes longer than all the rest
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout, out
+    """One run of every benchmark on its tiny workload; what it printed, and its file of rows."""
+    out, printed = tmp_path_factory.mktemp("bench") / "deep" / "rows.jsonl", io.StringIO()
+    uncompiled = mock.patch.object(torch._dynamo.config, "disable", True)  # compiling takes longer than all the rest
+    with uncompiled, SMALL_CACHE, contextlib.redirect_stdout(printed):
+        assert main(["run", "--quick", "--share", "0.02", "--out", str(out)]) == 0
+    return printed.getvalue(), out
 
 
 def test_every_benchmark_writes_rows(quick):

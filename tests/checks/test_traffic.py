@@ -56,16 +56,16 @@ def test_token_stream(text):
 
 @pytest.mark.parametrize("level", [1, 3])
 def test_a_decoding_step_reads_the_rows_of_one_order(level):
-    count = traffic.decoding(level)
+    count = traffic.decoding(level, sequences=32)
     assert count.traffic.launches == 1
-    assert count.traffic.loaded["weight"] == traffic.READ * H * W * 2
+    assert count.traffic.loaded["weight"] == 32 * H * W * 2
     assert count.ratio <= 1.05
 
 
 @pytest.mark.parametrize("text", [None, 3], ids=["codes", "tokens"])
 def test_backward_reads_the_gradient_once_and_adds_each_row_once(text):
-    count = traffic.backward(text)
-    sids = traffic.READ if text is None else 48
+    sids = 32 if text is None else 16
+    count = traffic.backward(text, sids)
     assert not count.excess
     assert count.traffic.launches == 1
     assert count.traffic.loaded["grad"] == sids * A * H * W * 2
@@ -76,7 +76,7 @@ def test_backward_reads_the_gradient_once_and_adds_each_row_once(text):
     "count",
     [
         pytest.param(lambda: traffic.dense("zipf 1.05", sids=32), id="dense"),
-        pytest.param(lambda: traffic.update("zipf 1.05", optim.RowWiseAdagrad, dtype=FLOAT, sids=64), id="update"),
+        pytest.param(lambda: traffic.update("zipf 1.05", optim.RowWiseAdagrad, dtype=FLOAT, sids=32), id="update"),
         pytest.param(lambda: traffic.sparse(sids=32), id="sparse", marks=pytest.mark.slow),
         pytest.param(lambda: traffic.update(text=3, dtype=FLOAT, sids=32), id="tokens", marks=pytest.mark.slow),
     ],
@@ -115,7 +115,7 @@ def test_a_forward_that_reads_too_much_is_caught(fault, monkeypatch):
 def test_a_gradient_read_once_an_order_is_caught(monkeypatch):
     run = atomic_backward.prefix_memory_bwd
     monkeypatch.setattr(atomic_backward, "prefix_memory_bwd", lambda *inputs: run(*inputs) + run(*inputs))
-    assert traffic.backward().excess
+    assert traffic.backward(sids=16).excess
 
 
 def test_a_sort_that_marks_every_run_as_shared_is_caught(monkeypatch):
@@ -144,17 +144,21 @@ def test_sectors_are_distinct_within_a_launch():
 
 
 def test_the_command_prints_a_table_and_fails_where_a_limit_is_exceeded(monkeypatch, capsys):
-    monkeypatch.setattr(traffic, "COUNTS", (traffic.rows, traffic.tokens))
+    rows = traffic.rows()
+    monkeypatch.setattr(traffic, "COUNTS", (lambda: rows,))
     assert main(["verify", "--traffic", "--json"]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["within_limit"] for row in rows] == [True, True]
-    assert rows[0]["ratio"] == 1.0
-    monkeypatch.setattr(traffic, "STREAM", rows[1]["ratio"] / 1.25)
+    row = json.loads(capsys.readouterr().out)
+    assert (row["ratio"], row["within_limit"]) == (1.0, True)
+    counts = (rows, rows._replace(limit=0.8), rows._replace(most_launches=0))
+    monkeypatch.setattr(traffic, "COUNTS", [lambda count=count: count for count in counts])
     assert main(["verify", "--traffic"]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("rows ")
-    assert "EXCEEDS" not in lines[1]
-    assert lines[2].endswith("EXCEEDS its limit by 25.0%")
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert all(line.startswith("rows ") for line in lines)
+    assert "EXCEEDS" not in lines[0]
+    assert lines[1].endswith("EXCEEDS its limit by 25.0%")
+    assert lines[2].endswith("EXCEEDS its limit of 0 launches")
+    assert main(["verify", "--traffic", "--json"]) == 1
+    assert [json.loads(line)["within_limit"] for line in capsys.readouterr().out.splitlines()] == [True, False, False]
 
 
 def test_counts_repeat():

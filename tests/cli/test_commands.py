@@ -41,7 +41,7 @@ def test_info_says_why_a_backend_is_missing(capsys, monkeypatch):
 
 @pytest.mark.parametrize("cases", [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_verify(capsys, cases):
-    code, report = run_json(capsys, "verify", "--cases", str(cases))
+    code, report = run_json(capsys, "verify", "--cases", str(cases), "--seed", "4")
     assert code == 0
     assert report["cases"] == cases
     assert report["comparisons"] > 10 * cases
@@ -74,7 +74,7 @@ def test_verify_finds_planted_faults(capsys, monkeypatch):
     }
     for module, function in faults.values():
         monkeypatch.setattr(module, function, _off_by_one(getattr(module, function)))
-    code, report = run_json(capsys, "verify", "--cases", "1")
+    code, report = run_json(capsys, "verify", "--cases", "1", "--seed", "6")
     assert code == 1
     for where in faults:
         assert any(mismatch.startswith(where) for mismatch in report["mismatches"]), where
