@@ -126,7 +126,7 @@ def repository(tmp_path_factory):
 @pytest.mark.parametrize(
     ("b", "code", "rounds"),
     [
-        pytest.param("slow", 1, "1", id="a planted slow-down"),
+        pytest.param("slow", 1, "1", id="a planted slow-down", marks=pytest.mark.slow),
         pytest.param("fast", 0, "2", id="the same again", marks=pytest.mark.slow),
     ],
 )

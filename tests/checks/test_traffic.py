@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 FLOAT = torch.float32  # without the stochastic rounding that takes half of an update's time in the interpreter
 
 
-@pytest.mark.parametrize("kind", ["uniform", "zipf 1.05", "ended"])
+@pytest.mark.parametrize("kind", ["uniform", pytest.param("zipf 1.05", marks=pytest.mark.slow), "ended"])
 def test_forward_reads_each_row_once_a_sid(kind):
     count = traffic.forward(kind)
     assert not count.excess
@@ -43,7 +43,7 @@ def test_rows_and_their_limit():
     assert count.traffic.total == count.floor
 
 
-@pytest.mark.parametrize("text", [0, 3], ids=["SIDs only", "3 text tokens a SID"])
+@pytest.mark.parametrize("text", [pytest.param(0, marks=pytest.mark.slow), 3], ids=["SIDs only", "3 text tokens a SID"])
 def test_token_stream(text):
     """Rows once a SID, every output element once, one launch, and little else."""
     count = traffic.tokens(text)
@@ -54,7 +54,7 @@ def test_token_stream(text):
     assert count.ratio <= 1.05
 
 
-@pytest.mark.parametrize("level", [1, 3])
+@pytest.mark.parametrize("level", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_decoding_step_reads_the_rows_of_one_order(level):
     count = traffic.decoding(level, sequences=32)
     assert count.traffic.launches == 1
