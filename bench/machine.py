@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 import prefixmem_fast
-from prefixmem_fast.cli.info import collect
+from prefixmem_fast.checks.environment import facts as machine_facts
 
 
 def run_record(commit: str | None = None) -> dict[str, Any]:
     """What a file says once of all rows of a run; `commit` names the library where it is not a checkout's."""
-    facts, now = collect(), datetime.datetime.now(datetime.timezone.utc)
+    facts, now = machine_facts(), datetime.datetime.now(datetime.timezone.utc)
     commit = commit or library_commit()
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")

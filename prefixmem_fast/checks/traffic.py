@@ -19,20 +19,12 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from .. import (
-    AddressSpec,
-    DecodingState,
-    PrefixMem,
-    PrefixMemConfig,
-    SIDVocabulary,
-    optim,
-    prefix_memory,
-    prefix_rows,
-    token_memory,
-)
-from ..addressing import TokenStream
-from ..kernels import sorted_prefixes
+from .. import optim
+from ..addressing import AddressSpec, TokenStream
+from ..encoder import DecodingState, PrefixMem, PrefixMemConfig
+from ..operation import prefix_memory, prefix_rows, token_memory
 from ..operation import triton as backend
+from ..sid import SIDVocabulary
 
 SECTOR = 32  # bytes
 L, N, H, W, CODES = 5, 4, 4, 64, 2048  # the paper's shape
@@ -275,7 +267,10 @@ def _trained(
     grad = torch.randn(shape).to(dtype)
     rows = prefix_rows(codes, spec, backend="reference")[:, [level - 1 for level in ACTIVE]]
     touched = len(rows[rows >= 0].unique())
-    with mock.patch.object(sorted_prefixes, "block_of", return_value=BLOCK), counted(grad=grad) as traffic:
+    with (
+        mock.patch("prefixmem_fast.kernels.sorted_prefixes.block_of", return_value=BLOCK),
+        counted(grad=grad) as traffic,
+    ):
         run(grad, source, spec)
     vectors = sids * A * H * W * dtype.itemsize  # dS where a level is active
     floor = input_bytes + vectors + touched * row_bytes

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-from typing import Any
 
-import torch
-
-from .. import __version__
-from .._environment import TESTED, installed_version
-from .._triton import interpreting
-from ..operation.backends import BACKENDS, backend_problem
-
-_OPTIONAL = ("transformers", "accelerate", "peft")
+from ..checks.environment import facts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,59 +13,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    facts = collect()
+    machine = facts()
     if options.json:
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(machine, indent=2))
         return 0
-    for name, value in facts["versions"].items():
-        tested = facts["tested"].get(name)
+    for name, value in machine["versions"].items():
+        tested = machine["tested"].get(name)
         print(f"{name:<16}{value:<18}{'tested with ' + ', '.join(tested) if tested else ''}".rstrip())
-    for gpu in facts["gpus"]:
+    for gpu in machine["gpus"]:
         print(f"{'gpu':<16}{gpu['name']}, {gpu['memory_gib']} GiB, {gpu['architecture']}, driver {gpu['driver']}")
-    if not facts["gpus"]:
+    if not machine["gpus"]:
         print(f"{'gpu':<16}none that torch can use")
-    for backend, problem in facts["backends"].items():
+    for backend, problem in machine["backends"].items():
         print(f"{backend:<16}{'available' if problem is None else 'not available: ' + problem}")
     return 0
-
-
-def collect() -> dict[str, Any]:
-    """Versions installed and tested, GPUs, and for each backend why it cannot run, or None."""
-    gpus = []
-    for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        gpus.append(
-            {
-                "name": properties.name,
-                "memory_gib": round(properties.total_memory / 2**30, 1),
-                "architecture": getattr(properties, "gcnArchName", f"sm_{properties.major}{properties.minor}"),
-                "driver": _driver(),
-            }
-        )
-    device = torch.device("cuda" if gpus else "cpu")
-    return {
-        "versions": {
-            "prefixmem_fast": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": installed_version("triton") or "not installed",
-            "numpy": installed_version("numpy"),
-            **{package: installed for package in _OPTIONAL if (installed := installed_version(package)) is not None},
-        },
-        "tested": {package: list(versions) for package, versions in TESTED.items()},
-        "gpus": gpus,
-        "interpreter": interpreting(),
-        "backends": {backend: backend_problem(backend, device) for backend in BACKENDS[1:]},
-    }
-
-
-def _driver() -> str:
-    try:
-        import pynvml
-    except ImportError:
-        return "unknown (pip install nvidia-ml-py)"
-    try:
-        pynvml.nvmlInit()
-        return pynvml.nvmlSystemGetDriverVersion()
-    except pynvml.NVMLError as error:
-        return f"unknown ({error})"

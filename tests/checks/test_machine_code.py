@@ -27,7 +27,7 @@ def widths(counts):
 @pytest.mark.parametrize(
     ("target", "dtypes"),
     [
-        ("sm_90", ("float16", "float32")),
+        ("sm_90", ("float16",)),
         pytest.param("sm_90", ("bfloat16", "float16", "float32", "float64"), marks=pytest.mark.slow),
         pytest.param("sm_80", ("float16", "float32"), marks=pytest.mark.slow),
         pytest.param("sm_100", ("float16", "float32"), marks=pytest.mark.slow),
@@ -77,7 +77,7 @@ def gradients_leave_in_vector_reductions(compiled):
     # Vector reductions exist from sm_90 on; sm_80 and CDNA 3 add one float32 at a time.
     expected = {16} if kernel["target"] in ("sm_90", "sm_100") else {4}
     assert set(widths(kernel["reductions"])) == expected
-    if kernel["target"] == "sm_90":
+    if kernel["target"] == "sm_90" and "float32" in {k["dtype"] for k in compiled}:
         assert set(widths(of(compiled, "prefix_memory_bwd", dtype="float32")["reductions"])) == expected
 
 

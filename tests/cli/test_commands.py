@@ -26,7 +26,7 @@ def test_info(capsys):
 
 
 def test_info_without_the_optional_packages(capsys, monkeypatch):
-    monkeypatch.setattr("prefixmem_fast.cli.info.installed_version", lambda package: None)
+    monkeypatch.setattr("prefixmem_fast.checks.environment.installed_version", lambda package: None)
     _, facts = run_json(capsys, "info")
     assert facts["versions"]["triton"] == "not installed"
     assert "peft" not in facts["versions"]

@@ -116,6 +116,7 @@ def test_resume_needs_nothing_but_the_folder(tmp_path, flags, capsys):
     assert json.loads(out)["steps"] == 8
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_are_two_batches_a_step(tmp_path, flags, capsys):
     """Every process takes the next batch of the stream, so two of them are an accumulation of two."""
     still = json.dumps({**TINY, "embd_pdrop": 0.0, "resid_pdrop": 0.0})
@@ -236,6 +237,7 @@ def test_wrong_input_is_one_line(tmp_path, flags, capsys):
         assert message in error
 
 
+@pytest.mark.slow
 def test_demo(tmp_path, capsys, monkeypatch):
     """The demo on a smaller catalogue; nothing of another owner is replaced."""
     monkeypatch.setattr("prefixmem_fast.recommender.training.run.synthetic", functools.partial(synthetic, 200, 150))

@@ -292,6 +292,7 @@ print(peak[0], weight.sum().item())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_for_one_copy_of_a_table_is_enough(tmp_path):
     spec = AddressSpec((2048,) * 3, table_rows=131_072, heads=4, max_order=3, addressing="hash")

@@ -2,11 +2,14 @@ import pytest
 import torch
 
 from prefixmem_fast import AddressSpec, DecodingState, PrefixMem, PrefixMemConfig, SIDVocabulary
+from tests.helpers.cases import BACKENDS, MODES, mostly_slow, slow
 from tests.huggingface.models import SIZES, TOKENS, encoder, sid, vocabulary
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
-@pytest.mark.parametrize("mode", ["prefix", "suffix", "full"])
+@pytest.mark.parametrize(
+    ("mode", "backend"),
+    mostly_slow(lambda mode, backend: mode == "prefix" or backend != "triton", MODES, BACKENDS),
+)
 def test_steps_are_the_encoder_over_the_whole_sequence(mode, backend):
     """Bit for bit in S; W_out is applied to other shapes, so m within its rounding."""
     one = encoder(spec={"mode": mode, "active_levels": (1, 3), "addressing": "hash"}, backend=backend)
@@ -30,7 +33,7 @@ def test_steps_are_the_encoder_over_the_whole_sequence(mode, backend):
 
 @pytest.mark.parametrize(
     ("mode", "dtype"),
-    [("prefix", torch.float32), ("prefix", torch.bfloat16), ("suffix", torch.float16), ("full", torch.float64)],
+    [("prefix", torch.float32), slow("prefix", torch.bfloat16), ("suffix", torch.float16), slow("full", torch.float64)],
 )
 def test_the_kernel_is_the_pytorch_step(mode, dtype):
     """Several blocks of sequences and several column tiles, each with a copy of codes and levels."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.cases import slow
+
 SCRIPT = """
 import json, resource, sys
 import torch
@@ -47,7 +49,7 @@ print(json.dumps({"peak": peak_bytes() - before, "table": table, "state": state,
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from Linux's /proc")
 @pytest.mark.parametrize(
-    ("grad", "make"), [("fused", "RowWiseAdagrad"), ("fused", "SGD"), ("sparse", "RowWiseAdagrad")]
+    ("grad", "make"), [("fused", "RowWiseAdagrad"), slow("fused", "SGD"), slow("sparse", "RowWiseAdagrad")]
 )
 def test_no_dense_allocation(grad, make):
     """Peak memory is at most tables, optimizer state and three times the touched rows."""
@@ -60,6 +62,7 @@ def test_no_dense_allocation(grad, make):
     assert beside <= 3 * found["touched"], f"{beside / found['touched']:.2f} times the touched rows"
 
 
+@pytest.mark.slow
 def test_a_dense_gradient_would_not_fit():
     """The limit that the test sets would stop one."""
     dense = SCRIPT.replace("getattr(optim, sys.argv[2])", "torch.optim.SGD")

@@ -1,7 +1,9 @@
 """Inputs of every kind, and the bound that the sums of a backend are held to."""
 
+import itertools
 import random
 
+import pytest
 import torch
 
 from prefixmem_fast.checks.parity import exact_sums, random_tokens
@@ -27,3 +29,13 @@ def token_case(spec, shape, seed=0):
     """Token ids of `shape` and a token table, with whole and cut SIDs, text and noise."""
     ids, table = random_tokens(random.Random(seed), spec, shape)
     return torch.tensor(ids, dtype=torch.int64).reshape(shape), torch.tensor(table, dtype=torch.int32)
+
+
+def slow(*values):
+    """A set of parameters that `make test` leaves to `make test-slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def mostly_slow(fast, *columns):
+    """Every combination of the columns; those for which `fast` does not hold are slow."""
+    return [row if fast(*row) else slow(*row) for row in itertools.product(*columns)]

@@ -271,6 +271,7 @@ def test_training_options_agree():
     assert torch.nn.functional.cosine_similarity(rounded.flatten(), plain.flatten(), 0) > 0.95
 
 
+@pytest.mark.slow
 def test_a_compiled_model_decodes_with_its_cache():
     model, input_ids = attach(tiny_model(), encoder(), vocabulary()), prompts()["input_ids"][:3]
     whole = logits(model, input_ids=input_ids)

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from prefixmem_fast import AddressSpec, prefix_memory, prefix_rows, token_memory
 from prefixmem_fast.operation import operators
 from prefixmem_fast.operation.backends import BackendError
+from tests.helpers.cases import slow
 
 SPEC = AddressSpec((5, 4, 3), heads=2, max_order=3, table_rows=7, active_levels=(2, 3))
 TABLE = torch.tensor([[0, 0], [1, 0], [1, 4], [2, 3], [3, 2]], dtype=torch.int32)
@@ -22,8 +23,9 @@ def weight(dtype=torch.float32):
     return torch.randn(SPEC.total_rows, 4, dtype=dtype, requires_grad=True)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("backend", "deterministic"), [("reference", False), ("cpu", False), ("triton", False), slow("triton", True)]
+)
 def test_opcheck(backend, deterministic):
     """Schema, fakes, autograd registration and AOT dispatch of every operator."""
     options = (SPEC.key, backend, deterministic)

@@ -1,0 +1,57 @@
+"""What this machine has: versions installed and tested, GPUs, and which backends run."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from .._environment import TESTED, installed_version
+from .._triton import interpreting
+from .._version import __version__
+from ..operation.backends import BACKENDS, backend_problem
+
+_OPTIONAL = ("transformers", "accelerate", "peft")
+
+
+def facts() -> dict[str, Any]:
+    """Versions installed and tested, GPUs, and for each backend why it cannot run, or None."""
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        gpus.append(
+            {
+                "name": properties.name,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "architecture": getattr(properties, "gcnArchName", f"sm_{properties.major}{properties.minor}"),
+                "driver": _driver(),
+            }
+        )
+    device = torch.device("cuda" if gpus else "cpu")
+    return {
+        "versions": {
+            "prefixmem_fast": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": installed_version("triton") or "not installed",
+            "numpy": installed_version("numpy"),
+            **{package: installed for package in _OPTIONAL if (installed := installed_version(package)) is not None},
+        },
+        "tested": {package: list(versions) for package, versions in TESTED.items()},
+        "gpus": gpus,
+        "interpreter": interpreting(),
+        "backends": {backend: backend_problem(backend, device) for backend in BACKENDS[1:]},
+    }
+
+
+def _driver() -> str:
+    try:
+        import pynvml
+    except ImportError:
+        return "unknown (pip install nvidia-ml-py)"
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError as error:
+        return f"unknown ({error})"
