@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .._triton import interpreting
 from ..checks import machine_code as offline
-from ..checks.environment import facts
+from ..checks.environment import facts as machine_facts
 from ..checks.parity import verify
 from ..operation.backends import BACKENDS, backend_problem, choose_backend
 
@@ -106,7 +106,7 @@ def _compile(options: argparse.Namespace) -> int:
     kernels = list(tqdm(offline.compile_all(targets, dtypes), unit="kernel", disable=options.json or None))
     spilled = [kernel for kernel in kernels if not kernel.clean]
     if options.json:
-        head = {"versions": facts()["versions"], "width": offline.WIDTH, "spec": offline.paper_spec().to_dict()}
+        head = {"versions": machine_facts()["versions"], "width": offline.WIDTH, "spec": offline.paper_spec().to_dict()}
         lines = ",\n".join(json.dumps(asdict(kernel)) for kernel in kernels)  # a kernel a line, to be compared
         print(f'{json.dumps(head)[:-1]}, "kernels": [\n{lines}\n]}}')
         return 1 if spilled else 0
