@@ -39,9 +39,7 @@ from .run import run as run_workload
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__.splitlines()[0], allow_abbrev=False
-    )  # fmt: skip
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0], allow_abbrev=False)
     add_arguments(parser)
     options = parser.parse_args(arguments)
     try:

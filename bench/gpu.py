@@ -84,19 +84,34 @@ def _checks() -> list[Job]:
         *parity,
         Job("tests", tests, None if _has("pytest") else f"{sys.executable} has no pytest"),
         Job(
-            "sanitizer", [*memcheck, "--cases", "20", "--seed", "9", "--seconds", str(PARITY / 2)],
+            "sanitizer",
+            [*memcheck, "--cases", "20", "--seed", "9", "--seconds", str(PARITY / 2)],
             None if sanitizer else "compute-sanitizer is not on the PATH",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _counters() -> Job:
     profiler = shutil.which("ncu")
     run = _module("bench", "run", "training-sweep", "--set", "sids=65536", "--share", "0.01", "--no-counts")
     command = [
-        profiler or "ncu", "--clock-control", "none", "-k", KERNELS, "-c", "24", "--section", "SpeedOfLight",
-        "--section", "Occupancy", "--section", "MemoryWorkloadAnalysis", *run, "--out", os.devnull,
-    ]  # fmt: skip
+        profiler or "ncu",
+        "--clock-control",
+        "none",
+        "-k",
+        KERNELS,
+        "-c",
+        "24",
+        "--section",
+        "SpeedOfLight",
+        "--section",
+        "Occupancy",
+        "--section",
+        "MemoryWorkloadAnalysis",
+        *run,
+        "--out",
+        os.devnull,
+    ]
     return Job("counters", command, None if profiler else "ncu is not on the PATH")
 
 
@@ -116,9 +131,13 @@ def _stage(jobs: list[Job], out: Path, seconds: float) -> list[str]:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("w") as file:
                 process = subprocess.Popen(
-                    job.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+                    job.command,
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
                     start_new_session=True,
-                )  # fmt: skip
+                )
             running[job.name] = (process, log)
         while running:
             time.sleep(0.2)

@@ -146,20 +146,26 @@ def tables(catalogue: Catalogue, sizes: list[float], measured: list[Row]) -> str
 def as_row(catalogue: Catalogue, sizes: list[float]) -> dict[str, Any]:
     rows = {"exact": catalogue.exact_rows(), **{f"{size:.0f}": catalogue.hashed_rows(size) for size in sizes}}
     return {
-        "items": catalogue.items, "prefixes": catalogue.prefixes(), "rows": rows,
+        "items": catalogue.items,
+        "prefixes": catalogue.prefixes(),
+        "rows": rows,
         "bytes": {name: catalogue.bytes(count) for name, count in rows.items()},
-        "read_bytes_a_sid": catalogue.read_bytes(), "trained_bytes_a_sid": catalogue.trained_bytes(),
-    }  # fmt: skip
+        "read_bytes_a_sid": catalogue.read_bytes(),
+        "trained_bytes_a_sid": catalogue.trained_bytes(),
+    }
 
 
 def measured_steps(path: Path) -> list[Row]:
     """The fused steps of a file of rows over 1,024 SIDs and more, by tables and batch."""
     rows = [
-        row for row in latest(read_rows(path))
-        if row.get("metric") == "step" and row["benchmark"].startswith("training")
-        and row["provider"] == "prefixmem_fast, fused, row-wise Adagrad" and row["workload"]["codes"] == "uniform"
+        row
+        for row in latest(read_rows(path))
+        if row.get("metric") == "step"
+        and row["benchmark"].startswith("training")
+        and row["provider"] == "prefixmem_fast, fused, row-wise Adagrad"
+        and row["workload"]["codes"] == "uniform"
         and row["workload"]["sids"] >= 1024
-    ]  # fmt: skip
+    ]
     last = {tuple(row["workload"].values()): row for row in rows}  # of two benchmarks that both measured it
     return sorted(last.values(), key=lambda row: (row["workload"]["table_rows"], row["workload"]["sids"]))
 

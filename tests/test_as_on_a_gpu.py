@@ -183,10 +183,31 @@ def test_command_line(grad, on_both, tmp_path, capsys):
     """pretrain, train from it, resume and evaluate, at the defaults of the command line where "sparse" is one."""
     files = write_files(tmp_path)
     flags = [
-        "--items", files["items"], "--interactions", *files["interactions"], "--steps", "2", "--batch-size", "2",
-        "--log-every", "1", "--eval-every", "2", "--warmup-steps", "1", "--table-rows", "50", "--memory-dim", "8",
-        "--heads", "2", "--max-items", "3", "--eval-users", "4",
-    ]  # fmt: skip
+        "--items",
+        files["items"],
+        "--interactions",
+        *files["interactions"],
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--log-every",
+        "1",
+        "--eval-every",
+        "2",
+        "--warmup-steps",
+        "1",
+        "--table-rows",
+        "50",
+        "--memory-dim",
+        "8",
+        "--heads",
+        "2",
+        "--max-items",
+        "3",
+        "--eval-users",
+        "4",
+    ]
     model = ["--model-options", json.dumps(TINY)]
     mode = {"sparse": [], "dense": ["--grad", "dense"], "fused": ["--grad", "fused", "--max-grad-norm", "0"]}[grad]
     folders = iter(("triton", "reference"))

@@ -30,10 +30,15 @@ SHAPES = {
     "Qwen3 0.6B": {**QWEN3, "hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 151_936},
     "Qwen3 1.7B": {**QWEN3, "hidden_size": 2048, "intermediate_size": 6144, "vocab_size": 151_936},
     "Qwen3, 4 layers of 256": {
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 4, "hidden_size": 256,
-        "intermediate_size": 768, "vocab_size": FIRST_TOKEN,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_hidden_layers": 4,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "vocab_size": FIRST_TOKEN,
     },
-}  # fmt: skip
+}
 SIDS, TEXT = 32, 3  # engagements a history, tokens of text before each
 
 
@@ -107,9 +112,7 @@ class Model:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@benchmark(
-    workloads, {"model": "Qwen3, 4 layers of 256", "histories": 1, "table_rows": 500, "dtype": "float32"}
-)  # fmt: skip
+@benchmark(workloads, {"model": "Qwen3, 4 layers of 256", "histories": 1, "table_rows": 500, "dtype": "float32"})
 def language_model(device: str, model: str, histories: int, table_rows: int, dtype: str) -> Case:
     """A training step of a causal LM over histories of 32 SIDs, without the encoder and with it."""
     import transformers  # noqa: F401  said to be missing before anything is set up
@@ -141,9 +144,13 @@ def language_model(device: str, model: str, histories: int, table_rows: int, dty
         for name, grad in names.items()
     ]
     return Case(
-        contenders, training_step(batches), check, totals=TRAINING_TOTAL, least_turns=7 if histories > 1 else 3,
+        contenders,
+        training_step(batches),
+        check,
+        totals=TRAINING_TOTAL,
+        least_turns=7 if histories > 1 else 3,
         state_bytes=Model.state_bytes if device == "cuda" else None,
-    )  # fmt: skip
+    )
 
 
 def _loss(logits: Tensor, ids: Tensor) -> Tensor:

@@ -76,11 +76,9 @@ def pretraining(device: str, **given: Any) -> Case:
         return wrong or wrong_update(learner.provider, sample, before)
 
     contenders = [
-        Contender(
-            p.trains(), lambda p=p: Learner(p(workload.spec, workload.weight(device))), needs=p.needs(workload)
-        )
+        Contender(p.trains(), lambda p=p: Learner(p(workload.spec, workload.weight(device))), needs=p.needs(workload))
         for p in (FusedAdagrad, SparseAdagrad, EagerTables, FusedTable)
-    ]  # fmt: skip
+    ]
     return Case(contenders, training_step(batches), check, totals=TRAINING_TOTAL)
 
 

@@ -351,8 +351,10 @@ class FbgemmTables(Provider):
             (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if on_gpu else (EmbeddingLocation.HOST, ComputeDevice.CPU)
         )
         precision = {
-            torch.float32: SparseType.FP32, torch.float16: SparseType.FP16, torch.bfloat16: SparseType.BF16,
-        }[weight.dtype]  # fmt: skip
+            torch.float32: SparseType.FP32,
+            torch.float16: SparseType.FP16,
+            torch.bfloat16: SparseType.BF16,
+        }[weight.dtype]
         tables = [(rows, weight.shape[1], *place) for rows in spec.rows_per_order for _ in range(spec.heads)]
         self.embeddings = SplitTableBatchedEmbeddingBagsCodegen(
             tables,
@@ -402,7 +404,14 @@ READERS = (Ours, Reference, EagerTables, FusedTable, CompiledTable, FbgemmTables
 SWEEP_READERS = (Ours, EagerTables, FusedTable, FbgemmTables)
 GRADIENTS = (DenseAdamW, DeterministicAdamW, DenseTable, AddedTable, LigerTable)
 TRAINERS = (
-    FusedAdagrad, FusedLazyAdam, SparseAdagrad, DenseAdamW, EagerTables, FusedTable, CompiledTable, FbgemmTables,
+    FusedAdagrad,
+    FusedLazyAdam,
+    SparseAdagrad,
+    DenseAdamW,
+    EagerTables,
+    FusedTable,
+    CompiledTable,
+    FbgemmTables,
     LigerTable,
-)  # fmt: skip
+)
 SWEEP_TRAINERS = (FusedAdagrad, FusedLazyAdam, SparseAdagrad, FusedTable, FbgemmTables)

@@ -68,9 +68,12 @@ def sweep_workloads(device: str) -> Grid:
         sizes, tables, dtype = (1024, 65_536, 1, 64), (20_000, 2_000_000), "bfloat16"
     codes = [{"codes": codes} for codes in ("zipf 1.05", "hot", "histories", "zipf 0.8", "zipf 1.2")]
     changes = [
-        *({"sids": sids} for sids in sizes), *codes[device == "cuda" :], {"table_rows": tables[0]}, {"dtype": dtype},
+        *({"sids": sids} for sids in sizes),
+        *codes[device == "cuda" :],
+        {"table_rows": tables[0]},
+        {"dtype": dtype},
         {"table_rows": tables[1]},
-    ]  # fmt: skip
+    ]
     return vary(device, *changes)[1:]
 
 
@@ -201,9 +204,7 @@ def training_sweep(device: str, **given: Any) -> Case:
     return _training(Workload(**given), device, SWEEP_TRAINERS)
 
 
-def _training(
-    workload: Workload, device: str, providers: tuple[type[Provider], ...], memory: bool = False
-) -> Case:  # fmt: skip
+def _training(workload: Workload, device: str, providers: tuple[type[Provider], ...], memory: bool = False) -> Case:
     if reason := _no_codes(workload):
         return _absent([p.trains() for p in providers], reason)
     spec, batches, grad = workload.spec, workload.batches(device), workload.gradient(device)
@@ -235,11 +236,14 @@ def _training(
     ]
     update = workload.training(codes)
     return Case(
-        contenders, step, check, state_bytes=Provider.state_bytes if memory else None,
+        contenders,
+        step,
+        check,
+        state_bytes=Provider.state_bytes if memory else None,
         alone=lambda provider: sorts(lambda: step(provider, 0, unmarked)),
         floors={"backward + update": update, "step": update + workload.reading(codes)},
         totals={"backward + update": ("backward", "update"), "step": ("forward", "backward", "update")},
-    )  # fmt: skip
+    )
 
 
 def sorts(step: Callable[[], None]) -> dict[str, Callable[[], None]]:
@@ -341,9 +345,7 @@ def wrong_update(provider: Provider, sample: Sample, before: Tensor) -> str | No
     return None
 
 
-def _contender(
-    name: str, provider: type[Provider], device: str, make: Callable[[], Provider], needs: int
-) -> Contender:  # fmt: skip
+def _contender(name: str, provider: type[Provider], device: str, make: Callable[[], Provider], needs: int) -> Contender:
     reason = provider.missing(device)
     return Contender(name, None if reason else make, reason, needs)
 

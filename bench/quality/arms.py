@@ -62,11 +62,23 @@ SETS = {
 }
 
 RECIPE: dict[str, Any] = {
-    "model": "decoder", "model_options": {"embd_pdrop": 0.05, "resid_pdrop": 0.05}, "codebook_sizes": [256] * 4,
-    "table_rows": 32_768, "heads": 2, "max_order": 3, "memory_dim": 32,
-    "batch_size": 40, "learning_rate": 8e-3, "adam_beta2": 0.99, "muon_lr": 0.03, "weight_decay": 0.05,
-    "warmup_steps": 100, "precision": "bfloat16", "eval_every": 200, "eval_users": 2000,
-}  # fmt: skip
+    "model": "decoder",
+    "model_options": {"embd_pdrop": 0.05, "resid_pdrop": 0.05},
+    "codebook_sizes": [256] * 4,
+    "table_rows": 32_768,
+    "heads": 2,
+    "max_order": 3,
+    "memory_dim": 32,
+    "batch_size": 40,
+    "learning_rate": 8e-3,
+    "adam_beta2": 0.99,
+    "muon_lr": 0.03,
+    "weight_decay": 0.05,
+    "warmup_steps": 100,
+    "precision": "bfloat16",
+    "eval_every": 200,
+    "eval_users": 2000,
+}
 PRETRAINING: dict[str, dict[str, Any]] = {
     "classification": {"steps": 1000, "batch_size": 1024, "learning_rate": 2e-3, "warmup_steps": 50},
     "tiger": {"model": "tiger", "model_options": None, "learning_rate": 2e-3, "muon_lr": None},

@@ -78,9 +78,15 @@ def _run_here(data_set: str, arm: str, seed: int, options: argparse.Namespace) -
 
     logging.disable_progress_bar()
     row = run_one(
-        data_set, arm, seed, data=options.data, runs=options.runs, beams=options.beams,
-        examples=options.examples or None, quiet=not sys.stderr.isatty(),
-    )  # fmt: skip
+        data_set,
+        arm,
+        seed,
+        data=options.data,
+        runs=options.runs,
+        beams=options.beams,
+        examples=options.examples or None,
+        quiet=not sys.stderr.isatty(),
+    )
     append_rows(options.out / f"{data_set}.jsonl", run_record(), [row])
     return 0
 

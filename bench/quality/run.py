@@ -54,10 +54,18 @@ def run_one(
     started = time.perf_counter()
     torch.manual_seed(seed)
     tested, arrays = evaluate(
-        run.model, loaded.catalogue, run.vocabulary, run.tokens, loaded.split, part="test", num_beams=beams,
-        max_items=config.max_items, examples=examples, reachable=reachable,
+        run.model,
+        loaded.catalogue,
+        run.vocabulary,
+        run.tokens,
+        loaded.split,
+        part="test",
+        num_beams=beams,
+        max_items=config.max_items,
+        examples=examples,
+        reachable=reachable,
         progress=lambda search, count: tqdm(total=count, desc=search, disable=quiet or None).update,
-    )  # fmt: skip
+    )
     if (arm, seed) == HARD:
         import numpy as np
 
@@ -65,10 +73,17 @@ def run_one(
     for checkpoint in (folder / "train").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return {
-        "set": data_set, "arm": arm, "seed": seed, "what": ARMS[arm].what, "recipe": recipe(arm, data_set),
+        "set": data_set,
+        "arm": arm,
+        "seed": seed,
+        "what": ARMS[arm].what,
+        "recipe": recipe(arm, data_set),
         "options": {name: value for name, value in config.to_dict().items() if name not in _PLACES},
-        **report, **training, "test": tested, "test_seconds": round(time.perf_counter() - started, 1),
-    }  # fmt: skip
+        **report,
+        **training,
+        "test": tested,
+        "test_seconds": round(time.perf_counter() - started, 1),
+    }
 
 
 def arm_of(arm: str, data_set: str, data: Path, seed: int, **changes: Any) -> tuple[RunConfig, Data, Callable | None]:

@@ -80,8 +80,11 @@ def counted(**tensors: Tensor) -> Iterator[Traffic]:
     traffic = Traffic(tensors)
     builder, runner = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, atomic, call = (
-        builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw, runner.__call__,
-    )  # fmt: skip
+        builder.create_masked_load,
+        builder.create_masked_store,
+        builder.create_atomic_rmw,
+        runner.__call__,
+    )
 
     def counting_load(self, pointers, mask, *rest):
         traffic.count(traffic.loaded, pointers, mask)
@@ -141,10 +144,15 @@ class Count(NamedTuple):
 
     def as_row(self) -> dict[str, Any]:
         return {
-            "kernel": self.name, "bytes": self.traffic.total, "sectors": self.traffic.sectors,
-            "launches": self.traffic.launches, "floor_bytes": self.floor, "ratio": round(self.ratio, 4),
-            "limit": self.limit, "within_limit": not self.excess,
-        }  # fmt: skip
+            "kernel": self.name,
+            "bytes": self.traffic.total,
+            "sectors": self.traffic.sectors,
+            "launches": self.traffic.launches,
+            "floor_bytes": self.floor,
+            "ratio": round(self.ratio, 4),
+            "limit": self.limit,
+            "within_limit": not self.excess,
+        }
 
 
 def spec_of(mode: str = "prefix", table_rows: int = 200_000) -> AddressSpec:
@@ -241,9 +249,13 @@ _sparse = partial(backend.row_sums, dtype=torch.float32)
 
 
 def update(
-    kind: str = "uniform", make: Callable[..., optim.RowOptimizer] = optim.SGD, mode: str = "prefix",
-    dtype: torch.dtype = torch.bfloat16, text: int | None = None, sids: int = TRAINED,
-) -> Count:  # fmt: skip
+    kind: str = "uniform",
+    make: Callable[..., optim.RowOptimizer] = optim.SGD,
+    mode: str = "prefix",
+    dtype: torch.dtype = torch.bfloat16,
+    text: int | None = None,
+    sids: int = TRAINED,
+) -> Count:
     """The fused update: codes and dS in, each touched row and its state in and out."""
     states = {optim.SGD: 0, optim.RowWiseAdagrad: 4, optim.RowWiseAdam: 4 + 4 * W, optim.LazyAdam: 8 * W}[make]
     spec = spec_of(mode)
@@ -255,9 +267,15 @@ def update(
 
 
 def _trained(
-    name: str, kind: str, run: Callable, row_bytes: int, mode: str = "prefix", dtype: torch.dtype = torch.bfloat16,
-    text: int | None = None, sids: int = TRAINED,
-) -> Count:  # fmt: skip
+    name: str,
+    kind: str,
+    run: Callable,
+    row_bytes: int,
+    mode: str = "prefix",
+    dtype: torch.dtype = torch.bfloat16,
+    text: int | None = None,
+    sids: int = TRAINED,
+) -> Count:
     """`run` over a batch; each touched row costs `row_bytes`."""
     spec, codes = spec_of(mode), codes_of(sids, kind)
     source, input_bytes, shape = codes, codes.numel() * 8, (sids, A, H * W)

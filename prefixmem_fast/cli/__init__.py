@@ -11,9 +11,14 @@ from ..operation.backends import BackendError
 from . import bench, demo, evaluate, info, pretrain, train, verify
 
 COMMANDS = {
-    "info": info, "verify": verify, "bench": bench, "pretrain": pretrain, "train": train, "evaluate": evaluate,
+    "info": info,
+    "verify": verify,
+    "bench": bench,
+    "pretrain": pretrain,
+    "train": train,
+    "evaluate": evaluate,
     "demo": demo,
-}  # fmt: skip
+}
 
 
 def parser_of() -> argparse.ArgumentParser:

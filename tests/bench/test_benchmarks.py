@@ -101,8 +101,10 @@ def test_a_wrong_token_stream_is_caught(monkeypatch):
     monkeypatch.setattr(tables.EagerTokens, "__call__", lambda self, ids: read(self, ids).roll(1, 1))
     skipped = names_and_skips(tables.tokens("cpu", **BENCHMARKS["tokens"].quick))
     assert {name: reason[:5] for name, reason in skipped.items()} == {
-        "prefixmem_fast": "", providers.EagerTables.reads: "WRONG", providers.FusedTable.reads: "WRONG",
-    }  # fmt: skip
+        "prefixmem_fast": "",
+        providers.EagerTables.reads: "WRONG",
+        providers.FusedTable.reads: "WRONG",
+    }
 
 
 @pytest.mark.parametrize("fault", ["forward", "update"])

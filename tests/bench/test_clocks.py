@@ -46,11 +46,19 @@ def test_the_state_of_a_gpu_is_read(monkeypatch):
         return bits
 
     fake = types.SimpleNamespace(
-        NVMLError=OSError, NVML_CLOCK_SM="sm", NVML_CLOCK_MEM="memory", NVML_TEMPERATURE_GPU=0, nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByUUID=lambda uuid: uuid, nvmlDeviceGetCurrentClocksEventReasons=reasons,
-        nvmlDeviceGetClockInfo=clock, nvmlDeviceGetTemperature=lambda *_: 50, nvmlDeviceGetPowerUsage=lambda _: 612_345,
-        nvmlClocksEventReasonSwPowerCap=0x4, nvmlClocksEventReasonHwSlowdown=0x8,
-    )  # fmt: skip
+        NVMLError=OSError,
+        NVML_CLOCK_SM="sm",
+        NVML_CLOCK_MEM="memory",
+        NVML_TEMPERATURE_GPU=0,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetCurrentClocksEventReasons=reasons,
+        nvmlDeviceGetClockInfo=clock,
+        nvmlDeviceGetTemperature=lambda *_: 50,
+        nvmlDeviceGetPowerUsage=lambda _: 612_345,
+        nvmlClocksEventReasonSwPowerCap=0x4,
+        nvmlClocksEventReasonHwSlowdown=0x8,
+    )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: types.SimpleNamespace(uuid="7"))
     monkeypatch.setattr(clocks, "BETWEEN_READINGS", 0.0)

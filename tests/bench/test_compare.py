@@ -18,9 +18,16 @@ MACHINE = {"gpus": [], "cpu": "a CPU", "threads": 2}
 
 def row(p50, spread=0.05, provider="prefixmem_fast", metric="step", unit="ms", run="1", **workload):
     return {
-        "benchmark": "training", "provider": provider, "workload": workload, "metric": metric, "unit": unit, "p50": p50,
-        "p20": p50 * (1 - spread), "p80": p50 * (1 + spread), "run": run,
-    }  # fmt: skip
+        "benchmark": "training",
+        "provider": provider,
+        "workload": workload,
+        "metric": metric,
+        "unit": unit,
+        "p50": p50,
+        "p20": p50 * (1 - spread),
+        "p80": p50 * (1 + spread),
+        "run": run,
+    }
 
 
 def verdicts(a, b):

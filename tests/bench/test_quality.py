@@ -19,9 +19,17 @@ from prefixmem_fast.recommender.training.run import load_data
 from tests.recommender.training.small import TINY, write_files
 
 SMALL = {
-    "model_options": TINY, "table_rows": 40, "heads": 2, "max_order": 2, "memory_dim": 8, "batch_size": 8,
-    "eval_every": 3, "log_every": 3, "warmup_steps": 1, "max_items": 5,
-}  # fmt: skip
+    "model_options": TINY,
+    "table_rows": 40,
+    "heads": 2,
+    "max_order": 2,
+    "memory_dim": 8,
+    "batch_size": 8,
+    "eval_every": 3,
+    "log_every": 3,
+    "warmup_steps": 1,
+    "max_items": 5,
+}
 
 
 @pytest.fixture

@@ -77,9 +77,13 @@ def test_totals_floors_and_steps():
         mark("backward")
 
     case = case_of(
-        [contender("a")], step=step, totals={"step": ("forward", "backward")}, steps=4,
-        floors={"step": Floor(1e6, 2e6)}, alone=lambda subject: {"sorts": lambda: None},
-    )  # fmt: skip
+        [contender("a")],
+        step=step,
+        totals={"step": ("forward", "backward")},
+        steps=4,
+        floors={"step": Floor(1e6, 2e6)},
+        alone=lambda subject: {"sorts": lambda: None},
+    )
     rows = {row["metric"]: row for row in run_case(case)}
     assert set(rows) == {"forward", "backward", "sorts alone", "step"}
     assert rows["step"]["p50"] == pytest.approx(rows["forward"]["p50"] + rows["backward"]["p50"], rel=1)

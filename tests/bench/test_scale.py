@@ -44,10 +44,14 @@ def test_bytes_of_the_papers_shape():
 @pytest.mark.parametrize(
     ("size", "place"),
     [
-        (50e9, "one GPU of 80 GB"), (90e9, "one GPU of 141 GB"), (400e9, "8 GPUs of 80 GB, rows divided"),
-        (7e11, "8 GPUs of 141 GB, rows divided"), (1.5e12, "the memory of one host of 2 TB"), (4e12, "3 hosts of 2 TB"),
+        (50e9, "one GPU of 80 GB"),
+        (90e9, "one GPU of 141 GB"),
+        (400e9, "8 GPUs of 80 GB, rows divided"),
+        (7e11, "8 GPUs of 141 GB, rows divided"),
+        (1.5e12, "the memory of one host of 2 TB"),
+        (4e12, "3 hosts of 2 TB"),
     ],
-)  # fmt: skip
+)
 def test_where_tables_fit(size, place):
     assert scale.where(size) == place
 
@@ -58,11 +62,15 @@ def test_the_command(capsys, tmp_path):
     assert row["items"] == 1e6
     assert row["bytes"]["exact"] == pytest.approx(132 * row["rows"]["exact"])
     measured = {
-        "benchmark": "training", "provider": "prefixmem_fast, fused, row-wise Adagrad", "metric": "step",
-        "p50": 100.0, "p20": 90.0, "p80": 120.0,
+        "benchmark": "training",
+        "provider": "prefixmem_fast, fused, row-wise Adagrad",
+        "metric": "step",
+        "p50": 100.0,
+        "p20": 90.0,
+        "p80": 120.0,
         "workload": {"codes": "uniform", "sids": 2000, "table_rows": 500, "dtype": "float32"},
         "floor": {"distinct": 5e8, "every_read": 1e9},
-    }  # fmt: skip
+    }
     path = tmp_path / "rows.jsonl"
     append_rows(path, {"run": "1", "machine": {"gpus": [], "cpu": "a CPU", "threads": 2}}, [measured])
     assert main(["scale", "--rows", str(path)]) == 0

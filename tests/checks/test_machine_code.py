@@ -51,9 +51,19 @@ def test_every_kernel(target, dtypes):
 
 def neither_spills_nor_local_memory(compiled):
     kernels = {
-        "prefix_memory_fwd", "token_memory_fwd", "prefix_memory_bwd", "token_memory_bwd", "prefix_rows", "token_codes",
-        "pack_codes", "prefixes", "mark_shared", "sum_prefixes", "sum_rows", "token_step",
-    }  # fmt: skip
+        "prefix_memory_fwd",
+        "token_memory_fwd",
+        "prefix_memory_bwd",
+        "token_memory_bwd",
+        "prefix_rows",
+        "token_codes",
+        "pack_codes",
+        "prefixes",
+        "mark_shared",
+        "sum_prefixes",
+        "sum_rows",
+        "token_step",
+    }
     if "bfloat16" not in {k["dtype"] for k in compiled}:
         kernels.remove("token_codes")  # goes with a gradient in bfloat16
     assert {k["kernel"] for k in compiled} == kernels

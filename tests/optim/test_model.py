@@ -164,11 +164,19 @@ def test_hugging_face_trainer(grad, tmp_path):
 
     def trainer(model, steps):
         arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=8, save_steps=3, logging_steps=2,
-            max_grad_norm=0 if grad == "fused" else 0.5, report_to=[], use_cpu=True, disable_tqdm=True,
-            remove_unused_columns=False, gradient_accumulation_steps=1 if grad == "fused" else 2,
+            output_dir=str(tmp_path),
+            max_steps=steps,
+            per_device_train_batch_size=8,
+            save_steps=3,
+            logging_steps=2,
+            max_grad_norm=0 if grad == "fused" else 0.5,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            gradient_accumulation_steps=1 if grad == "fused" else 2,
             lr_scheduler_type="linear",
-        )  # fmt: skip
+        )
         return transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(for_model(model, 0.01), None))
 
     whole = model_with(grad)
@@ -188,9 +196,17 @@ def test_trainer_accumulation_is_refused_by_fused(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = model_with("fused")
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=8, gradient_accumulation_steps=2,
-        max_grad_norm=0, report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False, save_strategy="no",
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        save_strategy="no",
+    )
     rows = [{"codes": row} for row in codes(48)]
     trainer = transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(for_model(model), None))
     with pytest.raises(RuntimeError, match=r'cannot be accumulated.*use grad="sparse"'):

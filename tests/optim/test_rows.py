@@ -57,9 +57,14 @@ def dense_training(weight, batches, spec, name, options):
         touched = torch.zeros(len(weight), dtype=torch.bool)
         touched[reference.row_sums(out.detach(), codes, spec, out.dtype).rows] = True
         hyper = Hyper(
-            options["lr"], options.get("weight_decay", 0.0), options.get("eps", 1e-8), beta1, beta2,
-            1 - beta1**step, 1 - beta2**step,
-        )  # fmt: skip
+            options["lr"],
+            options.get("weight_decay", 0.0),
+            options.get("eps", 1e-8),
+            beta1,
+            beta2,
+            1 - beta1**step,
+            1 - beta2**step,
+        )
         given = [None if key == "exp_avg" and beta1 == 0 else state[key] for key in state]
         new, *new_state = rule.update(decay(weight, hyper), leaf.grad, *given, hyper)
         weight = torch.where(touched[:, None], new, weight)

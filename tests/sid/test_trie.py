@@ -77,8 +77,11 @@ def test_a_prefix_that_no_item_has_is_text():
     vocabulary = SIDVocabulary.from_table({10: (1, 0), 11: (1, 1), 20: (2, 0), 21: (2, 1)}, (2, 2))
     trie = SIDTrie(Catalogue(["a", "b"], torch.tensor([[0, 0], [0, 0]]), (2, 2)), vocabulary)
     assert allowed_sets(trie, trie.walk(torch.tensor([[3, 11], [3, 10], [10, 20], [20, 10]]), 2)) == [
-        {10}, {20}, {10}, {20},
-    ]  # fmt: skip
+        {10},
+        {20},
+        {10},
+        {20},
+    ]
     three = SIDVocabulary.from_table({10: (1, 0), 11: (1, 1), 20: (2, 0), 30: (3, 0)}, (2, 1, 1))
     deep = SIDTrie(Catalogue(["a", "b"], torch.tensor([[0, 0, 0], [1, 0, 0]]), (2, 1, 1)), three)
     begun = torch.tensor([[3, 10, 11], [3, 10, 20], [10, 20, 11], [11, 20, 30]])
