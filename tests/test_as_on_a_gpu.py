@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from prefixmem_fast import DecodingState, PrefixMem, attach, generate_items, optim
 from prefixmem_fast.cli import main
 from prefixmem_fast.operation import backends
+from tests.helpers.cases import slow
 from tests.huggingface.models import SIZES, encoder, prompts, tiny_model, vocabulary
 from tests.recommender.training.small import TINY, write_files
 
@@ -178,7 +179,7 @@ def test_folders_and_copies(on_both, tmp_path):
     assert_close(*on_both(path, {"forward"}))
 
 
-@pytest.mark.parametrize("grad", ["sparse", "fused", "dense"])
+@pytest.mark.parametrize("grad", ["sparse", slow("fused"), slow("dense")])
 def test_command_line(grad, on_both, tmp_path, capsys):
     """pretrain, train from it, resume and evaluate, at the defaults of the command line where "sparse" is one."""
     files = write_files(tmp_path)
