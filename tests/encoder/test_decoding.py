@@ -33,7 +33,12 @@ def test_steps_are_the_encoder_over_the_whole_sequence(mode, backend):
 
 @pytest.mark.parametrize(
     ("mode", "dtype"),
-    [("prefix", torch.float32), slow("prefix", torch.bfloat16), ("suffix", torch.float16), slow("full", torch.float64)],
+    [
+        ("prefix", torch.float32),
+        slow("prefix", torch.bfloat16),
+        slow("suffix", torch.float16),
+        slow("full", torch.float64),
+    ],
 )
 def test_the_kernel_is_the_pytorch_step(mode, dtype):
     """Several blocks of sequences and several column tiles, each with a copy of codes and levels."""
