@@ -14,8 +14,8 @@ from prefixmem_fast import DecodingState, PrefixMem, attach, generate_items, opt
 from prefixmem_fast.cli import main
 from prefixmem_fast.operation import backends
 from tests.helpers.cases import slow
-from tests.huggingface.models import SIZES, encoder, prompts, tiny_model, vocabulary
-from tests.recommender.training.small import TINY, write_files
+from tests.helpers.models import SIZES, encoder, prompts, tiny_model, vocabulary
+from tests.helpers.runs import TINY, write_files
 
 READS = {
     "dense": {"forward", "dense_gradient"},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_imports import MODULES, ROOT, imports_of
+from tests.helpers.imports import MODULES, ROOT, imports_of
 
 # From the ground up: a file imports its own folder and those before it.
 FLOORS = (

@@ -16,7 +16,7 @@ from bench.quality.run import widened
 from bench.rows import append_rows, read_rows
 from prefixmem_fast import AddressSpec, PrefixMem, PrefixMemConfig, SIDVocabulary, prefix_rows
 from prefixmem_fast.recommender.training.run import load_data
-from tests.recommender.training.small import TINY, write_files
+from tests.helpers.runs import TINY, write_files
 
 SMALL = {
     "model_options": TINY,

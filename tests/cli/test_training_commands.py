@@ -13,7 +13,7 @@ from prefixmem_fast import PrefixMem
 from prefixmem_fast.cli import main
 from prefixmem_fast.cli.train import check_libraries
 from prefixmem_fast.recommender.data import synthetic
-from tests.recommender.training.small import TINY, TINY_T5, write_files
+from tests.helpers.runs import TINY, TINY_T5, write_files
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def test_checking_libraries_changes_nothing_and_a_command_is_quiet_for_itself(tm
         run(capsys, "train", *flags, "--out", tmp_path / "run")
     assert during == [(logging.ERROR, False)]
     assert state() == before
-    logging.set_verbosity_error()  # as tests.huggingface.models does
+    logging.set_verbosity_error()  # as tests.helpers.models does
 
 
 def test_wrong_input_is_one_line(tmp_path, flags, capsys):

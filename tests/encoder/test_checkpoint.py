@@ -16,8 +16,8 @@ from prefixmem_fast import (
     checkpoint,
 )
 from prefixmem_fast.encoder import saving
-from tests.huggingface.models import encoder, vocabulary
-from tests.sid.test_formats import tokenizer
+from tests.helpers.models import encoder, vocabulary
+from tests.helpers.tokenizers import tokenizer
 
 
 def files(folder):

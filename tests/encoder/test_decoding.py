@@ -3,7 +3,7 @@ import torch
 
 from prefixmem_fast import AddressSpec, DecodingState, PrefixMem, PrefixMemConfig, SIDVocabulary
 from tests.helpers.cases import BACKENDS, MODES, mostly_slow, slow
-from tests.huggingface.models import SIZES, TOKENS, encoder, sid, vocabulary
+from tests.helpers.models import SIZES, TOKENS, encoder, sid, vocabulary
 
 
 @pytest.mark.parametrize(

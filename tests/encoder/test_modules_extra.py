@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from prefixmem_fast import AddressSpec, CheckpointError, PrefixMem, PrefixMemConfig, attach
-from tests.huggingface.models import encoder, prompts, sid, tiny_model, vocabulary
+from tests.helpers.models import encoder, prompts, sid, tiny_model, vocabulary
 
 CODES = torch.cartesian_prod(*(torch.arange(size) for size in (4, 5, 6)))  # all 120 SIDs
 

@@ -18,8 +18,8 @@ from prefixmem_fast import (
 from prefixmem_fast.encoder import SIDTransformer, SIDTransformerConfig, saving
 from prefixmem_fast.encoder.saving import kind_of_encoder
 from prefixmem_fast.huggingface.attach import detach
-from tests.huggingface.models import HIDDEN, SIZES, encoder, prompts, sid, tiny_model, vocabulary
-from tests.recommender.evaluation.test_teacher_forcing import catalogue
+from tests.helpers.examples import catalogue
+from tests.helpers.models import HIDDEN, SIZES, encoder, prompts, sid, tiny_model, vocabulary
 
 ARGUMENTS = {"codebook_sizes": SIZES, "hidden_size": HIDDEN, "width": 16, "layers": 2, "heads": 2}
 

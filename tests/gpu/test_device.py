@@ -287,7 +287,7 @@ def test_generation_on_the_device():
     """Cached beam search is recomputation, with the kernels behind the hooks; static shapes and a trie too."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     from prefixmem_fast import generate_items
-    from tests.huggingface import models
+    from tests.helpers import models
 
     model = attach(models.tiny_model().cuda(), models.encoder().cuda(), models.vocabulary())
     inputs = {name: value.cuda() for name, value in models.prompts().items()}

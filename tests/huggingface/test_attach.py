@@ -25,7 +25,7 @@ from prefixmem_fast import (
     attach,
     detach,
 )
-from tests.huggingface.models import (
+from tests.helpers.models import (
     CACHE,
     FAMILIES,
     HIDDEN,

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
 from prefixmem_fast import Catalogue, SIDLogitsProcessor, SIDTrie, attach, generate_items
-from tests.huggingface.models import FAMILIES, TOKENS, call, encoder, prompts, sid, tiny_model, vocabulary
+from tests.helpers.models import FAMILIES, TOKENS, call, encoder, prompts, sid, tiny_model, vocabulary
 
 EOS = 2
 CODES = torch.tensor([[1, 3, 4], [0, 1, 5], [3, 3, 3], [1, 3, 0], [1, 0, 1], [3, 0, 0], [3, 4, 5], [0, 1, 5]])

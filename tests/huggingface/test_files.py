@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from prefixmem_fast import CheckpointError, PrefixMem, SIDVocabulary, attach, detach
-from tests.huggingface.models import FAMILIES, call, encoder, prompts, tiny_model, vocabulary
+from tests.helpers.models import FAMILIES, call, encoder, prompts, tiny_model, vocabulary
 
 
 def attach_saved(model, folder):

@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache
 
 from prefixmem_fast import attach
 from prefixmem_fast.huggingface.kv_cache import cache_argument, cache_returned
-from tests.huggingface.models import HIDDEN, TOKENS, encoder, prompts, tiny_model, vocabulary
+from tests.helpers.models import HIDDEN, TOKENS, encoder, prompts, tiny_model, vocabulary
 
 
 class Attention(torch.nn.Module):

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from prefixmem_fast import attach, optim
-from tests.huggingface.models import TOKENS, encoder, tiny_model, vocabulary
+from tests.helpers.models import TOKENS, encoder, tiny_model, vocabulary
 
 
 def rows(count=16):
@@ -94,7 +94,7 @@ _DDP = """
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from prefixmem_fast import attach
-from tests.huggingface.models import encoder, prompts, sid, tiny_model, vocabulary
+from tests.helpers.models import encoder, prompts, sid, tiny_model, vocabulary
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)

@@ -5,8 +5,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from prefixmem_fast import SIDVocabulary
-from tests.huggingface.models import TOKENS, tiny_model
-from tests.sid.test_formats import tokenizer
+from tests.helpers.models import TOKENS, tiny_model
+from tests.helpers.tokenizers import tokenizer
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_tied", "t5", "gpt2"])

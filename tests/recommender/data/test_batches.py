@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from prefixmem_fast import attach
 from prefixmem_fast.recommender.data.batches import causal_batch, source_target_batch
-from tests.huggingface.models import encoder, sid, tiny_model, vocabulary
+from tests.helpers.models import encoder, sid, tiny_model, vocabulary
 
 PAD = 0
 

@@ -6,8 +6,8 @@ from prefixmem_fast.encoder import SIDTransformer, SIDTransformerConfig
 from prefixmem_fast.recommender.evaluation import beams as module
 from prefixmem_fast.recommender.evaluation.beams import _by_generate, beam_search
 from prefixmem_fast.recommender.evaluation.prompts import is_encoder_decoder
-from tests.huggingface.models import FAMILIES, HIDDEN, TOKENS, sid, tiny_model, vocabulary
-from tests.recommender.evaluation.test_teacher_forcing import ENCODERS, PAD, catalogue, made_model
+from tests.helpers.examples import ENCODERS, PAD, catalogue, made_model
+from tests.helpers.models import FAMILIES, HIDDEN, TOKENS, sid, tiny_model, vocabulary
 
 TREE = ["qwen3", "qwen2_tied", "llama", "gpt2", "gpt_neox"]
 GENERATE = [family for family in FAMILIES if family not in TREE]

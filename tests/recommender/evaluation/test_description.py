@@ -7,9 +7,9 @@ import torch
 from prefixmem_fast.recommender.data import Tokens
 from prefixmem_fast.recommender.evaluation.description import bleu, describe
 from prefixmem_fast.recommender.evaluation.prompts import is_encoder_decoder
-from tests.huggingface.models import TOKENS
-from tests.recommender.evaluation.test_teacher_forcing import CODES, PAD, made_model, tokens
-from tests.sid.test_formats import tokenizer
+from tests.helpers.examples import CODES, PAD, made_model, tokens
+from tests.helpers.models import TOKENS
+from tests.helpers.tokenizers import tokenizer
 
 ITEMS = np.array([4, 0, 7, 2, 0])
 

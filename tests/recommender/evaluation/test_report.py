@@ -18,8 +18,8 @@ from prefixmem_fast.recommender.evaluation.baselines import (
 from prefixmem_fast.recommender.evaluation.report import THIRDS, evaluate, reachable_by, table
 from prefixmem_fast.recommender.evaluation.retrieval import ranking_metrics, retrieve
 from prefixmem_fast.recommender.evaluation.teacher_forcing import TeacherForced, teacher_forced
-from tests.huggingface.models import vocabulary
-from tests.recommender.evaluation.test_teacher_forcing import CODES, catalogue, made_model, tokens
+from tests.helpers.examples import CODES, catalogue, made_model, tokens
+from tests.helpers.models import vocabulary
 
 BEAMS = 6
 

@@ -11,8 +11,8 @@ from prefixmem_fast.recommender.evaluation import retrieval as module
 from prefixmem_fast.recommender.evaluation.beams import Beams, beam_search
 from prefixmem_fast.recommender.evaluation.prompts import prompts_of
 from prefixmem_fast.recommender.evaluation.retrieval import NOT_FOUND, ndcg, ranking_metrics, recall, retrieve
-from tests.huggingface.models import sid, tiny_model, vocabulary
-from tests.recommender.evaluation.test_teacher_forcing import CODES, CPU, Says, catalogue, examples, made_model, tokens
+from tests.helpers.examples import CODES, CPU, Says, catalogue, examples, made_model, tokens
+from tests.helpers.models import sid, tiny_model, vocabulary
 
 POPULARITY = np.array([5, 2, 9, 9, 0, 1, 1, 7])
 KNOWN, STUB = tokens(), Says([0.0])  # `STUB` stands where a model does that beams are made up for

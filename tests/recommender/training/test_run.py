@@ -18,7 +18,7 @@ from prefixmem_fast.recommender.evaluation.teacher_forcing import teacher_forced
 from prefixmem_fast.recommender.training import classification
 from prefixmem_fast.recommender.training import run as runs
 from prefixmem_fast.recommender.training.trainer import COMPLETE, last_checkpoint
-from tests.recommender.training.small import TINY_T5, options
+from tests.helpers.runs import TINY_T5, options
 
 train = runs.train
 
