@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 GPU_NEEDS := torch, triton, pytest, hypothesis, tqdm, numpy
 GPU_PYTHON = $(shell $(PYTHON) -c "import $(GPU_NEEDS)" 2>/dev/null && echo $(PYTHON) || echo $(BIN)/python)
 
-# The oldest and the newest releases that setup.py allows, each in an environment of its own. TORCH says what torch they
+# The oldest transformers that setup.py allows, and the newest releases of everything, each in an environment of its own. TORCH says what torch they
 # get, where plain "torch" would bring the GPU's libraries: make test-newest TORCH=torch==2.14.1+cpu
 TORCH ?=
 PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal

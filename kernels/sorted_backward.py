@@ -93,7 +93,7 @@ def _sum(
 ) -> tuple[Tensor, Tensor] | None:
     """Sum into `destination`; without one, into a list of the touched rows, which is returned."""
     codes, n_tokens = token_codes(source, spec) if isinstance(source, TokenStream) else (source, None)
-    run = _sum_windows_of if spec.mode == "suffix" else _sum_prefixes_of
+    run = _sum_suffixes_of if spec.mode == "suffix" else _sum_prefixes_of
     return run(grad, codes, n_tokens, spec, destination, epilogue, squares)
 
 
@@ -122,7 +122,7 @@ def _sum_prefixes_of(grad, codes, n_tokens, spec, destination, epilogue, squares
     return touched
 
 
-def _sum_windows_of(grad, codes, n_tokens, spec, destination, epilogue, squares):
+def _sum_suffixes_of(grad, codes, n_tokens, spec, destination, epilogue, squares):
     W, dtype = grad.shape[-1] // spec.heads, accumulator(grad.dtype)
     rows = pair_rows(codes, terms_of(spec).pairs, _row_dtype(spec), spec)
     if not rows.numel():

@@ -2,7 +2,7 @@
 
 spec.py          AddressSpec: the tables, their sizes and their primes
 primes.py        the seeded generator of the primes
-addresses.py     codes -> rows: the prefix hash and the exact index
+addresses.py     codes -> rows: the prefix hash, the exact index, where a prefix ends
 token_stream.py  tokens -> codes: which tokens form a Semantic ID
 """
 

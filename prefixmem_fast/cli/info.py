@@ -19,11 +19,11 @@ def run(options: argparse.Namespace) -> int:
         return 0
     for name, value in machine["versions"].items():
         tested = machine["tested"].get(name)
-        print(f"{name:<16}{value:<18}{'tested with ' + ', '.join(tested) if tested else ''}".rstrip())
+        print(f"{name:<18}{value:<18}{'tested with ' + ', '.join(tested) if tested else ''}".rstrip())
     for gpu in machine["gpus"]:
-        print(f"{'gpu':<16}{gpu['name']}, {gpu['memory_gib']} GiB, {gpu['architecture']}, driver {gpu['driver']}")
+        print(f"{'gpu':<18}{gpu['name']}, {gpu['memory_gib']} GiB, {gpu['architecture']}, driver {gpu['driver']}")
     if not machine["gpus"]:
-        print(f"{'gpu':<16}none that torch can use")
+        print(f"{'gpu':<18}none that torch can use")
     for backend, problem in machine["backends"].items():
-        print(f"{backend:<16}{'available' if problem is None else 'not available: ' + problem}")
+        print(f"{'backend ' + backend:<18}{'available' if problem is None else 'not available: ' + problem}")
     return 0

@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
 from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerFast,
@@ -100,6 +100,8 @@ def train(folder: Path, catalogue: Catalogue, histories: list[list[int]], steps:
     tokenizer.save_pretrained(folder / "adapters")
 
     # LoRA on the attention; the embeddings have new rows, so they train whole. Then the encoder.
+    from peft import LoraConfig, get_peft_model
+
     model = get_peft_model(
         model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens", "lm_head"])
     )
@@ -128,7 +130,9 @@ def train(folder: Path, catalogue: Catalogue, histories: list[list[int]], steps:
     model.save_pretrained(folder / "adapters")  # the adapters, and the encoder beside them
 
 
-def load(folder: Path) -> tuple[PeftModel, PreTrainedTokenizerFast, SIDVocabulary]:
+def load(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerFast, SIDVocabulary]:
+    from peft import PeftModel
+
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "adapters")
     model = PeftModel.from_pretrained(Qwen3ForCausalLM.from_pretrained(folder / "base"), folder / "adapters")
     vocabulary = SIDVocabulary.from_pretrained(folder / "adapters", tokenizer)

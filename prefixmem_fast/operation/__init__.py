@@ -3,7 +3,11 @@
 functions.py      what users call: prefix_rows, prefix_memory, token_memory
 operators.py      the same as torch custom operators, with their derivatives
 row_gradients.py  the gradient as rows: grad="sparse" and grad="fused"
-backends.py       which backend runs, chosen once; each is one file with the same functions:
+spent_gradient.py what stands in weight.grad after a fused update
+sparse_norm.py    the norm of sparse gradients that torch lacks
+table_state.py    what is known of a table between calls: its backend and its optimizer
+interface.py      the functions that every backend has
+backends.py       which backend runs, chosen once; each is one file:
   reference.py      plain PyTorch: the definition
   cpu.py            PyTorch that stays in a CPU's caches
   triton.py         the kernels; the one file that imports them

@@ -11,7 +11,7 @@ from .._dtypes import CODE_DTYPES, TABLE_DTYPES
 from ..addressing import AddressSpec, TokenStream
 from . import operators
 from .backends import BACKENDS, choose_backend
-from .row_gradients import read_rows
+from .row_gradients import read_memory
 
 GRADS = ("dense", "sparse", "fused")
 _ID_DTYPES = (torch.int32, torch.int64)
@@ -80,7 +80,7 @@ def prefix_memory(
     if grad == "dense":
         S = operators.prefix_memory(codes_2d, weight, spec.key, backend, deterministic)
     else:
-        S = read_rows(weight, codes_2d, spec, backend, grad)
+        S = read_memory(weight, codes_2d, spec, backend, grad)
     return S.view(*codes.shape[:-1], *S.shape[1:])
 
 
@@ -122,7 +122,7 @@ def token_memory(
     backend = choose_backend(backend, **tensors, weight=weight)
     if grad == "dense":
         return operators.token_memory(*stream, weight, spec.key, backend, deterministic)
-    return read_rows(weight, stream, spec, backend, grad)
+    return read_memory(weight, stream, spec, backend, grad)
 
 
 def check_options(backend: str, grad: str, deterministic: bool) -> None:

@@ -11,14 +11,14 @@ from torch import Tensor
 from .._dtypes import accumulator
 from ..addressing import AddressSpec, TokenStream
 from .backends import functions_of
-from .fused_gradient import FusedGradient
 from .rules import RowUpdate
 from .sparse_norm import register_sparse_norm
-from .table import table_of
+from .spent_gradient import FusedGradient
+from .table_state import table_state
 
 
 @torch.compiler.disable
-def read_rows(weight: Tensor, source: Tensor | TokenStream, spec: AddressSpec, backend: str, grad: str) -> Tensor:
+def read_memory(weight: Tensor, source: Tensor | TokenStream, spec: AddressSpec, backend: str, grad: str) -> Tensor:
     """S of codes ``[M, L]`` or of a token stream, differentiated into rows.
 
     Args:
@@ -31,7 +31,7 @@ def read_rows(weight: Tensor, source: Tensor | TokenStream, spec: AddressSpec, b
             _check_fusible(weight)
         else:
             register_sparse_norm()
-        table_of(weight).backend = backend
+        table_state(weight).backend = backend
     return _RowGradient.apply(weight, spec, backend, grad, isinstance(source, TokenStream), *_tensors(source))
 
 
@@ -90,7 +90,7 @@ def _check_fusible(weight: Tensor) -> None:
 
 
 def _optimizer_of(weight: Tensor):
-    optimizer = table_of(weight).optimizer
+    optimizer = table_state(weight).optimizer
     if optimizer is None:
         raise RuntimeError(
             'grad="fused" found no optimizer for the table; build one of prefixmem_fast.optim over it and keep it, or '

@@ -90,7 +90,7 @@ RULES = {
 }
 
 
-def read_rows(table: Tensor, rows: Tensor) -> Tensor:
+def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
     return table[rows]
 
 
@@ -116,7 +116,7 @@ class RowUpdate:
     seed: int | None = None
     squares: list[Tensor] | None = None
 
-    def apply(self, rows: Tensor, sums: Tensor, read: Callable[[Tensor, Tensor], Tensor] = read_rows) -> None:
+    def apply(self, rows: Tensor, sums: Tensor, read: Callable[[Tensor, Tensor], Tensor] = gather_rows) -> None:
         """Update `rows` int64 ``[U]``, each once, with the sums ``[U, w]`` of their gradients.
 
         Args:

@@ -17,9 +17,9 @@ from torch import Tensor
 from .. import _checks
 from .._dtypes import accumulator
 from ..operation.backends import choose_backend, functions_of
-from ..operation.fused_gradient import FusedGradient
 from ..operation.rules import RULES, Hyper, RowUpdate
-from ..operation.table import table_of
+from ..operation.spent_gradient import FusedGradient
+from ..operation.table_state import table_state
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -44,14 +44,14 @@ class RowOptimizer(torch.optim.Optimizer):
         for weight in group["params"]:
             _check_table(weight, self)
         for weight in group["params"]:
-            table_of(weight).optimizer = self
+            table_state(weight).optimizer = self
 
     def release(self) -> None:
         """Let go of the tables: another optimizer may be built over them, and this one does not step any more."""
         for group in self.param_groups:
             for weight in group["params"]:
-                if table_of(weight).optimizer is self:
-                    table_of(weight).optimizer = None
+                if table_state(weight).optimizer is self:
+                    table_state(weight).optimizer = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -67,7 +67,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for weight in group["params"]:
-                if weight.grad is not None and table_of(weight).optimizer is not self:
+                if weight.grad is not None and table_state(weight).optimizer is not self:
                     raise RuntimeError(
                         f"this {type(self).__name__} has let go of its table of shape {tuple(weight.shape)}; step with "
                         "the optimizer that holds it now"
@@ -84,7 +84,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 f"a table of shape {tuple(weight.shape)} has a dense gradient; {type(self).__name__} takes "
                 'grad="sparse" or grad="fused": set it on the module, or train the table with torch.optim'
             )
-        backend = table_of(weight).backend or choose_backend("auto", weight=weight)
+        backend = table_state(weight).backend or choose_backend("auto", weight=weight)
         functions_of(backend).sparse_update(grad, self.begin(weight))
         torch.autograd.graph.increment_version(weight)
 
@@ -152,9 +152,9 @@ def _check_table(weight: Tensor, optimizer: RowOptimizer) -> None:
             "tables of PrefixMemory, [R, w]; give the rest of a model to another optimizer, or the whole "
             "model to prefixmem_fast.optim.for_model"
         )
-    if table_of(weight).optimizer not in (None, optimizer):
+    if table_state(weight).optimizer not in (None, optimizer):
         gc.collect()  # an optimizer that nobody holds may live on in a reference cycle, with its schedule
-    holder = table_of(weight).optimizer
+    holder = table_state(weight).optimizer
     if holder not in (None, optimizer):
         raise RuntimeError(
             f"a {type(holder).__name__} holds the table of shape {tuple(weight.shape)} already, and a table has one "

@@ -20,7 +20,7 @@ class TableOptimizer(Protocol):
         """Count a step of `weight` and give what is needed to apply it."""
 
 
-class Table:
+class TableState:
     """Kept on the parameter. A copy or a pickle of the parameter starts with an empty one.
 
     Attributes:
@@ -32,7 +32,7 @@ class Table:
         self._optimizer: weakref.ref | None = None
 
     def __reduce__(self) -> Any:
-        return Table, ()
+        return TableState, ()
 
     @property
     def optimizer(self) -> TableOptimizer | None:
@@ -44,9 +44,9 @@ class Table:
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
 
 
-def table_of(weight: Tensor) -> Table:
-    table = getattr(weight, _ATTRIBUTE, None)
-    if table is None:
-        table = Table()
-        setattr(weight, _ATTRIBUTE, table)
-    return table
+def table_state(weight: Tensor) -> TableState:
+    state = getattr(weight, _ATTRIBUTE, None)
+    if state is None:
+        state = TableState()
+        setattr(weight, _ATTRIBUTE, state)
+    return state
