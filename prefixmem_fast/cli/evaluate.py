@@ -1,4 +1,4 @@
-"""Evaluate a trained run: TF-L by level, recall and NDCG by beam search, hit rates, and the floors beside them."""
+"""Evaluate a trained run: TF-L by level, recall and NDCG by beam search, hit rates, and what counting achieves."""
 
 from __future__ import annotations
 

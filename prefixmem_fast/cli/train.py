@@ -38,7 +38,9 @@ def is_first_process() -> bool:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     from ..recommender.training.config import add_flags
 
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON with any of the options below; flags come first")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML or JSON with any of the options below; flags override it"
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the run is written")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     add_flags(parser)

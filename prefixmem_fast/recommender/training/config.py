@@ -42,7 +42,7 @@ class RunConfig:
     # data
     synthetic: bool = option(False, "train on the synthetic catalogue, in place of items and interactions")
     items: str | None = option(None, "index of the items' Semantic IDs: .json, .npy or .pt")
-    interactions: list[str] | None = option(None, "histories: .json, .csv or .parquet; several files follow in time")
+    interactions: list[str] | None = option(None, "histories: .json, .csv or .parquet; several files in time order")
     text: str | None = option(None, "text of the items: .json")
     text_field: str = option("title", "which entry of an item's text to read")
     token_format: str | None = option(None, "template of the index's tokens; recognised unless given")
@@ -66,7 +66,7 @@ class RunConfig:
     heads: int = option(4, "H, tables of an order")
     max_order: int = option(4, "N, the largest order")
     active_levels: list[int] | None = option(
-        None, "prefix lengths at which the memory is read; the two before the last"
+        None, "prefix lengths at which the memory is read; unless given the two before the last, L-2 and L-1"
     )
     mode: str = option("prefix", "which codes an order reads", MODES)
     addressing: str = option("auto", "exact rows where they fit, or all hashed", ADDRESSING)
@@ -94,7 +94,7 @@ class RunConfig:
     precision: str = option("float32", "of the model's arithmetic", PRECISIONS)
     log_every: int = option(10, "steps between losses")
     eval_every: int = option(100, "steps between validations; checkpoints are saved with them")
-    eval_users: int | None = option(2000, "users of a validation; all with null")
+    eval_users: int | None = option(2000, "users of a validation; null takes all")
     patience: int = option(0, "validations without a lower loss after which training stops; 0 never stops early")
     keep_best: bool = option(True, "keep the model of the lowest validation loss, else the last")
     seed: int = option(0, "of weights, order and dropout")
