@@ -169,7 +169,7 @@ kernels = (forward.prefix_memory_fwd_kernel, forward.token_memory_fwd_kernel,
            sorted_backward.mark_shared_kernel, sorted_rows.sum_rows_kernel, sorted_prefixes.sum_prefixes_kernel)
 for sids in (1, 2, 16, 17, 4096, 1 << 20):
     for name, call in machine_code.launches(spec, torch.float32, 64, sids).items():
-        if name not in ("sparse_bwd", "sgd_bwd", "row_adam_bwd", "lazy_adam_bwd", "row_adagrad_bwd"):
+        if name not in ("sparse_bwd", "sparse_update", "sgd_bwd", "row_adam_bwd", "lazy_adam_bwd", "row_adagrad_bwd"):
             machine_code.compiled_by(call, "sm_90")
 print([len(kernel.device_caches["sm_90"][0]) for kernel in kernels])
 """
