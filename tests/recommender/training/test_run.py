@@ -80,7 +80,9 @@ def test_five_kills_at_random_moments_change_nothing(tmp_path):
     config = options(tmp_path, steps=60, eval_every=3, eval_users=20, memory_dropout=0.5)
     whole = train(config, tmp_path / "whole", quiet=True)
     out = tmp_path / "killed"
-    context, moments = multiprocessing.get_context("fork"), random.Random(0)
+    # A fork of this process would inherit the threads of autograd, which other tests may have started.
+    context, moments = multiprocessing.get_context("forkserver"), random.Random(0)
+    context.set_forkserver_preload(["prefixmem_fast.recommender.training.trainer"])
     kills = 0
     for _ in range(20):
         if kills == 5:
