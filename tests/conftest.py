@@ -45,21 +45,20 @@ def backend_calls(monkeypatch):
     return calls
 
 
+_RUNNING: list[tuple[str, str]] = []  # the call from outside that is under way, if one is
+
+
 def _spy(function, call, calls):
     """Notes calls from outside; a backend's functions also call one another."""
 
     def spy(*arguments, **options):
-        if running:
+        if _RUNNING:
             return function(*arguments, **options)
         calls.append(call)
-        running.append(call)
+        _RUNNING.append(call)
         try:
             return function(*arguments, **options)
         finally:
-            running.clear()
+            _RUNNING.clear()
 
-    running = _RUNNING
     return spy
-
-
-_RUNNING: list[tuple[str, str]] = []
