@@ -1,7 +1,8 @@
-"""Writing a file whole or not at all."""
+"""Files on disk: written whole or not at all, and known by their contents."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -21,3 +22,12 @@ def write_file(file: Path, write: Callable[[str], object]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def sha256_of(file: str | Path) -> str:
+    """The SHA-256 of a file's contents, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while chunk := opened.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
