@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from operator import index
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
 
 
 def integer(name: str, value: Any) -> int:
@@ -60,9 +61,20 @@ def codebook_sizes(values: Any) -> tuple[int, ...]:
     return sizes
 
 
+def unique_keys(pairs: Sequence[tuple[Any, Any]], kind: str = "key") -> dict[Any, Any]:
+    """A mapping from a file, whose keys, items or what else `kind` calls them, are each there once."""
+    names = [key for key, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise ValueError(f"{kind} {twice!r} is there twice; name each {kind} once")
+    return dict(pairs)
+
+
 def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], dims: int | None, shape: str) -> None:
     """Refuse what is not a dense tensor of one of `dtypes` with `dims` dimensions; `shape` says it in words."""
-    if not isinstance(value, Tensor):
+    import torch
+
+    if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; give a tensor {shape}")
     if value.layout != torch.strided or value.is_nested:
         raise TypeError(f"{name} is sparse or nested; give a dense tensor {shape}")

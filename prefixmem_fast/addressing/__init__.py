@@ -7,7 +7,7 @@ token_stream.py  tokens -> codes: which tokens form a Semantic ID
 """
 
 from .addresses import prefix_length, prefix_rows
-from .spec import ADDRESSING, MODES, AddressSpec
+from .spec import AddressSpec
 from .token_stream import TokenStream, token_codes
 
-__all__ = ["ADDRESSING", "MODES", "AddressSpec", "TokenStream", "prefix_length", "prefix_rows", "token_codes"]
+__all__ = ["AddressSpec", "TokenStream", "prefix_length", "prefix_rows", "token_codes"]

@@ -19,10 +19,9 @@ from itertools import accumulate
 from typing import Any
 
 from .. import _checks
+from .._choices import ADDRESSING, MODES
 from .primes import draw_primes
 
-MODES = ("prefix", "suffix", "full")
-ADDRESSING = ("auto", "hash")
 VERSION = 1
 
 # Multipliers below about 5e4 leave part of a table empty; from there on occupancy is near ideal.

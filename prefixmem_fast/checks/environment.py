@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from .._choices import BACKENDS
 from .._environment import TESTED, installed_version
 from .._triton import interpreting
 from .._version import __version__
-from ..operation.backends import BACKENDS, backend_problem
+from ..operation.backends import backend_problem
 
 _OPTIONAL = ("transformers", "accelerate", "peft")
 

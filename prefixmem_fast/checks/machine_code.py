@@ -21,16 +21,16 @@ from typing import Any
 
 import torch
 
+from .._choices import DTYPES, MODES, TARGETS
 from .._dtypes import accumulator
 from .._triton import TRITON_PROBLEM, interpreting
-from ..addressing import MODES, AddressSpec, TokenStream
+from ..addressing import AddressSpec, TokenStream
 from ..operation import BackendError
 from ..operation.backends import functions_of
 from ..operation.interface import PrefixState
 from ..operation.rules import RULES, Hyper, RowUpdate
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 WIDTH = 64  # the paper: d_mem = 256 over 4 heads
 
 
@@ -139,7 +139,7 @@ def _chosen(mode: str, dtype: str, launcher: str) -> bool:
     return launcher in (_SORTING[dtype] if mode == "prefix" else ("row_adagrad_bwd",))
 
 
-def compile_all(targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Compiled]:
+def compile_all(targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Compiled]:
     """Compile every kernel for every target and dtype at the paper's default shape, and the other modes in bfloat16.
 
     A kernel that several launchers share is reported once.
@@ -151,7 +151,7 @@ def compile_all(targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = tu
     reason = problem()
     if reason is not None:
         raise BackendError(f"the kernels cannot be compiled: {reason}")
-    for name, given, known in (("target", targets, TARGETS), ("dtype", dtypes, tuple(DTYPES))):
+    for name, given, known in (("target", targets, TARGETS), ("dtype", dtypes, DTYPES)):
         unknown = [value for value in given if value not in known]
         if unknown:
             raise ValueError(f"{name} = {unknown[0]!r} is unknown; allowed are {', '.join(map(repr, known))}")
@@ -160,7 +160,7 @@ def compile_all(targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = tu
         for dtype in dtypes:
             for mode in MODES if dtype == "bfloat16" else MODES[:1]:
                 spec = paper_spec(mode)
-                calls = launches(spec, DTYPES[dtype], WIDTH)
+                calls = launches(spec, _DTYPES[dtype], WIDTH)
                 for launcher, call in calls.items():
                     if not _chosen(mode, dtype, launcher):
                         continue

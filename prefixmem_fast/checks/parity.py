@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .._choices import MODES
 from .._dtypes import accumulator as accumulator_of
-from ..addressing import MODES, AddressSpec, TokenStream
+from ..addressing import AddressSpec, TokenStream
 from ..operation import prefix_memory, prefix_rows, reference, token_memory
 from . import oracle
 

@@ -1,11 +1,9 @@
-"""Show versions, those tested, the GPU, and which backends can run and why the others cannot."""
+"""`prefixmem info`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-
-from ..checks.environment import facts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,6 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..checks.environment import facts
+
     machine = facts()
     if options.json:
         print(json.dumps(machine, indent=2))

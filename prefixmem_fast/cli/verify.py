@@ -1,4 +1,4 @@
-"""Check every backend against the reference, or prove without a GPU what the kernels compile to and what they move."""
+"""`prefixmem verify`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict
 
-import torch
-from tqdm import tqdm
-
-from .._triton import interpreting
-from ..checks import machine_code as offline
-from ..checks.environment import facts as machine_facts
-from ..checks.parity import verify
-from ..operation.backends import BACKENDS, backend_problem, choose_backend
+from .._choices import BACKENDS, DTYPES, TARGETS
+from .._progress import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="count instead the bytes of each kernel in Triton's interpreter; --json prints a line a kernel",
     )
-    for name, known in (("targets", offline.TARGETS), ("dtypes", offline.DTYPES)):
+    for name, known in (("targets", TARGETS), ("dtypes", DTYPES)):
         parser.add_argument(f"--{name}", help=f"for --compile: some of {','.join(known)} (default: all)")
 
 
@@ -53,6 +47,12 @@ def _verify(options: argparse.Namespace) -> int:
         raise ValueError(f"--cases = {options.cases}; give 1 or more")
     if options.seconds is not None and not options.seconds > 0:
         raise ValueError(f"--seconds = {options.seconds}; give more than 0")
+    import torch
+
+    from .._triton import interpreting
+    from ..checks.parity import verify
+    from ..operation.backends import backend_problem, choose_backend
+
     device = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
     skipped = None
     if options.backend == "auto":
@@ -63,10 +63,9 @@ def _verify(options: argparse.Namespace) -> int:
         backends = () if options.backend == "reference" else (options.backend,)
 
     began = time.monotonic()
-    with tqdm(total=options.cases, unit="case", disable=options.json or None) as bar:
+    with Progress("verify", options.cases, "cases", quiet=options.json) as progress:
         for report in verify(backends, options.cases, options.seed, device):
-            bar.update()
-            bar.set_postfix(mismatches=len(report.mismatches))
+            progress.update(mismatches=len(report.mismatches))
             if options.seconds is not None and time.monotonic() - began > options.seconds:
                 break
     if options.json:
@@ -88,12 +87,18 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _traffic(options: argparse.Namespace) -> int:
+    from .._triton import interpreting
+
     if not interpreting():  # triton reads the variable when it is imported, which may have happened
         command = [sys.executable, "-m", "prefixmem_fast.cli", "verify", "--traffic", *["--json"] * options.json]
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
     from ..checks import traffic
 
-    counts = [count() for count in tqdm(traffic.COUNTS, unit="kernel", disable=options.json or None)]
+    counts = []
+    with Progress("traffic", len(traffic.COUNTS), "kernels", quiet=options.json) as progress:
+        for count in traffic.COUNTS:
+            counts.append(count())
+            progress.update()
     if options.json:
         print("\n".join(json.dumps(count.as_row()) for count in counts))
     else:
@@ -102,8 +107,16 @@ def _traffic(options: argparse.Namespace) -> int:
 
 
 def _compile(options: argparse.Namespace) -> int:
-    targets, dtypes = _listed("targets", options, offline.TARGETS), _listed("dtypes", options, offline.DTYPES)
-    kernels = list(tqdm(offline.compile_all(targets, dtypes), unit="kernel", disable=options.json or None))
+    from ..checks import machine_code as offline
+    from ..checks.environment import facts as machine_facts
+
+    targets, dtypes = _listed("targets", options, TARGETS), _listed("dtypes", options, DTYPES)
+    kernels = []
+    with Progress("compile", len(targets) * len(dtypes), "targets and dtypes", quiet=options.json) as progress:
+        for kernel in offline.compile_all(targets, dtypes):
+            if kernels and (kernel.target, kernel.dtype) != (kernels[-1].target, kernels[-1].dtype):
+                progress.update(kernels=len(kernels))
+            kernels.append(kernel)
     spilled = [kernel for kernel in kernels if not kernel.clean]
     if options.json:
         head = {"versions": machine_facts()["versions"], "width": offline.WIDTH, "spec": offline.paper_spec().to_dict()}

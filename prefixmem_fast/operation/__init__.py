@@ -15,7 +15,7 @@ rules.py          what an optimizer does to a touched row: the definitions
 rounding.py       stochastic rounding of bfloat16 tables
 """
 
-from .backends import BACKENDS, BackendError
-from .functions import GRADS, prefix_memory, prefix_rows, token_memory
+from .backends import BackendError
+from .functions import prefix_memory, prefix_rows, token_memory
 
-__all__ = ["BACKENDS", "GRADS", "BackendError", "prefix_memory", "prefix_rows", "token_memory"]
+__all__ = ["BackendError", "prefix_memory", "prefix_rows", "token_memory"]

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._choices import BACKENDS
 from .._triton import TRITON_PROBLEM, interpreting
-
-BACKENDS = ("auto", "triton", "cpu", "reference")
 
 
 class BackendError(RuntimeError):

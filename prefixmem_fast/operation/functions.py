@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _checks
+from .._choices import BACKENDS, GRADS
 from .._dtypes import CODE_DTYPES, TABLE_DTYPES
 from ..addressing import AddressSpec, TokenStream
 from . import operators
-from .backends import BACKENDS, choose_backend
+from .backends import choose_backend
 from .row_gradients import read_memory
 
-GRADS = ("dense", "sparse", "fused")
 _ID_DTYPES = (torch.int32, torch.int64)
 
 

@@ -9,3 +9,11 @@ They chain by two objects. `training.config.RunConfig` says what a run is, and `
 `data`, trains, and writes a folder. `training.run.load_run` gives the folder back as a model with its data, which
 `evaluation.report.evaluate` scores. `prefixmem pretrain`, `prefixmem train` and `prefixmem evaluate` are these calls.
 """
+
+from importlib import import_module
+
+
+def __getattr__(name: str):
+    if name in ("data", "evaluation", "training"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,10 @@
+"""The words that options take. They stand here because the command line lists them before it imports torch."""
+
+MODES = ("prefix", "suffix", "full")
+ADDRESSING = ("auto", "hash")
+BACKENDS = ("auto", "triton", "cpu", "reference")
+GRADS = ("dense", "sparse", "fused")
+PARTS = ("validation", "test")
+SEARCHES = ("constrained", "unconstrained")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = ("float32", "bfloat16", "float16", "float64")

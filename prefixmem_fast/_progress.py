@@ -1,0 +1,46 @@
+"""Progress of long work on standard error: a bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+_SECONDS = 10.0  # between two lines, at least
+
+
+class Progress:
+    """A context manager whose `update` is told what has been done.
+
+    Args:
+        what: is done.
+        total: how much of it there is.
+        unit: what `total` counts.
+        quiet: show nothing.
+    """
+
+    def __init__(self, what: str, total: int, unit: str = "", *, quiet: bool = False) -> None:
+        self.what, self.total, self.unit, self.quiet = what, total, unit, quiet
+        self._done, self._said = 0, time.monotonic()
+        self._bar = None
+        if not quiet and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=what, unit=unit)
+
+    def update(self, done: int = 1, **figures: Any) -> None:
+        self._done += done
+        if self._bar is not None:
+            self._bar.set_postfix(figures, refresh=False)
+            self._bar.update(done)
+        elif not self.quiet and time.monotonic() - self._said >= _SECONDS:
+            self._said = time.monotonic()
+            shown = "".join(f", {name} {value}" for name, value in figures.items())
+            print(f"{self.what}: {self._done} of {self.total} {self.unit}{shown}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
