@@ -1,12 +1,10 @@
-"""The whole path on a synthetic catalogue: pre-train, train with and without the encoder, evaluate, draw the curves."""
+"""`prefixmem demo`."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import time
-from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +14,14 @@ if TYPE_CHECKING:
     from ..recommender.training.config import RunConfig
     from ..recommender.training.run import Data
 
-REPORT = "demo.json"
+REPORT, _OUT = "demo.json", "runs/demo"
 PLAIN, WITH = "token embeddings alone", "with PrefixMem"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="(default: %(default)s)")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help=f"a new or an empty folder (default: {_OUT}, {_OUT}-2 and so on)"
+    )
     parser.add_argument("--steps", type=int, default=200, help="training steps of each model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")
 
@@ -35,7 +35,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from .._files import write_file
     from ..recommender.evaluation.plots import plot_curves
+    from ..recommender.evaluation.report import as_json
     from ..recommender.training.classification import pretrain
     from ..recommender.training.config import RunConfig
     from ..recommender.training.run import load_data, train
@@ -86,8 +88,9 @@ def _run(options: argparse.Namespace) -> int:
         floors=reports[PLAIN]["count_table_accuracy"],
     )
     results = {"data": "synthetic", "curves": curves, "test": reports, "step_ms": milliseconds, "picture": str(picture)}
-    (out / REPORT).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(results, indent=1) if options.json else _table(results))
+    text = as_json(results)
+    write_file(out / REPORT, lambda temporary: Path(temporary).write_text(text + "\n", encoding="utf-8"))
+    print(text if options.json else _table(results))
     return 0
 
 
@@ -128,32 +131,39 @@ def step_times(config: RunConfig, data: Data, steps: int = 8) -> dict[str, float
     return {name: round(statistics.median(times), 1) for name, (_, _, _, times) in contenders.items()}
 
 
-def _folder(out: str) -> Path:
-    """A folder for the demo; an earlier demo in it is replaced, and nothing else is."""
-    folder = Path(out)
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / REPORT).is_file() and not (folder / "pretraining").is_dir():
-            raise ValueError(f"--out = {out} holds something that is no demo; give another folder")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _folder(out: str | None) -> Path:
+    """A folder of the demo's own, made here."""
+    from ..recommender.training.folder import check_new
+
+    if out is not None:
+        check_new(out)
+        Path(out).mkdir(parents=True, exist_ok=True)
+        return Path(out)
+    for number in count(1):
+        folder = Path(_OUT if number == 1 else f"{_OUT}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
 
 
 def _evaluate(folder: Path, quiet: bool) -> dict[str, Any]:
     from ..recommender.evaluation.report import evaluate
     from ..recommender.training.run import load_run
-    from .evaluate import progress_bar
+    from .evaluate import Searches
 
     run = load_run(folder)
-    report, _ = evaluate(
-        run.model,
-        run.data.catalogue,
-        run.vocabulary,
-        run.tokens,
-        run.data.split,
-        examples=1000,
-        progress=partial(progress_bar, quiet=quiet),
-    )
+    with Searches(quiet) as searches:
+        report, _ = evaluate(
+            run.model,
+            run.data.catalogue,
+            run.vocabulary,
+            run.tokens,
+            run.data.split,
+            examples=1000,
+            progress=searches.begin,
+        )
     return report
 
 

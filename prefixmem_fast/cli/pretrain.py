@@ -1,12 +1,16 @@
-"""Pre-train an encoder alone: by a classification head, or in a small Tiger or causal LM, for any model to attach."""
+"""`prefixmem pretrain`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .train import add_run_arguments, config_of, is_first_process, quiet_transformers, summary
+from .train import add_run_arguments, config_of, quiet_transformers, summary
+
+if TYPE_CHECKING:
+    from ..recommender.training.config import RunConfig
 
 METHODS = ("classification", "tiger", "lm")
 _DEFAULTS = {
@@ -22,28 +26,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..recommender.training.sitting import is_first_process
+
     config = config_of(options, **_DEFAULTS[options.method])
     if config.arm != "prefixmem":
         raise ValueError(f"arm = {config.arm!r} has no tables to pre-train; give arm = 'prefixmem'")
     out, how = Path(options.out), {"resume": options.resume, "quiet": options.json}
-    if options.method == "classification":
-        from ..recommender.training.classification import pretrain
+    with quiet_transformers():
+        if options.method == "classification":
+            from ..recommender.training.classification import pretrain
 
-        with quiet_transformers():
             report = pretrain(config, out, **how)
-    else:
-        from ..encoder import PrefixMem
-        from ..recommender.training.classification import ENCODER
-        from ..recommender.training.run import MODEL, train
-        from ..sid import SIDVocabulary
-
-        with quiet_transformers():
-            report = train(config, out, **how)
-        if not is_first_process():
-            return 0
-        encoder, vocabulary = PrefixMem.from_pretrained(out / MODEL), SIDVocabulary.from_pretrained(out / MODEL)
-        encoder.save_pretrained(out / ENCODER, vocabulary)
+        else:
+            report = _pretrain_in_a_model(config, out, options.method, how)
+    if not is_first_process():
+        return 0
     print(json.dumps(report, indent=2) if options.json else summary(report, options.out))
     if not options.json:
         print(f"prefixmem train --encoder {out / 'encoder'} ... starts from it")
     return 0
+
+
+def _pretrain_in_a_model(config: RunConfig, out: Path, method: str, how: dict[str, Any]) -> dict[str, Any]:
+    from functools import partial
+
+    from ..encoder import PrefixMem
+    from ..recommender.training.classification import ENCODER
+    from ..recommender.training.folder import RunFolder
+    from ..recommender.training.run import MODEL, train
+    from ..recommender.training.sitting import is_first_process
+    from ..sid import SIDVocabulary
+
+    kind = f"pretrain {method}"
+    report = train(config, out, kind=kind, **how)
+    if is_first_process() and not (out / ENCODER).exists():
+        encoder, vocabulary = PrefixMem.from_pretrained(out / MODEL), SIDVocabulary.from_pretrained(out / MODEL)
+        with RunFolder.resume(out, kind) as folder:
+            folder.place(ENCODER, partial(encoder.save_pretrained, vocabulary=vocabulary))
+    return report

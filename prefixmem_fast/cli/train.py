@@ -1,11 +1,10 @@
-"""Train a recommender on Semantic IDs: any causal LM or T5 of transformers, with the encoder or without."""
+"""`prefixmem train`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..recommender.training.run import train
+    from ..recommender.training.sitting import is_first_process
 
     config = config_of(options)
     with quiet_transformers():
@@ -30,18 +30,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def is_first_process() -> bool:
-    """True outside of torchrun too."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     from ..recommender.training.config import add_flags
 
     parser.add_argument(
         "--config", metavar="FILE", help="YAML or JSON with any of the options below; flags override it"
     )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the run is written")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or an empty folder for the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     add_flags(parser)
 
@@ -88,6 +83,6 @@ def summary(report: dict, out: str) -> str:
     size = report["parameters"]
     lines.append(
         f"{report['steps']} steps, {report['seconds']:.0f} s, {size['model']:,} parameters and {size['encoder']:,} of "
-        f"the encoder; best at step {report['best_step']}; written to {out}"
+        f"the encoder; the model of step {report['model_step']} is in {out}"
     )
     return "\n".join(lines)

@@ -100,7 +100,7 @@ def test_pretrain_then_train_then_evaluate(tmp_path, flags, capsys, method, more
         "rare",
     ):
         assert line in out
-    report = json.loads((second / "test.json").read_text())
+    report = json.loads((second / "test.beams-10.json").read_text())
     assert report["examples"] == 80
     assert report["searches"]["constrained"]["hit_rate"] == [1.0, 1.0, 1.0]
 
@@ -178,7 +178,7 @@ def test_groups_of_a_baseline(tmp_path, flags, capsys):
     assert run(capsys, "evaluate", "--run", tmp_path / "plain", "--beams", 4, "--search", "constrained")[0] == 0
     code, out, _ = run(capsys, "evaluate", "--run", tmp_path / "with", "--baseline", tmp_path / "plain", "--beams", 4)
     assert code == 0
-    text = (tmp_path / "with" / "test.json").read_text()
+    text = (tmp_path / "with" / "test.beams-4.groups-baseline.json").read_text()
     assert "NaN" not in text
     groups = json.loads(text)["reachable"]
     assert groups["reachable"]["examples"] + groups["unreachable"]["examples"] == 80
@@ -191,7 +191,7 @@ def test_bleu_of_a_run_with_text(tmp_path, flags, capsys):
     code, out, _ = run(capsys, "evaluate", "--run", tmp_path / "run", "--beams", 4, "--bleu", 10)
     assert code == 0
     assert "BLEU, SID to text" in out
-    assert 0 <= json.loads((tmp_path / "run" / "test.json").read_text())["bleu"] <= 100
+    assert 0 <= json.loads((tmp_path / "run" / "test.beams-4.bleu-10.json").read_text())["bleu"] <= 100
 
 
 def test_checking_libraries_changes_nothing_and_a_command_is_quiet_for_itself(tmp_path, flags, capsys, monkeypatch):
@@ -228,7 +228,7 @@ def test_wrong_input_is_one_line(tmp_path, flags, capsys):
     for arguments, message in (
         (["train", "--synthetic", "--steps", "many", "--out", "x"], "steps = 'many'; a whole number was expected"),
         (["train", "--out", "x"], "items and interactions are needed, or synthetic"),
-        (["evaluate", "--run", str(tmp_path)], "holds no config.yaml"),
+        (["evaluate", "--run", str(tmp_path)], "holds no run: run.json is not there"),
         (["pretrain", "--synthetic", "--arm", "plain", "--out", "x"], "has no tables to pre-train"),
         (["demo", "--steps", "3"], "--steps = 3; give 20 or more"),
     ):

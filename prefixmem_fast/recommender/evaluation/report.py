@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..._choices import PARTS, SEARCHES
 from ...sid import Catalogue, SIDTrie, SIDVocabulary
 from ..data import Split, Tokens
 from .baselines import (
@@ -24,7 +25,6 @@ from .baselines import (
 from .retrieval import ranking_metrics, recall, retrieve
 from .teacher_forcing import teacher_forced
 
-PARTS, SEARCHES = ("validation", "test"), ("constrained", "unconstrained")
 THIRDS = ("rare", "medium", "popular")
 
 

@@ -18,16 +18,11 @@ from torch.utils.data import Dataset
 from ...encoder import PrefixMem
 from .arms import build_encoder
 from .config import RunConfig
-from .run import (
-    Data,
-    check_folder,
-    load_data,
-    process_count,
-    write_report,
-)
+from .run import Data, load_data
+from .sitting import Sitting, process_count
 from .trainer import make_trainer
 
-ENCODER = "encoder"
+ENCODER, CLASSIFICATION = "encoder", "pretrain classification"
 
 
 class NextCode(nn.Module):
@@ -100,32 +95,32 @@ def pretrain(
 
     if (processes := process_count()) > 1:
         raise ValueError(f"pre-training by classification works in one process, and there are {processes}: no torchrun")
-    out = Path(out)
-    check_folder(config, out, resume)
-    data = load_data(config) if data is None else data
-    set_seed(config.seed)
-    codes = data.catalogue.codes
-    model = NextCode(build_encoder(config, data.catalogue.codebook_sizes, config.memory_dim))
-    out.mkdir(parents=True, exist_ok=True)
-    validation = codes[torch.from_numpy(data.split.validation.sample(config.eval_users).targets)]
-    batches = _Batches(
-        codes,
-        np.concatenate(data.split.train.items),
-        config.batch_size,
-        config.steps * config.accumulation,
-        config.seed,
-    )
-    trainer = make_trainer(
-        config,
-        out,
-        quiet,
-        model=model,
-        train_dataset=batches,
-        data_collator=lambda rows: rows[0],
-        eval_dataset=validation,
-        score=lambda model: model.validate(validation),
-    )
-    report = trainer.run(out, resume)
-    model.encoder.save_pretrained(out / ENCODER)
-    write_report(report, out)
-    return report
+    with Sitting(config, out, CLASSIFICATION, ENCODER, resume) as sitting:
+        if sitting.report is not None:
+            return sitting.report
+        config = sitting.config
+        data = load_data(config) if data is None else data
+        set_seed(config.seed)
+        codes = data.catalogue.codes
+        model = NextCode(build_encoder(config, data.catalogue.codebook_sizes, config.memory_dim))
+        validation = codes[torch.from_numpy(data.split.validation.sample(config.eval_users).targets)]
+        batches = _Batches(
+            codes,
+            np.concatenate(data.split.train.items),
+            config.batch_size,
+            config.steps * config.accumulation,
+            config.seed,
+        )
+        trainer = make_trainer(
+            config,
+            sitting.begin(),
+            quiet=quiet,
+            model=model,
+            train_dataset=batches,
+            data_collator=lambda rows: rows[0],
+            eval_dataset=validation,
+            score=lambda model: model.validate(validation),
+        )
+        report = trainer.run()
+        sitting.finish(report, model.encoder.save_pretrained)
+        return report

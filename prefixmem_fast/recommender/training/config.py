@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...addressing import ADDRESSING, MODES
-from ...operation import GRADS
+from ..._checks import unique_keys
+from ..._choices import ADDRESSING, GRADS, MODES
 
 CONFIG = "config.yaml"  # the options in the folder of a run
+_INPUTS = "inputs"  # in it, what inputs.py keeps
 ARMS = ("plain", "prefixmem", "sid-transformer")
 SPLITS = ("leave-two-out", "time")
 ROW_OPTIMIZERS = ("adagrad", "adam", "lazy-adam", "sgd")
@@ -104,8 +108,12 @@ class RunConfig:
             value = _plain(getattr(self, field.name))
             if float in kinds and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
+            if list[str] in kinds and isinstance(value, str):
+                value = [value]
             if not _matches(value, kinds):
-                raise TypeError(f"{field.name} = {value!r}; {_described(kinds)} was expected")
+                quoted = isinstance(value, bool) and str in kinds
+                hint = "; YAML reads no, off, yes and on as booleans unless they are quoted" if quoted else ""
+                raise TypeError(f"{field.name} = {value!r}; {_described(kinds)} was expected{hint}")
             choices = field.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{field.name} = {value!r}; allowed are {', '.join(choices)}")
@@ -204,11 +212,18 @@ def config_from(options: argparse.Namespace, file: str | Path | None, **defaults
             wrong.
     """
     values = {**defaults, **(read_options(file) if file else {})}
+    from_file = set(values) - set(defaults)
     for field, kinds in _kinds().items():
         flag = getattr(options, field.name, None)
         if flag is not None:
             values[field.name] = _parse(field.name, flag, kinds)
-    return RunConfig(**values)
+            from_file.discard(field.name)
+    try:
+        return RunConfig(**values)
+    except (TypeError, ValueError) as error:
+        if str(error).partition(" ")[0] not in from_file:
+            raise
+        raise type(error)(f"config {file}: {error}") from None
 
 
 def read_options(file: str | Path) -> dict[str, Any]:
@@ -217,6 +232,11 @@ def read_options(file: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: the file is not there, or is no mapping of options.
     """
+    return read_run(file)[0]
+
+
+def read_run(file: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a file, and the inputs that a run has written there; see `read_options`."""
     import yaml
 
     file = Path(file)
@@ -224,35 +244,64 @@ def read_options(file: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"config {file} is not there; give a YAML or JSON file")
     try:
         text = file.read_text(encoding="utf-8")
-        values = json.loads(text) if file.suffix == ".json" else yaml.load(text, _with_exponents(yaml.SafeLoader))
-    except (yaml.YAMLError, ValueError) as error:
+        if file.suffix == ".json":
+            values = json.loads(text, object_pairs_hook=partial(unique_keys, kind="option"))
+        else:
+            values = yaml.load(text, _with_exponents(yaml.SafeLoader))
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"config {file} is neither YAML nor JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"config {file} holds a {type(values).__name__}; option: value was expected")
+    inputs = values.pop(_INPUTS, {})
     unknown = [name for name in values if name not in NAMES]
     if unknown:
-        raise ValueError(f"config {file}: option {unknown[0]!r} is unknown; known are {', '.join(NAMES)}")
-    return values
+        near = difflib.get_close_matches(str(unknown[0]), NAMES, n=1)
+        hint = f"; {near[0]} is near" if near else ""
+        raise ValueError(f"config {file}: option {unknown[0]!r} is unknown{hint}; prefixmem train --help lists them")
+    if not _are_inputs(inputs):
+        raise ValueError(f"config {file}: {_INPUTS} is not what a run has written there; leave it out")
+    return values, inputs
 
 
-def write_options(config: RunConfig, file: Path) -> None:
+def write_options(config: RunConfig, file: Path, inputs: dict[str, Any] | None = None) -> None:
     import yaml
 
     from ..._files import write_file
 
     dumper = _with_exponents(yaml.SafeDumper)
-    text = yaml.dump(config.to_dict(), Dumper=dumper, sort_keys=False, allow_unicode=True)
+    values = {**config.to_dict(), **({_INPUTS: inputs} if inputs else {})}
+    text = yaml.dump(values, Dumper=dumper, sort_keys=False, allow_unicode=True)
     write_file(file, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def _with_exponents(kind: type) -> type:
     """A YAML loader or dumper for which 1e-3 is a number, as in YAML 1.2 and JSON; in YAML 1.1 it is a string."""
-    import re
-
     number = re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
     extended = type(kind.__name__, (kind,), {})
+    if hasattr(kind, "construct_mapping"):
+        extended.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
     extended.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
     return extended
+
+
+def _unique_mapping(loader: Any, node: Any) -> dict[Any, Any]:
+    """A YAML mapping whose keys are each there once, where YAML itself takes the last."""
+    loader.flatten_mapping(node)
+    pairs = [(loader.construct_object(key), loader.construct_object(value, deep=True)) for key, value in node.value]
+    return unique_keys(pairs, "option")
+
+
+def _are_inputs(inputs: Any) -> bool:
+    """Whether `inputs` has the form that inputs.py writes."""
+    names = {"path", "absolute", "from_run", "sha256"}
+    return isinstance(inputs, dict) and all(
+        isinstance(entries, list)
+        and all(
+            isinstance(entry, dict) and set(entry) == names and all(isinstance(v, str) for v in entry.values())
+            for entry in entries
+        )
+        for entries in inputs.values()
+    )
 
 
 def _kinds() -> dict[dataclasses.Field, tuple[Any, ...]]:
@@ -313,6 +362,8 @@ def _parse(name: str, text: Any, kinds: tuple[Any, ...]) -> Any:
         for kind in kinds:
             if typing.get_args(kind):
                 return [typing.get_args(kind)[0](part) for part in text.split(",") if part.strip()]
+            if kind is int and re.fullmatch(r"[0-9.]+[eE][+]?[0-9]+", text) and float(text).is_integer():
+                return int(float(text))
             if kind in (int, float):
                 return kind(text)
     except ValueError:

@@ -1,16 +1,14 @@
 """One training run from its options to its folder, and back.
 
-config.yaml      the options, resolved
-checkpoint-N/    Trainer's, to go on from; `complete` marks those that a kill has not cut short
-model/           model, tokenizer, vocabulary and encoder
+run.json         says that the folder is a run's, see folder.py
+config.yaml      the options, resolved, and the digests of the files that the run reads, see inputs.py
+checkpoint-N/    Trainer's, to go on from
 curves.json      training losses, and validations by level
+model/           model, tokenizer, vocabulary and encoder; it comes last, so a run that has it has finished
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +17,6 @@ from typing import Any
 
 from torch import nn
 
-from ..._files import write_file
 from ...sid import Catalogue, SIDVocabulary
 from ..data import (
     KINDS,
@@ -35,9 +32,12 @@ from ..data import (
     tokens_of,
 )
 from ..data.batches import causal_batch, source_target_batch
-from .config import CONFIG, RunConfig, read_options
+from .config import CONFIG, RunConfig, read_run
+from .folder import RunFolder, command_of
+from .inputs import DATA, located
+from .sitting import Sitting, process_count
 
-MODEL, CURVES = "model", "curves.json"
+MODEL, TRAIN = "model", "train"
 
 
 @dataclass
@@ -114,67 +114,61 @@ def train(
     data: Data | None = None,
     add_arm: Callable[[nn.Module, RunConfig, SIDVocabulary], None] | None = None,
     stop_at: int | None = None,
+    kind: str = TRAIN,
 ) -> dict[str, Any]:
     """Train a model as its options say, into a folder.
 
     Args:
-        out: the folder; an existing run there is refused unless `resume` goes on with it.
-        quiet: no progress bar.
+        out: the folder; a new or an empty one, or with `resume` that of the run to go on with.
+        quiet: no progress.
         data: what `load_data` returned, if it is at hand.
         add_arm: puts the encoder on the model, in place of `arms.add_arm`.
         stop_at: stop after this step, as a kill would.
+        kind: what the folder is marked as.
 
     Returns:
-        steps, seconds of this sitting, numbers of parameters, and the curves.
+        steps, the best one and the saved model's, seconds of training, numbers of parameters, and the curves.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: an option, a file or the folder is not as it has to be; nothing has
-            been trained then.
+        OSError, TypeError, ValueError: an option, a file or the folder is not as it has to be; nothing has been
+            trained then.
+        DivergedError: a loss is not finite.
     """
     from .arms import add_arm as add_arm_of_config
     from .trainer import StopAt, make_trainer, score_examples
 
-    out = Path(out)
-    check_folder(config, out, resume)
     _check_processes(config)
-    run = prepare(config, load_data(config) if data is None else data)
-    (add_arm or add_arm_of_config)(run.model, config, run.vocabulary)
-    stream, collate = stream_of(run)
-    examples = run.data.split.validation.last(config.max_items).sample(config.eval_users)
-    out.mkdir(parents=True, exist_ok=True)
-    trainer = make_trainer(
-        config,
-        out,
-        quiet,
-        model=run.model,
-        train_dataset=stream,
-        data_collator=lambda batches: collate(batches[0]),
-        eval_dataset=examples,
-        score=partial(score_examples, examples=examples, tokens=run.tokens),
-    )
-    if stop_at is not None:
-        trainer.add_callback(StopAt(stop_at))
-    report = trainer.run(out, resume)
-    if trainer.is_world_process_zero() and stop_at is None:
-        save_model(run, out / MODEL)
-        write_report(report, out)
-    return report
-
-
-def write_report(report: dict[str, Any], out: Path) -> None:
-    text = json.dumps(report, indent=1)
-    write_file(out / CURVES, lambda temporary: Path(temporary).write_text(text + "\n", encoding="utf-8"))
+    with Sitting(config, out, kind, MODEL, resume) as sitting:
+        if sitting.report is not None:
+            return sitting.report
+        config = sitting.config
+        run = prepare(config, load_data(config) if data is None else data)
+        (add_arm or add_arm_of_config)(run.model, config, run.vocabulary)
+        stream, collate = stream_of(run)
+        examples = run.data.split.validation.last(config.max_items).sample(config.eval_users)
+        trainer = make_trainer(
+            config,
+            sitting.begin(),
+            quiet=quiet,
+            model=run.model,
+            train_dataset=stream,
+            data_collator=lambda batches: collate(batches[0]),
+            eval_dataset=examples,
+            score=partial(score_examples, examples=examples, tokens=run.tokens),
+        )
+        if stop_at is not None:
+            trainer.add_callback(StopAt(stop_at))
+        report = trainer.run()
+        if trainer.is_world_process_zero() and stop_at is None:
+            sitting.finish(report, partial(save_model, run))
+        return report
 
 
 def save_model(run: Run, folder: Path) -> None:
-    """Model, tokenizer, vocabulary and encoder, all or nothing."""
-    temporary = folder.with_name(f".{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    run.model.save_pretrained(temporary)
-    run.tokenizer.save_pretrained(temporary)
-    run.vocabulary.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    """Model, tokenizer, vocabulary and encoder."""
+    run.model.save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+    run.vocabulary.save_pretrained(folder)
 
 
 def load_run(folder: str | Path) -> Run:
@@ -189,14 +183,20 @@ def load_run(folder: str | Path) -> Run:
     from ...huggingface.attach import attach
     from .backbone import load_model, load_tokenizer
 
-    folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"run {folder} holds no {CONFIG}; give a folder that prefixmem train wrote")
+    marked = RunFolder.read(folder)
+    folder = marked.path
+    if marked.kind == "pretrain classification":
+        raise ValueError(
+            f"run {folder} pre-trained an encoder alone, so there is no model to evaluate; prefixmem train --encoder "
+            f"{folder / 'encoder'} trains one with it"
+        )
     if not (folder / MODEL).is_dir():
         raise FileNotFoundError(
-            f"run {folder} holds no {MODEL}/: it has not finished; prefixmem train --resume --out {folder}"
+            f"run {folder} holds no {MODEL}/: it has not finished; prefixmem {command_of(marked.kind)} --resume --out "
+            f"{folder} goes on with it"
         )
-    config = RunConfig(**read_options(folder / CONFIG))
+    options, inputs = read_run(folder / CONFIG)
+    config = located(RunConfig(**options), inputs, folder, DATA)
     data = load_data(config)
     model, tokenizer = load_model(folder / MODEL), load_tokenizer(str(folder / MODEL))
     vocabulary = SIDVocabulary.from_pretrained(folder / MODEL, tokenizer)
@@ -222,29 +222,6 @@ def stream_of(run: Run) -> tuple[SequenceStream, Callable]:
     batches = config.steps * config.accumulation * process_count()
     stream = SequenceStream(kinds, batches, batch_size=config.batch_size, seed=config.seed, pack=config.pack)
     return stream, partial(source_target_batch if encoder_decoder else causal_batch, pad=tokens.pad)
-
-
-def check_folder(config: RunConfig, out: Path, resume: bool) -> None:
-    file = out / CONFIG
-    if not resume:
-        if file.is_file():
-            raise ValueError(f"out = {out} holds a run already; --resume goes on with it, or give another folder")
-        return
-    if not file.is_file():
-        raise FileNotFoundError(f"out = {out} holds no run to resume; leave --resume out")
-    stored = RunConfig(**read_options(file))
-    changed = [name for name, value in config.to_dict().items() if getattr(stored, name) != value]
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"{name} = {getattr(config, name)!r}, and the run in {out} was started with {getattr(stored, name)!r}; a "
-            "resumed run keeps its options"
-        )
-
-
-def process_count() -> int:
-    """How many processes torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _check_processes(config: RunConfig) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
-import shutil
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +22,12 @@ from ...encoder import PrefixMem, SIDTransformer
 from ..data import Examples, Tokens
 from ..evaluation.teacher_forcing import teacher_forced
 from .arms import optimizer_for
-from .config import CONFIG, RunConfig, write_options
+from .config import RunConfig
+from .folder import RunFolder
 
-COMPLETE = "complete"  # a file in a checkpoint whose every other file has been written
+
+class DivergedError(ArithmeticError):
+    """A loss is not finite, so the run has stopped; the message gives the step and what to try."""
 
 
 class RecommenderTrainer(Trainer):
@@ -30,30 +35,43 @@ class RecommenderTrainer(Trainer):
 
     Args:
         config: options of the run.
+        folder: of the run; checkpoints go there.
+        quiet: show no progress.
         score: gives the loss and other figures of a model on the validation examples.
         options: of `Trainer`.
     """
 
-    def __init__(self, *, config: RunConfig, score: Callable[[nn.Module], dict[str, float]], **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        folder: RunFolder,
+        quiet: bool,
+        score: Callable[[nn.Module], dict[str, float]],
+        **options: Any,
+    ) -> None:
         super().__init__(optimizers=(optimizer_for(options["model"], config), None), **options)
-        self.config, self.score = config, score
+        self.config, self.folder, self.score = config, folder, score
         self._validating = 0.0  # seconds of this sitting
         self._before: float | None = None  # seconds of training in earlier ones
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        if not self.args.disable_tqdm:
-            self.add_callback(_Progress())
+        self.add_callback(_PlaceOfBest(folder.path))
+        if not quiet:
+            self.add_callback(_Progress() if sys.stderr.isatty() else _Lines())
         if config.patience:
             self.add_callback(EarlyStoppingCallback(config.patience))
 
-    def run(self, out: Path, resume: bool) -> dict[str, Any]:
-        """Write the options, train from the start or from the last complete checkpoint, and report."""
-        write_options(self.config, out / CONFIG)
+    def run(self) -> dict[str, Any]:
+        """Train from the last whole checkpoint, or from the start where there is none, and report."""
         self._started = time.perf_counter()
-        self.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
+        checkpoint = self.folder.last_checkpoint()
+        self._loaded_step = None
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return {
             "steps": self.state.global_step,
             "best_step": _best_step(self.state.log_history),
+            "model_step": self._loaded_step or self.state.global_step,
             "seconds": max((row.get("eval_seconds", 0.0) for row in self.state.log_history), default=0.0),
             "parameters": _parameters(self.model),
             **_curves(self.state.log_history),
@@ -71,28 +89,60 @@ class RecommenderTrainer(Trainer):
             self._before = max((row.get("eval_seconds", 0.0) for row in self.state.log_history), default=0.0)
         seconds = self._before + begun - self._started - self._validating
         scored = {"seconds": round(seconds, 1), **self.score(self.model)}
+        self._check_finite("validation loss", scored["loss"])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scored.items()}
         self._validating += time.perf_counter() - begun
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """Log figures; a training loss that is not finite stops the run before anything is saved of it."""
+        if "loss" in logs:
+            self._check_finite("training loss", logs["loss"])
+        super().log(logs, *args, **options)
+
+    def _check_finite(self, name: str, loss: float) -> None:
+        if not math.isfinite(loss):
+            rows = [row for row in self.state.log_history if "loss" in row]
+            before = f", after {rows[-1]['loss']:.4g} at step {rows[-1]['step']}" if rows else ""
+            rate = max(self.lr_scheduler.get_last_lr())
+            raise DivergedError(
+                f"the run diverged: at step {self.state.global_step} the {name} is {loss}{before}, at learning "
+                f"rates up to {rate:.3g}; try a lower learning_rate or encoder_lr_multiple, more warmup_steps, or a "
+                f"max_grad_norm of 1; what was saved before stays in {self.folder.path}"
+            )
+
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
-        super()._save_checkpoint(*args, **options)
         if self.is_world_process_zero():
-            (Path(self._get_output_dir(None)) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+            self.folder.begin_checkpoint(self.state.global_step)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(*args, **options)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            self.folder.end_checkpoint(self.state.global_step)
+            self.folder.rotate(self.state.best_model_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        problem = self.folder.problem_of(best)
+        if problem is None:
+            super()._load_best_model()
+            self._loaded_step = int(best.name.rpartition("-")[2])
+        else:
+            warnings.warn(f"{problem}; the last model is kept in place of the best one", stacklevel=2)
 
 
-def make_trainer(config: RunConfig, out: Path, quiet: bool, **options: Any) -> RecommenderTrainer:
+def make_trainer(config: RunConfig, folder: RunFolder, **options: Any) -> RecommenderTrainer:
     """A trainer by the options of a run.
 
     Args:
-        out: the folder of the run.
-        quiet: no progress bar.
-        options: of `RecommenderTrainer`, aside from `config` and `args`.
+        options: of `RecommenderTrainer`, aside from `config`, `folder` and `args`.
     """
     with _environment_of_precision(config.precision):
-        return RecommenderTrainer(config=config, args=_training_arguments(config, out, quiet), **options)
+        return RecommenderTrainer(
+            config=config, folder=folder, args=_training_arguments(config, folder.path), **options
+        )
 
 
 @contextmanager
@@ -112,7 +162,7 @@ def _environment_of_precision(precision: str) -> Iterator[None]:
             os.environ[name] = outside
 
 
-def _training_arguments(config: RunConfig, out: Path, quiet: bool) -> TrainingArguments:
+def _training_arguments(config: RunConfig, out: Path) -> TrainingArguments:
     """The options as transformers names them."""
     return TrainingArguments(
         str(out),
@@ -131,7 +181,7 @@ def _training_arguments(config: RunConfig, out: Path, quiet: bool) -> TrainingAr
         eval_steps=config.eval_every,
         save_strategy="steps",
         save_steps=config.eval_every,
-        save_total_limit=2,
+        logging_nan_inf_filter=False,  # it would log a loss that is not finite as 0
         load_best_model_at_end=config.keep_best,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -139,7 +189,7 @@ def _training_arguments(config: RunConfig, out: Path, quiet: bool) -> TrainingAr
         seed=config.seed,
         data_seed=config.seed,
         remove_unused_columns=False,
-        disable_tqdm=quiet,
+        disable_tqdm=True,
         dataloader_pin_memory=False,
         log_level_replica="error",
     )
@@ -154,6 +204,30 @@ class _Progress(ProgressCallback):
             self.training_bar.set_postfix(shown, refresh=False)
 
 
+class _Lines(TrainerCallback):
+    """A line for each validation, where there is no terminal to draw a bar on."""
+
+    def on_evaluate(self, args, state, control, metrics=None, **options) -> None:
+        if state.is_world_process_zero:
+            losses = [row["loss"] for row in state.log_history if "loss" in row]
+            training = f"training loss {losses[-1]:.3f}, " if losses else ""
+            line = (
+                f"step {state.global_step} of {state.max_steps}: {training}validation loss {metrics['eval_loss']:.3f}"
+            )
+            print(line, file=sys.stderr, flush=True)
+
+
+class _PlaceOfBest(TrainerCallback):
+    """Finds the best checkpoint again in a run's folder that has another name since."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_begin(self, args, state, control, **options) -> None:
+        if state.best_model_checkpoint is not None:
+            state.best_model_checkpoint = str(self.folder / Path(state.best_model_checkpoint).name)
+
+
 class StopAt(TrainerCallback):
     """Stops a run after some steps as a kill would, but between two of them; the schedule is that of the whole run."""
 
@@ -163,17 +237,6 @@ class StopAt(TrainerCallback):
     def on_step_end(self, args, state, control, **options):
         control.should_training_stop = state.global_step >= self.step
         return control
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is complete; those that a kill has cut short are removed."""
-    complete = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / COMPLETE).is_file():
-            complete.append(checkpoint)
-        elif checkpoint.is_dir():
-            shutil.rmtree(checkpoint)
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
 
 
 def score_examples(model: nn.Module, examples: Examples, tokens: Tokens) -> dict[str, float]:

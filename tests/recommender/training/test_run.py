@@ -17,7 +17,7 @@ from prefixmem_fast.encoder import SIDTransformer
 from prefixmem_fast.recommender.evaluation.teacher_forcing import teacher_forced
 from prefixmem_fast.recommender.training import classification
 from prefixmem_fast.recommender.training import run as runs
-from prefixmem_fast.recommender.training.trainer import COMPLETE, last_checkpoint
+from prefixmem_fast.recommender.training.folder import MARKER, RunFolder
 from tests.helpers.runs import TINY_T5, options
 
 train = runs.train
@@ -87,7 +87,7 @@ def test_five_kills_at_random_moments_change_nothing(tmp_path):
     for _ in range(20):
         if kills == 5:
             break
-        child = context.Process(target=_train_in_child, args=(config, out, (out / runs.CONFIG).is_file()))
+        child = context.Process(target=_train_in_child, args=(config, out, (out / MARKER).is_file()))
         child.start()
         seen = last_seen(out)
         while child.is_alive() and last_seen(out) <= seen + 2:  # some progress, then any moment
@@ -106,20 +106,7 @@ def test_five_kills_at_random_moments_change_nothing(tmp_path):
 
 
 def last_seen(out):
-    return max((int(path.parent.name[11:]) for path in out.glob(f"checkpoint-*/{COMPLETE}")), default=0)
-
-
-def test_a_checkpoint_cut_short_is_not_resumed_from(tmp_path):
-    config = options(tmp_path, steps=8, eval_every=4)
-    whole = train(config, tmp_path / "whole", quiet=True)
-    train(config, tmp_path / "cut", quiet=True, stop_at=4)
-    broken = tmp_path / "cut" / "checkpoint-6"
-    shutil.copytree(tmp_path / "cut" / "checkpoint-4", broken)
-    (broken / COMPLETE).unlink()
-    (broken / "optimizer.pt").write_bytes(b"half")
-    report = train(config, tmp_path / "cut", quiet=True, resume=True)
-    assert losses(report) == losses(whole)
-    assert last_checkpoint(tmp_path / "cut").endswith("checkpoint-8")
+    return max((int(path.name[11:]) for path in out.glob("checkpoint-*")), default=0)
 
 
 def test_early_stopping_and_the_best_model(tmp_path):
@@ -184,7 +171,7 @@ def test_wrong_options_stop_before_any_training(tmp_path):
     refused(tmp_path, "model = {'hidden_size': 3} has no model_type", model={"hidden_size": 3})
     refused(tmp_path, "transformers refuses its configuration", model={"model_type": "nothing"})
     refused(tmp_path, "model .*none.json is not there", error=FileNotFoundError, model=str(tmp_path / "none.json"))
-    refused(tmp_path, "holds no run to resume", error=FileNotFoundError, resume=True)
+    refused(tmp_path, "holds no run: run.json is not there", error=FileNotFoundError, resume=True)
     refused(tmp_path, "encoder .* is no folder|is no folder", error=FileNotFoundError, encoder=str(tmp_path / "no"))
     refused(tmp_path, "'interleaved' need the text", text=None, interleaved=1.0)
     refused(tmp_path, "active_levels", active_levels=[4])
@@ -199,7 +186,7 @@ def test_a_run_is_not_overwritten_and_keeps_its_options(tmp_path):
         train(config.replace(learning_rate=0.5), tmp_path / "run", quiet=True, resume=True)
     with pytest.raises(FileNotFoundError, match="has not finished"):
         runs.load_run(tmp_path / "run")
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"holds no run"):
         runs.load_run(tmp_path)
 
 
