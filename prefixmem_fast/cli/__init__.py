@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        _say(options.command, "interrupted")
+        goes_on = "; the same command with --resume goes on" if hasattr(options, "resume") else ""
+        _say(options.command, f"interrupted{goes_on}")
         return 130
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -293,11 +293,11 @@ def _unique_mapping(loader: Any, node: Any) -> dict[Any, Any]:
 
 def _are_inputs(inputs: Any) -> bool:
     """Whether `inputs` has the form that inputs.py writes."""
-    names = {"path", "absolute", "from_run", "sha256"}
+    forms = ({"path", "absolute", "from_run", "sha256"}, {"path", "revision"})
     return isinstance(inputs, dict) and all(
         isinstance(entries, list)
         and all(
-            isinstance(entry, dict) and set(entry) == names and all(isinstance(v, str) for v in entry.values())
+            isinstance(entry, dict) and set(entry) in forms and all(isinstance(v, str) for v in entry.values())
             for entry in entries
         )
         for entries in inputs.values()

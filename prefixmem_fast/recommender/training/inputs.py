@@ -47,12 +47,29 @@ def check_options(config: RunConfig, stored: RunConfig, inputs: dict[str, Any], 
         before = getattr(stored, name)
         if value == before:
             continue
-        digests = [entry["sha256"] for entry in inputs.get(name, [])]
+        digests = [entry.get("sha256") for entry in inputs.get(name, [])]
         places = _places(config, name)
         if digests and [_digest(place) for place in places] == digests:
             continue
         raise ValueError(
             f"{name} = {value!r}, and the run in {out} was started with {before!r}; a resumed run keeps its options"
+        )
+
+
+def check_revision(inputs: dict[str, Any], revision: str | None, name: str) -> None:
+    """Keep the revision of a model from a hub, or compare it with the one that is kept.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if revision is None:
+        return
+    entries = inputs.setdefault("model", [{"path": name, "revision": revision}])
+    before = entries[0].get("revision", revision)
+    if revision != before:
+        raise ValueError(
+            f"model = {name!r} has the revision {revision} now, and the run was started with {before}; bring that one "
+            "into the cache, or train anew"
         )
 
 
@@ -68,7 +85,7 @@ def located(config: RunConfig, inputs: dict[str, Any], out: Path, names: Sequenc
     """
     changes: dict[str, Any] = {}
     for name in names:
-        entries = inputs.get(name, [])
+        entries = [entry for entry in inputs.get(name, []) if "sha256" in entry]
         if entries:
             places = _places(config, name) if len(_places(config, name)) == len(entries) else [None] * len(entries)
             found = [_find(name, entry, given, out) for entry, given in zip(entries, places, strict=True)]

@@ -148,7 +148,7 @@ def train(
         examples = run.data.split.validation.last(config.max_items).sample(config.eval_users)
         trainer = make_trainer(
             config,
-            sitting.begin(),
+            sitting.begin(getattr(run.model.config, "_commit_hash", None)),
             quiet=quiet,
             model=run.model,
             train_dataset=stream,

@@ -11,7 +11,7 @@ from typing import Any
 from ..._files import write_file
 from .config import CONFIG, RunConfig, read_run, write_options
 from .folder import RunFolder, check_new
-from .inputs import check_options, check_outside, inputs_of, located
+from .inputs import check_options, check_outside, check_revision, inputs_of, located
 
 CURVES = "curves.json"
 
@@ -62,8 +62,16 @@ class Sitting:
             self.report = _read_report(self._folder.path / CURVES)
         self.config = located(self.config, self._inputs, self._folder.path)
 
-    def begin(self) -> RunFolder:
-        """The folder, ready for training: call it when all that can be wrong with the options has been checked."""
+    def begin(self, revision: str | None = None) -> RunFolder:
+        """The folder, ready for training: call it when all that can be wrong with the options has been checked.
+
+        Args:
+            revision: of the model, if it came from a hub.
+
+        Raises:
+            ValueError: the run was started with another revision.
+        """
+        check_revision(self._inputs, revision, str(self.config.model))
         if not is_first_process():
             self._folder = self._folder or RunFolder(self._out.resolve(), self._kind, "")
             return self._folder

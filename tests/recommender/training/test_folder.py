@@ -1,0 +1,185 @@
+"""The folder of a run: who may work in it, and what is removed from it."""
+
+import json
+import multiprocessing
+import shutil
+
+import pytest
+
+from prefixmem_fast.recommender.training import folder as folders
+from prefixmem_fast.recommender.training.folder import MARKER, RunFolder, check_new
+
+
+def write(folder, step, **files):
+    """A whole checkpoint of a run."""
+    folder.begin_checkpoint(step)
+    checkpoint = folder.path / f"checkpoint-{step}"
+    for name, content in (files or {"model": "weights", "optimizer": "state"}).items():
+        (checkpoint / name).write_text(content)
+    (checkpoint / "inner").mkdir()
+    (checkpoint / "inner" / "file").write_text("deep")
+    folder.end_checkpoint(step)
+    return checkpoint
+
+
+@pytest.fixture
+def run(tmp_path):
+    with RunFolder.start(tmp_path / "out", "train") as folder:
+        yield folder
+
+
+class TestStart:
+    @pytest.mark.parametrize("name", ["checkpoint-500", "model", "thesis.docx", ".hidden", "config.yaml"])
+    def test_what_holds_something_is_refused(self, tmp_path, name):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match=rf"is not empty: {name} is in it; give an empty or a new folder"):
+            RunFolder.start(tmp_path, "train")
+        assert [file.name for file in tmp_path.iterdir()] == [name]
+
+    def test_no_name_a_file_and_a_run(self, tmp_path, run):
+        with pytest.raises(ValueError, match="out = '' names no folder"):
+            RunFolder.start("", "train")
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(NotADirectoryError, match=r"file is no folder; give an empty or a new one"):
+            RunFolder.start(tmp_path / "file", "train")
+        with pytest.raises(NotADirectoryError, match="so .* cannot be made"):
+            check_new(tmp_path / "file" / "run")
+        with pytest.raises(ValueError, match="holds a run already; --resume"):
+            RunFolder.start(run.path, "train")
+
+    def test_an_empty_folder_and_a_link_to_one_will_do(self, tmp_path):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "link").symlink_to("empty")
+        RunFolder.start(tmp_path / "link", "train").close()
+        assert (tmp_path / "empty" / MARKER).is_file()
+
+    def test_of_two_at_once_one_is_refused(self, tmp_path, monkeypatch):
+        """Both have found the folder empty."""
+        monkeypatch.setattr(folders, "check_new", lambda path: None)
+        first = RunFolder.start(tmp_path / "out", "train")
+        with pytest.raises(ValueError, match="another run has just started"):
+            RunFolder.start(tmp_path / "out", "train")
+        assert RunFolder.read(tmp_path / "out").run == first.run
+        first.close()
+
+    def test_what_cannot_be_written(self):
+        with pytest.raises(OSError, match="nothing can be written to /proc"):
+            check_new("/proc/run")
+
+
+class TestResume:
+    def test_one_process_at_a_time(self, run):
+        with pytest.raises(ValueError, match="another process works in"):
+            RunFolder.resume(run.path, "train")
+        run.close()
+        with RunFolder.resume(run.path, "train") as again:
+            assert again.run == run.run
+            child = multiprocessing.get_context("spawn").Pool(1)
+            with child, pytest.raises(ValueError, match="another process works in"):
+                child.apply(RunFolder.resume, (run.path, "train"))
+
+    def test_by_the_command_that_started_it(self, tmp_path):
+        RunFolder.start(tmp_path, "pretrain lm").close()
+        with pytest.raises(ValueError, match="was started by prefixmem pretrain --method lm; go on with it by that"):
+            RunFolder.resume(tmp_path, "train")
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": "prefixmem run", "run": 3}', "[" * 100_000])
+    def test_a_damaged_mark(self, tmp_path, content):
+        (tmp_path / MARKER).write_text(content)
+        with pytest.raises(ValueError, match=r"run\.json is (not of prefixmem|damaged)"):
+            RunFolder.resume(tmp_path, "train")
+
+    def test_no_run(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"holds no run: run\.json is not there"):
+            RunFolder.read(tmp_path)
+
+
+class TestCheckpoints:
+    def test_rotation_keeps_the_newest_two_and_the_best(self, run):
+        for step in (2, 4, 6, 8, 10):
+            write(run, step)
+        run.rotate(best="elsewhere/checkpoint-4")
+        assert sorted(path.name for path in run.path.glob("checkpoint-*")) == [
+            "checkpoint-10",
+            "checkpoint-4",
+            "checkpoint-8",
+        ]
+
+    def test_what_others_have_put_there_stays(self, run, tmp_path):
+        others = [run.path / name for name in ("checkpoint-mine", "checkpoint-1", "checkpoint-3")]
+        for other in others[:2]:
+            other.mkdir()
+            (other / "thesis").write_text("x")
+        shutil.copytree(write(run, 2), others[2])  # of another run
+        marks = json.loads((others[2] / MARKER).read_text())
+        (others[2] / MARKER).write_text(json.dumps({**marks, "run": "another"}))
+        (run.path / "checkpoint-2" / "notes").write_text("of the user")
+        outside = shutil.copytree(run.path / "checkpoint-2", tmp_path / "outside")
+        (run.path / "checkpoint-0").symlink_to(outside)
+        for step in (4, 6, 8):
+            write(run, step)
+        run.rotate(best=None)
+        run.remove_unfinished()
+        for other in others[:2]:
+            assert (other / "thesis").read_text() == "x"
+        assert (others[2] / "model").is_file()
+        assert (outside / "model").is_file()
+        assert [file.name for file in (run.path / "checkpoint-2").iterdir()] == ["notes"]
+        assert not (run.path / "checkpoint-4").exists()
+
+    def test_a_name_that_is_taken(self, run):
+        (run.path / "checkpoint-2").mkdir()
+        with pytest.raises(ValueError, match="checkpoint-2 is there, and this run has not written it; move it away"):
+            run.begin_checkpoint(2)
+
+    def test_one_cut_short_is_removed_and_one_of_the_same_step_replaced(self, run):
+        write(run, 2, model="old")
+        run.begin_checkpoint(4)
+        (run.path / "checkpoint-4" / "optimizer").write_text("half")
+        assert run.last_checkpoint().name == "checkpoint-2"
+        run.remove_unfinished()
+        assert not (run.path / "checkpoint-4").exists()
+        write(run, 2, model="new")
+        assert (run.path / "checkpoint-2" / "model").read_text() == "new"
+        assert run.problem_of(run.path / "checkpoint-2") is None
+
+    @pytest.mark.parametrize(
+        ("damage", "problem"),
+        [
+            (lambda path: (path / "optimizer").unlink(), "checkpoint-4 lacks optimizer"),
+            (lambda path: (path / "inner" / "file").unlink(), "checkpoint-4 lacks inner/file"),
+            (lambda path: (path / "model").write_text("weigh"), "model has 5 bytes of 7"),
+            (lambda path: (path / "model").write_text("weightz"), "model is damaged: its SHA-256 is another"),
+        ],
+        ids=["lacks", "lacks-inner", "cut", "changed"],
+    )
+    def test_a_damaged_one_is_named_and_the_one_before_it_taken(self, run, damage, problem):
+        write(run, 2)
+        damage(write(run, 4))
+        with pytest.warns(UserWarning, match=rf"{problem}; going on from checkpoint-2"):
+            assert run.last_checkpoint().name == "checkpoint-2"
+        damage2 = run.path / "checkpoint-2" / "model"
+        damage2.unlink()
+        with pytest.raises(ValueError, match=rf"{problem}; .*checkpoint-2 lacks model; no sound checkpoint is left"):
+            run.last_checkpoint()
+
+    def test_none_yet(self, run):
+        assert run.last_checkpoint() is None
+
+
+def test_a_folder_gets_its_name_when_it_is_whole(run):
+    def killed(folder):
+        folder.mkdir()
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.place("model", killed)
+    assert not (run.path / "model").exists()
+    run.remove_unfinished()
+    assert [file.name for file in run.path.iterdir()] == [MARKER]
+    run.place("model", lambda folder: folder.mkdir())
+    (run.path / "model" / "notes").touch()
+    with pytest.raises(ValueError, match="model is there already; move it away"):
+        run.place("model", lambda folder: folder.mkdir())
+    assert (run.path / "model" / "notes").exists()
