@@ -42,7 +42,7 @@ class TestStart:
         (tmp_path / "file").write_text("x")
         with pytest.raises(NotADirectoryError, match=r"file is no folder; give an empty or a new one"):
             RunFolder.start(tmp_path / "file", "train")
-        with pytest.raises(NotADirectoryError, match="so .* cannot be made"):
+        with pytest.raises(NotADirectoryError, match=r"so .* cannot be made"):
             check_new(tmp_path / "file" / "run")
         with pytest.raises(ValueError, match="holds a run already; --resume"):
             RunFolder.start(run.path, "train")

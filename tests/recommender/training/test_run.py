@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import time
 
@@ -17,7 +16,8 @@ from prefixmem_fast.encoder import SIDTransformer
 from prefixmem_fast.recommender.evaluation.teacher_forcing import teacher_forced
 from prefixmem_fast.recommender.training import classification
 from prefixmem_fast.recommender.training import run as runs
-from prefixmem_fast.recommender.training.folder import MARKER, RunFolder
+from prefixmem_fast.recommender.training.folder import MARKER
+from prefixmem_fast.recommender.training.trainer import DivergedError
 from tests.helpers.runs import TINY_T5, options
 
 train = runs.train
@@ -106,7 +106,140 @@ def test_five_kills_at_random_moments_change_nothing(tmp_path):
 
 
 def last_seen(out):
-    return max((int(path.name[11:]) for path in out.glob("checkpoint-*")), default=0)
+    """The step of the newest whole checkpoint."""
+    marks = [path for path in out.glob(f"checkpoint-*/{MARKER}") if '"files"' in path.read_text()]
+    return max((int(path.parent.name[11:]) for path in marks), default=0)
+
+
+@pytest.mark.parametrize("damage", ["optimizer.pt", "rng_state.pth", "model.safetensors", "prefixmem/config.json"])
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_curves_stay(tmp_path, damage, cut):
+    config = options(tmp_path, steps=8, eval_every=2, memory_dropout=0.5)
+    whole = train(config, tmp_path / "whole", quiet=True)
+    train(config, tmp_path / "hurt", quiet=True, stop_at=6)
+    file = tmp_path / "hurt" / "checkpoint-6" / damage
+    content = file.read_bytes()
+    file.write_bytes(content[:-10]) if cut else file.unlink()
+    with pytest.warns(UserWarning, match=rf"checkpoint-6.*{damage}.*; going on from checkpoint-4"):
+        report = train(config, tmp_path / "hurt", quiet=True, resume=True)
+    assert losses(report) == losses(whole)
+    assert validations(report) == validations(whole)
+
+
+def test_no_sound_checkpoint_stops_a_resumed_run(tmp_path):
+    config = options(tmp_path)
+    train(config, tmp_path / "run", quiet=True, stop_at=4)
+    (tmp_path / "run" / "checkpoint-4" / "scheduler.pt").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-4 lacks scheduler\.pt; no sound checkpoint is left"):
+        train(config, tmp_path / "run", quiet=True, resume=True)
+
+
+OVERFITS = {"learning_rate": 1.0, "schedule": "constant", "warmup_steps": 4, "max_grad_norm": 0.0}
+
+
+def test_a_damaged_best_checkpoint_is_said(tmp_path):
+    config = options(tmp_path, steps=12, eval_every=2, **OVERFITS)
+    best = train(config, tmp_path / "whole", quiet=True)["best_step"]
+    assert best < 8  # the rotation has kept it
+    train(config, tmp_path / "run", quiet=True, stop_at=10)
+    (tmp_path / "run" / f"checkpoint-{best}" / "model.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match=rf"checkpoint-{best}.*; the last model is kept in place of the best one"):
+        report = train(config, tmp_path / "run", quiet=True, resume=True)
+    assert (report["best_step"], report["model_step"]) == (best, 12)
+
+
+def test_a_run_goes_on_in_a_folder_that_has_moved(tmp_path, monkeypatch):
+    """Its best checkpoint and its files are found, from another directory."""
+    config = options(tmp_path, steps=12, eval_every=2, **OVERFITS)
+    whole = train(config, tmp_path / "whole", quiet=True)
+    monkeypatch.chdir(tmp_path)
+    train(config, "run", quiet=True, stop_at=8)
+    (tmp_path / "away").mkdir()
+    (tmp_path / "run").rename(tmp_path / "away" / "again")
+    monkeypatch.chdir(tmp_path / "away")
+    report = train(config, "again", quiet=True, resume=True)
+    assert losses(report) == losses(whole)
+    assert report["model_step"] == report["best_step"] == whole["best_step"] < 8
+    weights = (tmp_path / place / "model" / "model.safetensors" for place in ("whole", "away/again"))
+    assert len({file.read_bytes() for file in weights}) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 1e9, "max_grad_norm": 0.0, "eval_every": 1}, "validation loss is nan, after"),
+        ({"learning_rate": 1e9, "max_grad_norm": 0.0, "eval_every": 8, "keep_best": False}, "training loss is nan"),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, changes, message):
+    config = options(tmp_path, warmup_steps=0, schedule="constant", **changes)
+    with pytest.raises(
+        DivergedError, match=rf"at step \d+ the {message}.*rates up to 5e\+09; try a lower learning_rate"
+    ):
+        train(config, tmp_path / "run", quiet=True)
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        history = json.loads((folder / "trainer_state.json").read_text(), parse_constant=pytest.fail)["log_history"]
+        assert all(row.get("loss", 1) > 0 for row in history)
+    assert not (tmp_path / "run" / runs.MODEL).exists()
+
+
+def test_a_finished_run_is_not_done_again(tmp_path, monkeypatch):
+    config = options(tmp_path)
+    report = train(config, tmp_path / "run", quiet=True)
+    written = (tmp_path / "run" / runs.MODEL / "model.safetensors").stat()
+    monkeypatch.setattr(runs, "prepare", pytest.fail)
+    assert train(config, tmp_path / "run", quiet=True, resume=True) == report
+    assert (tmp_path / "run" / runs.MODEL / "model.safetensors").stat() == written
+
+
+def test_a_kill_before_the_model_is_whole(tmp_path, monkeypatch):
+    config = options(tmp_path)
+    save = runs.save_model
+
+    def killed(run, folder):
+        save(run, folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "save_model", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / runs.MODEL).exists()
+    monkeypatch.setattr(runs, "save_model", save)
+    train(config, tmp_path / "run", quiet=True, resume=True)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"run.json", "config.yaml", "curves.json", "model", "checkpoint-4", "checkpoint-8"}
+
+
+def test_foreign_folders_stay(tmp_path):
+    config = options(tmp_path, steps=12, eval_every=2)
+    train(config, tmp_path / "run", quiet=True, stop_at=2)
+    mine = [tmp_path / "run" / name for name in ("checkpoint-500", "checkpoint-mine", "checkpoint-1", "notes")]
+    for folder in mine:
+        folder.mkdir()
+        (folder / "thesis").write_text("x")
+    train(config, tmp_path / "run", quiet=True, resume=True)
+    assert all((folder / "thesis").read_text() == "x" for folder in mine)
+
+
+def test_changed_data_are_refused(tmp_path):
+    config = options(tmp_path)
+    train(config, tmp_path / "run", quiet=True, stop_at=4)
+    train(config, tmp_path / "done", quiet=True)
+    index = tmp_path / "items.index.json"
+    codes = json.loads(index.read_text())
+    index.write_text(json.dumps(dict(zip(codes, [*list(codes.values())[1:], codes["item 0"]], strict=True))))
+    with pytest.raises(ValueError, match=r"items .* is not what the run in .* was trained with: its SHA-256 is"):
+        train(config, tmp_path / "run", quiet=True, resume=True)
+    with pytest.raises(ValueError, match=r"items .* is not what the run in .* was trained with: its SHA-256 is"):
+        runs.load_run(tmp_path / "done")
+
+
+def test_a_pre_training_run_is_not_evaluated(tmp_path):
+    classification.pretrain(options(tmp_path, model_options=None), tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match="pre-trained an encoder alone, so there is no model to evaluate"):
+        runs.load_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="was started by prefixmem pretrain --method classification"):
+        train(options(tmp_path, model_options=None), tmp_path / "run", quiet=True, resume=True)
 
 
 def test_early_stopping_and_the_best_model(tmp_path):
