@@ -185,6 +185,75 @@ def test_groups_of_a_baseline(tmp_path, flags, capsys):
     assert "unreachable, " in out
 
 
+def test_a_result_replaces_none_of_another_question(tmp_path, flags, capsys):
+    run(capsys, "train", *flags, *TINY_FLAGS, "--out", tmp_path / "run")
+    evaluate = functools.partial(run, capsys, "evaluate", "--run", tmp_path / "run")
+    assert evaluate()[0] == 0
+    full = (tmp_path / "run" / "test.json").read_text()
+    for more, name in (
+        (["--examples", 20], "test.examples-20"),
+        (["--search", "constrained"], "test.search-constrained"),
+        (["--beams", 4, "--examples", 20], "test.examples-20.beams-4"),
+        (["--part", "validation"], "validation"),
+        (["--examples", 80], "test"),  # all there are
+    ):
+        code, out, _ = evaluate(*more)
+        assert code == 0
+        assert out.splitlines()[-1] == f"written to {tmp_path / 'run' / name}.json"
+        assert (tmp_path / "run" / f"{name}.json").is_file()
+        assert (tmp_path / "run" / f"{name}.npz").is_file()
+        if name != "test":
+            assert (tmp_path / "run" / "test.json").read_text() == full
+    for more in ([], ["--examples", 20]):  # a baseline has results of both
+        assert evaluate("--baseline", tmp_path / "run", *more, "--search", "constrained")[0] == 0
+    assert "is of other examples" in evaluate("--baseline", tmp_path / "run", "--examples", 7)[2]
+
+
+def test_where_a_result_goes_is_checked_first(tmp_path, flags, capsys, monkeypatch):
+    run(capsys, "train", *flags, *TINY_FLAGS, "--out", tmp_path / "run")
+    assert run(capsys, "evaluate", "--run", tmp_path / "run", "--beams", 4, "--out", tmp_path / "results")[0] == 0
+    assert {file.name for file in (tmp_path / "results").iterdir()} == {"test.beams-4.json", "test.beams-4.npz"}
+    monkeypatch.setattr("prefixmem_fast.recommender.training.run.load_run", lambda _: pytest.fail("it was loaded"))
+    code, _, error = run(capsys, "evaluate", "--run", tmp_path / "run", "--out", "/proc/results")
+    assert code == 2
+    assert "nothing can be written to /proc" in error
+
+
+def test_runs_that_cannot_be_evaluated(tmp_path, flags, capsys):
+    run(capsys, "pretrain", *flags, "--out", tmp_path / "first")
+    code, _, error = run(capsys, "evaluate", "--run", tmp_path / "first")
+    assert code == 2
+    assert (
+        f"pre-trained an encoder alone, so there is no model to evaluate; prefixmem train --encoder {tmp_path}" in error
+    )
+    code, _, error = run(capsys, "train", "--resume", "--out", tmp_path / "first")
+    assert code == 2
+    assert "was started by prefixmem pretrain --method classification" in error
+
+
+def test_progress_off_a_terminal_is_lines(tmp_path, flags, capsys):
+    code, _, error = run(capsys, "train", *flags, *TINY_FLAGS, "--out", tmp_path / "run")
+    assert code == 0
+    assert [line.split(":")[0] for line in error.splitlines()] == ["step 4 of 8", "step 8 of 8"]
+    assert "\r" not in error
+    assert run(capsys, "train", *flags, *TINY_FLAGS, "--out", tmp_path / "quiet", "--json")[2] == ""
+
+
+def test_progress_on_a_terminal_is_a_bar(tmp_path, flags, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    error = run(capsys, "train", *flags, *TINY_FLAGS, "--out", tmp_path / "run")[2]
+    assert "8/8" in error
+    assert "step 4 of 8" not in error
+
+
+def test_a_diverged_run(tmp_path, flags, capsys):
+    rates = ["--learning-rate", "1e9", "--max-grad-norm", "0"]
+    code, out, error = run(capsys, "train", *flags, *TINY_FLAGS, *rates, "--out", tmp_path / "run", "--json")
+    assert (code, out) == (1, "")
+    assert error.count("\n") == 1
+    assert "the run diverged: at step" in error
+
+
 def test_bleu_of_a_run_with_text(tmp_path, flags, capsys):
     text = write_files(tmp_path)["text"]
     assert run(capsys, "train", *flags, *TINY_FLAGS, "--text", text, "--pairs", 1, "--out", tmp_path / "run")[0] == 0
@@ -242,15 +311,20 @@ def test_demo(tmp_path, capsys, monkeypatch):
     """The demo on a smaller catalogue; nothing of another owner is replaced."""
     monkeypatch.setattr("prefixmem_fast.recommender.training.run.synthetic", functools.partial(synthetic, 200, 150))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "demo" / "pretraining").mkdir(parents=True)  # an earlier demo that was interrupted
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "notes").touch()
     code, out, _ = run(capsys, "demo", "--steps", "24")
     assert code == 0
     for line in ("synthetic catalogue", "a third of the steps", "R@10", "training step, T = 200,000", "curves.png"):
         assert line in out
-    assert (tmp_path / "runs" / "demo" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    found = json.loads((tmp_path / "runs" / "demo" / "demo.json").read_text())
+    assert [file.name for file in (tmp_path / "runs" / "demo").iterdir()] == ["notes"]
+    assert (tmp_path / "runs" / "demo-2" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((tmp_path / "runs" / "demo-2" / "demo.json").read_text())
     assert found["data"] == "synthetic"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    assert run(capsys, "demo", "--out", "mine")[0] == 2
+    (tmp_path / "mine" / "pretraining").mkdir()
+    code, _, error = run(capsys, "demo", "--out", "mine")
+    assert code == 2
+    assert "is not empty" in error
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
