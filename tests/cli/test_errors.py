@@ -120,6 +120,7 @@ def test_wrong_arguments(capsys, arguments, message):
         ("stepz: 5", "option 'stepz' is unknown; steps is near"),
         ("grad: spares", "grad = 'spares'; allowed are dense, sparse, fused"),
         ("steps: 0", "steps = 0; give 1 or more"),
+        ("seed: 4294967296", "seed = 4294967296; give less than 2^32"),
         ("? [1]\n: 2", "neither YAML nor JSON"),
         ("a: " + "[" * 5000, "neither YAML nor JSON"),
         ("interactions: {}", "interactions = {}; a list of str or null was expected"),

@@ -150,6 +150,8 @@ class RunConfig:
             "seed",
         ):
             _at_least(self, name, 0)
+        if self.seed >= 1 << 32:
+            raise ValueError(f"seed = {self.seed}; give less than 2^32, as numpy's generators take")
         if self.muon_lr is not None:
             _at_least(self, "muon_lr", 0)
         if self.eval_users is not None:

@@ -1,4 +1,4 @@
-"""transformers' Trainer for next-item models: TF-L as its evaluation, and checkpoints that a kill cannot spoil."""
+"""transformers' Trainer for next-item models: TF-L as its evaluation, and checkpoints in the folder of a run."""
 
 from __future__ import annotations
 
