@@ -46,7 +46,7 @@ def prefix_length(codes: Tensor, codebook_sizes: tuple[int, ...]) -> Tensor:
     length = torch.zeros_like(codes[..., 0], dtype=torch.int64)
     alive = torch.ones_like(length, dtype=torch.bool)
     for code, size in zip(codes.unbind(-1), codebook_sizes, strict=True):
-        alive = alive & (code >= 0) & (code < size)
+        alive = alive & (code >= 0) & (code.long() < size)  # a size may not fit the dtype of the codes
         length = length + alive
     return length
 

@@ -1,4 +1,4 @@
-"""A third implementation, in Python integers and float64 loops, that shares nothing with the others but the primes.
+"""A third implementation, in Python integers and float64, that shares nothing with the others but the primes.
 
 It reads only what `AddressSpec.to_dict()` writes out, so it also shows that the JSON alone determines every row.
 `prefixmem verify` and the tests hold the reference and the kernels against it. It takes seconds where the others take
@@ -7,6 +7,7 @@ microseconds.
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -105,3 +106,62 @@ def token_memory(
                 memory = prefix_memory(np.array([codes]), weight, spec)[0]
                 out[b, t] = memory[spec["active_levels"].index(level)]
     return out
+
+
+def updated_row(
+    rule: str, w: np.ndarray, g: np.ndarray, state: dict[str, Any], step: int, numbers: dict[str, Any]
+) -> tuple[np.ndarray, dict[str, Any], np.ndarray]:
+    """One row of a table after one step of its optimizer, in float64.
+
+    Args:
+        rule: a name of `operation.rules.RULES`.
+        w, g: the row and the sum of its gradients, ``[w]``.
+        state: of the row before; without "exp_avg" where none is kept.
+        step: counts this step already.
+        numbers: lr, weight_decay, and as the rule needs them eps and betas.
+
+    Returns:
+        the row, its state, and what the errors of rounding are in proportion to, ``[w]``.
+    """
+    lr = numbers["lr"]
+    size = np.abs(w)
+    w = w - lr * numbers["weight_decay"] * w
+    if rule == "sgd":
+        return w - lr * g, {}, size + np.abs(lr * g)
+    if rule == "row_adagrad":
+        total = state["sum"] + sum(x * x for x in g.tolist()) / len(g)
+        move = lr * g / (np.sqrt(total) + numbers["eps"])
+        return w - move, {"sum": total}, size + np.abs(move)
+    beta1, beta2 = numbers["betas"]
+    new = {}
+    mean, largest = g, np.abs(g)
+    if "exp_avg" in state:
+        new["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * g
+        mean = new["exp_avg"] / (1 - beta1**step)
+        largest = (beta1 * np.abs(state["exp_avg"]) + (1 - beta1) * np.abs(g)) / (1 - beta1**step)
+    squares = g * g if rule == "lazy_adam" else sum(x * x for x in g.tolist()) / len(g)
+    new["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * squares
+    divisor = np.sqrt(new["exp_avg_sq"] / (1 - beta2**step)) + numbers["eps"]
+    return w - lr * mean / divisor, new, size + lr * largest / divisor
+
+
+def random_bits(seed: int, step: int, row: int, width: int) -> list[int]:
+    """What stochastic rounding adds to the columns of a row: 16 bits each."""
+    word = 0xFFFFFFFF
+
+    def mix(x: int) -> int:
+        for shift, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97)):
+            x = ((x ^ x >> shift) * factor) & word
+        return x ^ x >> 15
+
+    key = 0
+    for part in (seed & word, seed >> 32, step & word, row & word, row >> 32):
+        key = mix(key ^ part)
+    pairs = [mix(key + pair * 0x9E3779B9 & word) for pair in range(1, (width + 1) // 2 + 1)]
+    return [half for pair in pairs for half in (pair & 0xFFFF, pair >> 16)][:width]
+
+
+def stochastic_bfloat16(value: float, bits: int) -> float:
+    """The bfloat16 below or above a float32, by 16 random bits."""
+    (pattern,) = struct.unpack("<I", struct.pack("<f", value))
+    return struct.unpack("<f", struct.pack("<I", (pattern + bits) >> 16 << 16))[0]

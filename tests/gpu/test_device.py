@@ -17,7 +17,7 @@ from prefixmem_fast import (
     prefix_rows,
     token_memory,
 )
-from prefixmem_fast.checks.parity import exact_sums
+from prefixmem_fast.checks.report import exact_sums
 from prefixmem_fast.operation import reference
 
 PAPER = AddressSpec((2048,) * 5, table_rows=200_000, active_levels=(3, 4))

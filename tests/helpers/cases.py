@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 
-from prefixmem_fast.checks.parity import exact_sums, random_tokens
+from prefixmem_fast.checks.cases import random_tokens
+from prefixmem_fast.checks.report import exact_sums
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MODES = ["prefix", "suffix", "full"]

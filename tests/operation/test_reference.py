@@ -12,7 +12,7 @@ from prefixmem_fast import AddressSpec, prefix_memory, prefix_rows, token_memory
 from prefixmem_fast.addressing import TokenStream
 from prefixmem_fast.checks import oracle
 from prefixmem_fast.operation import reference
-from tests.helpers.cases import slow
+from tests.helpers.cases import BACKENDS, slow
 from tests.helpers.strategies import codes_for, specs
 
 # "auto" would take the fast path of the CPU.
@@ -65,6 +65,24 @@ def test_any_leading_shape(shape):
     assert prefix_rows(codes, spec).shape == (*shape, 3, 4, 4)
     flat = prefix_memory(codes.reshape(-1, 3), weight, spec)
     assert torch.equal(memory.reshape(-1, 2, 8), flat)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.int16, 66_298), (torch.int16, 1 << 16), (torch.int32, 3 << 30)])
+def test_a_codebook_larger_than_the_dtype_of_the_codes(dtype, size, backend):
+    """Its size, cut to that dtype, would end prefixes that go on."""
+    spec = AddressSpec((size, size), table_rows=64, heads=2, max_order=2)
+    largest = torch.iinfo(dtype).max
+    codes = torch.tensor([[5, largest], [largest, 7], [largest, largest], [-1, 3]], dtype=dtype)
+    rows = prefix_rows(codes, spec, backend=backend)
+    assert torch.equal(rows, torch.from_numpy(oracle.prefix_rows(codes.numpy(), spec.to_dict())))
+    weight = torch.randn(spec.total_rows, 4, requires_grad=True)
+    for options in ({"grad": "sparse"}, {"deterministic": True}, {}):
+        S = prefix_memory(codes, weight, spec, backend=backend, **options)
+        assert torch.equal(S, prefix_memory(codes.long(), weight, spec, backend="reference"))
+        (found,) = torch.autograd.grad(S, weight, torch.ones_like(S))
+        touched = torch.zeros(spec.total_rows).index_fill_(0, rows[rows >= 0].unique(), 1.0)
+        assert torch.equal((found.to_dense() != 0).any(1).float(), touched)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
