@@ -9,11 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .._dtypes import accumulator
 from ..operation.backends import choose_backend, functions_of
 from ..operation.interface import PrefixState
 from ..sid import SIDVocabulary
 from .prefixmem import PrefixMem
+
+_ID_DTYPES = (torch.int32, torch.int64)
 
 
 class DecodingState:
@@ -27,13 +30,13 @@ class DecodingState:
         batch: number of sequences B.
 
     Raises:
-        ValueError: the vocabulary's codebooks are not the encoder's, or `batch` is negative.
+        TypeError, ValueError: the vocabulary's codebooks are not the encoder's, or `batch` is no number of sequences.
     """
 
     def __init__(self, encoder: PrefixMem, vocabulary: SIDVocabulary, batch: int) -> None:
         spec, weight = encoder.config.spec, encoder.memory.weight
         vocabulary.check_codebooks(spec)
-        if batch < 0:
+        if _checks.integer("batch", batch) < 0:
             raise ValueError(f"batch = {batch} is negative; give the number of sequences")
         self.encoder, self.vocabulary = encoder, vocabulary
         self._table = vocabulary.token_table(weight.device)
@@ -65,7 +68,8 @@ class DecodingState:
     @torch.no_grad()
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Read a prompt ``[B, T]`` from its beginning; returns m of its tokens, ``[B, T, hidden_size]``."""
-        if input_ids.dim() != 2 or len(input_ids) != len(self.level):
+        _checks.tensor("input_ids", input_ids, _ID_DTYPES, 2, "[B, T]")
+        if len(input_ids) != len(self.level):
             raise ValueError(
                 f"input_ids has shape {tuple(input_ids.shape)}; give a prompt a sequence, [{len(self.level)}, T]"
             )
@@ -80,6 +84,7 @@ class DecodingState:
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token of each sequence, ``[B]``; returns its m, ``[B, hidden_size]``."""
+        _checks.tensor("tokens", tokens, _ID_DTYPES, 1, "[B]")
         if tokens.shape != self.level.shape:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; give one token a sequence, [{len(self.level)}]")
         return self.encoder.out_proj(self._step(tokens))
@@ -90,6 +95,7 @@ class DecodingState:
 
     def reorder(self, beams: Tensor) -> None:
         """Follow a beam search: sequence i goes on from sequence ``beams[i]``; another length changes the batch."""
+        _checks.tensor("beams", beams, _ID_DTYPES, 1, "[B]")
         moved = PrefixState(
             codes=self._state.codes.index_select(1, beams),
             level=self._state.level.index_select(1, beams),

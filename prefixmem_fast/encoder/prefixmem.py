@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..sid import SIDVocabulary
 from .config import PrefixMemConfig
 from .memory import PrefixMemory, check_config
-from .projection import OutputProjection
+from .projection import OutputProjection, last_tokens
 from .saving import load_encoder, save_encoder
 
 
@@ -153,9 +153,12 @@ class PrefixMem(nn.Module):
         Returns:
             ``[B, T, hidden_size]``, or the last `new_tokens` of them; zero at text, at inactive levels and at tokens
             of broken SIDs.
+
+        Raises:
+            TypeError, ValueError: an argument is not as stated, or `new_tokens` is not one of 0 .. T.
         """
         S = self.memory.read_tokens(input_ids, vocabulary, segment_ids)
-        return self.out_proj(self._drop(S if new_tokens is None else S[:, S.shape[1] - new_tokens :]))
+        return self.out_proj(self._drop(S if new_tokens is None else last_tokens(S, new_tokens)))
 
     def _drop(self, S: Tensor) -> Tensor:
         if not self.training or not self.dropout:

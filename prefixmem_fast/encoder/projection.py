@@ -1,10 +1,10 @@
-"""W_out, from the memory to the width of the model's embeddings."""
+"""W_out, from the memory to the width of the model's embeddings, and which tokens it is needed for."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class OutputProjection(nn.Linear):
@@ -16,3 +16,14 @@ class OutputProjection(nn.Linear):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.init_std)
+
+
+def last_tokens(x: Tensor, count: int) -> Tensor:
+    """The last `count` of ``[B, T, d]``.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if not 0 <= count <= x.shape[1]:
+        raise ValueError(f"new_tokens = {count}; input_ids has {x.shape[1]} tokens, so give 0..{x.shape[1]}")
+    return x[:, x.shape[1] - count :]

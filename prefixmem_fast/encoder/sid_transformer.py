@@ -18,7 +18,7 @@ from .. import _checks
 from ..addressing import AddressSpec, TokenStream, prefix_length, token_codes
 from ..operation.functions import check_codes, check_stream
 from ..sid import SIDVocabulary
-from .projection import OutputProjection
+from .projection import OutputProjection, last_tokens
 from .saving import load_encoder, save_encoder
 
 
@@ -160,7 +160,7 @@ class SIDTransformer(nn.Module):
         out = encoded.new_zeros(level.numel(), self.config.hidden_size)
         out[inside] = encoded[sid[inside], level.flatten()[inside] - 1]
         out = out.view(*level.shape, self.config.hidden_size)
-        return out if new_tokens is None else out[:, out.shape[1] - new_tokens :]
+        return out if new_tokens is None else last_tokens(out, new_tokens)
 
     def save_pretrained(
         self, path: str | Path, vocabulary: SIDVocabulary | None = None, *, max_shard_size: int | str = "2GB"

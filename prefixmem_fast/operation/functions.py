@@ -174,4 +174,7 @@ def _check_weight(weight: Tensor, spec: AddressSpec) -> None:
     if weight.shape[0] != spec.total_rows or weight.shape[1] < 1:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; the spec needs [{spec.total_rows}, w] with w >= 1")
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(weight).tangent is not None:
-        raise NotImplementedError("weight carries a forward-mode tangent; use reverse mode, or torch.func.vjp")
+        raise NotImplementedError(
+            "weight carries a forward-mode tangent, and there is no forward mode; differentiate by backward() or "
+            "torch.autograd.grad"
+        )

@@ -79,7 +79,7 @@ def _check_one_process(grad: str) -> None:
 
 def _check_fusible(weight: Tensor) -> None:
     if not weight.is_leaf:
-        raise RuntimeError('grad="fused" updates a parameter, and weight was computed from one; use grad="sparse"')
+        raise RuntimeError('grad="fused" updates a parameter, and weight was computed from one; use grad="dense"')
     _optimizer_of(weight)
     kind = weight.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:

@@ -1,4 +1,5 @@
 import json
+import pkgutil
 import platform
 
 import pytest
@@ -50,6 +51,13 @@ def test_verify(capsys, cases):
     assert all(0 <= worst["of_bound"] <= 1 for worst in report["worst"].values())
 
 
+@pytest.mark.slow
+def test_verify_of_many_cases(capsys):
+    """As many as rare combinations need, such as codes of a dtype that cannot count their codebook."""
+    code, report = run_json(capsys, "verify", "--cases", "250", "--backend", "cpu")
+    assert (code, report["mismatches"]) == (0, [])
+
+
 def test_verify_is_reproducible(capsys):
     assert run_json(capsys, "verify", "--cases", "3", "--backend", "reference") == run_json(
         capsys, "verify", "--cases", "3", "--backend", "reference"
@@ -87,6 +95,55 @@ def test_verify_finds_a_fault_of_the_reference(capsys, monkeypatch):
     code, report = run_json(capsys, "verify", "--cases", "4", "--backend", "reference")
     assert code == 1
     assert any("against the oracle" in mismatch for mismatch in report["mismatches"])
+
+
+FAULTS = {
+    "rules: the sum in place of the mean": (
+        "operation.rules.RULES",
+        lambda rules: {**rules, "row_adagrad": rules["row_adagrad"]._replace(update=_of_larger_gradient)},
+        "RowWiseAdagrad",
+    ),
+    "rules: decay": ("operation.rules.decay", lambda decay: lambda w, hyper: w, "rows: outside of what rounding"),
+    "rounding": (
+        "operation.rules.random_bits",
+        lambda bits: lambda *arguments: bits(*arguments) ^ 0xFFFF,
+        "torch.bfloat16",
+    ),
+    "decoding: beams": (
+        "encoder.decoding.DecodingState.reorder",
+        lambda reorder: lambda self, beams: reorder(self, beams.flip(0)),
+        "level after a step",
+    ),
+    "decoding: prompt": (
+        "encoder.decoding.DecodingState.prefill",
+        lambda prefill: lambda self, ids: self.encoder.encode_tokens(ids, self.vocabulary),
+        "level after the prompt",
+    ),
+    "trie": (
+        "sid.trie.SIDTrie.is_leaf",
+        lambda leaf: lambda self, nodes: leaf(self, nodes + 1),
+        "tokens that the items",
+    ),
+    "search": ("sid.trie.SIDTrie.items_of", lambda items: lambda self, nodes: items(self, nodes.flip(0)), "items of a"),
+}
+
+
+def _of_larger_gradient(w, g, s, hyper):
+    from prefixmem_fast.operation.rules import row_adagrad
+
+    return row_adagrad(w, g * g.shape[1] ** 0.5, s, hyper)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_verify_finds_faults_around_the_operation(capsys, monkeypatch, fault):
+    """Of the definitions themselves, which every backend shares with the reference."""
+    where, change, message = FAULTS[fault]
+    module, _, name = f"prefixmem_fast.{where}".rpartition(".")
+    owner = pkgutil.resolve_name(module)
+    monkeypatch.setattr(owner, name, change(getattr(owner, name)))
+    code, report = run_json(capsys, "verify", "--backend", "reference", "--cases", "16")
+    assert code == 1
+    assert any(message in mismatch for mismatch in report["mismatches"])
 
 
 @pytest.mark.parametrize(

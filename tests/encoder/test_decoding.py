@@ -75,6 +75,17 @@ def test_decoding_state_errors_and_batch_changes():
         state.step(torch.tensor([5, 6]))
     with pytest.raises(ValueError, match="batch = -1 is negative"):
         DecodingState(one, vocabulary(), -1)
+    for call, message in (
+        (lambda: state.step(torch.tensor([5.0])), "tokens has dtype torch.float32"),
+        (lambda: state.prefill(torch.tensor([[5.0]])), "input_ids has dtype torch.float32"),
+        (lambda: state.reorder(torch.tensor([0.0])), "beams has dtype torch.float32"),
+        (lambda: DecodingState(one, vocabulary(), 2.0), "batch = 2.0 is not an integer"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    two = DecodingState(one, vocabulary(), 2)
+    with pytest.raises(ValueError, match=r"input_ids has shape \(1, 3\); give a prompt a sequence, \[2, T\]"):
+        two.prefill(torch.tensor([sid(1, 3, 4)]))  # it would be read as that of both
     state.reorder(torch.zeros(4, dtype=torch.int64))
     m = state.step(torch.tensor([sid(1, 3, 4)[2]] * 4))
     torch.testing.assert_close(m, one.encode_tokens(torch.tensor([sid(1, 3, 4)] * 4), vocabulary())[:, 2])

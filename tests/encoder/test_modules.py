@@ -48,6 +48,15 @@ def test_encode_tokens():
     assert not packed[0, 1:5].any(), "the SID is cut by a segment"
 
 
+@pytest.mark.parametrize("count", [-1, 12, 50])
+def test_more_new_tokens_than_there_are(count):
+    ids = torch.zeros(1, 11, dtype=torch.int64)
+    encoder = PrefixMem(CONFIG)
+    with pytest.raises(ValueError, match=rf"new_tokens = {count}; input_ids has 11 tokens, so give 0\.\.11"):
+        encoder.encode_tokens(ids, VOCABULARY, new_tokens=count)
+    assert [encoder.encode_tokens(ids, VOCABULARY, new_tokens=n).shape[1] for n in (0, 11)] == [0, 11]
+
+
 def test_encode_tokens_refuses_another_vocabulary():
     other = SIDVocabulary.from_table({0: (1, 0)}, (8, 8))
     with pytest.raises(ValueError, match="codebook_sizes"):

@@ -99,7 +99,7 @@ def test_double_backward_is_the_forward():
 def test_forward_mode_is_refused():
     """torch's custom operators drop tangents without a word."""
     w = weight().detach()
-    message = "forward-mode tangent; use reverse mode"
+    message = "forward-mode tangent, and there is no forward mode; differentiate by backward"
     bad(lambda: torch.func.jvp(lambda w: prefix_memory(codes(), w, SPEC), (w,), (w,)), NotImplementedError, message)
     bad(lambda: torch.func.jvp(lambda w: token_memory(IDS, TABLE, w, SPEC), (w,), (w,)), NotImplementedError, message)
 
