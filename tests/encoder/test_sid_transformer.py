@@ -112,7 +112,7 @@ def test_later_codes_change_nothing_before(one, other, kept):
     module = known()
     codes = torch.tensor([one, [*one[:kept], *other[kept:]]])
     first, second = module(codes)
-    assert torch.equal(first[:kept], second[:kept])
+    torch.testing.assert_close(first[:kept], second[:kept])  # some processors round the rows of one product differently
 
 
 def test_a_later_output_knows_the_codes_before():
@@ -130,7 +130,7 @@ def test_zero_from_an_invalid_code_on(place, wrong, codes):
     broken[place] = wrong
     m, whole = module(torch.tensor([broken, codes]))
     assert not m[place:].any()
-    assert torch.equal(m[:place], whole[:place])
+    torch.testing.assert_close(m[:place], whole[:place])
     assert all(row.any() for row in whole)
 
 
