@@ -113,9 +113,7 @@ class TestTokensOfAnotherCatalogue:
         return save
 
     def test_one_that_lacks_tokens(self, saved, tmp_path):
-        with pytest.raises(
-            ValueError, match=r"has 6 of the 18 tokens of the index, such as <a_0>, not <a_2>.*--token"
-        ):
+        with pytest.raises(ValueError, match=r"has 6 of the 18 tokens of the index, such as <a_0>, not <a_2>.*--token"):
             build(options(tmp_path, tokenizer=saved((2, 2, 2))))
 
     def test_one_with_larger_codebooks(self, saved, tmp_path):
