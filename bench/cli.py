@@ -29,7 +29,6 @@ import torch
 from tqdm import tqdm
 
 from prefixmem_fast._files import write_file
-from prefixmem_fast._triton import interpreting
 
 from . import compare, plots, scale
 from .clocks import DeviceClock, HostClock
@@ -176,6 +175,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _traffic(options: argparse.Namespace) -> int:
+    from prefixmem_fast._triton import interpreting  # `compare` runs this file on libraries that may be older
+
     if not interpreting():  # triton reads the variable when it is imported, which has happened
         command = [sys.executable, "-m", "prefixmem_fast.cli", "bench", "traffic", *["--json"] * options.json]
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode

@@ -40,8 +40,8 @@ def input_file(what: str, path: str | Path, suffixes: Sequence[str]) -> Path:
     path, kinds = Path(path), f"{', '.join(suffixes[:-1])} or {suffixes[-1]}" if len(suffixes) > 1 else suffixes[0]
     try:
         exists, folder, regular = path.exists(), path.is_dir(), path.is_file()
-    except ValueError:  # a name with a null character
-        raise ValueError(f"{what} {shown(str(path))} is no file name; give a {kinds} file") from None
+    except (OSError, ValueError) as error:  # a name that is too long, or has a null character in it
+        raise ValueError(f"{what} {shown(str(path))}: {clipped(error, 100)}; give a {kinds} file") from None
     if not exists:
         raise FileNotFoundError(f"{what} {path} is not there; give a {kinds} file")
     if folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -145,8 +146,19 @@ class Catalogue:
 
 
 def _read_npy(path: Path) -> Tensor:
-    # Mapped, not read: a header that promises more than the file holds is refused before anything is allocated.
-    return torch.from_numpy(np.array(np.load(path, allow_pickle=False, mmap_mode="r")))
+    """An array whose header agrees with its file: numpy would allocate, or divide by, whatever a damaged one says."""
+    with path.open("rb") as file:
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        version = np.lib.format.read_magic(file)
+        if version not in readers:
+            raise ValueError(f"it is of format {version}; integers [items, L] in format 1.0 or 2.0 were expected")
+        shape, _, kind = readers[version](file)
+        if kind.kind not in "iu":
+            raise ValueError(f"it holds {kind}; integers [items, L] were expected")
+        left = path.stat().st_size - file.tell()
+    if min(shape, default=0) < 1 or math.prod(shape) * kind.itemsize > left:
+        raise ValueError(f"its header says {shown(shape)} numbers of {kind}, and {left} bytes follow")
+    return torch.from_numpy(np.load(path, allow_pickle=False))
 
 
 def _read_pt(path: Path) -> Any:
@@ -161,5 +173,5 @@ def _check_size(codes: Tensor, path: Path) -> None:
     if codes.layout != torch.strided or codes.is_nested or codes.is_meta:
         raise ValueError("it holds no dense tensor; integers [items, L] were expected")
     size = path.stat().st_size
-    if codes.numel() * codes.element_size() > size:
+    if not codes.numel() or codes.numel() * codes.element_size() > size:
         raise ValueError(f"its tensor has shape {tuple(codes.shape)}, and the file only {size} bytes")

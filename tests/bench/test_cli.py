@@ -231,6 +231,6 @@ def test_traffic_is_counted_by_a_process_that_interprets(monkeypatch, capsys):
         assert env["TRITON_INTERPRET"] == "1"
         return subprocess.CompletedProcess(command, 7)
 
-    monkeypatch.setattr("bench.cli.interpreting", lambda: False)
+    monkeypatch.setattr("prefixmem_fast._triton.interpreting", lambda: False)
     monkeypatch.setattr("bench.cli.subprocess.run", run)
     assert main(["traffic", "--json"]) == 7

@@ -97,6 +97,13 @@ def test_a_pipe_and_a_folder_are_not_opened(suffix, tmp_path):
         Catalogue.load(tmp_path / f"folder.{suffix}")
 
 
+@pytest.mark.parametrize("name", ["long" * 5000 + ".json"])
+def test_what_is_no_file_name(name, tmp_path):
+    with pytest.raises(ValueError, match=r"index .*; give a \.json, \.npy or \.pt file") as error:
+        Catalogue.load(tmp_path / name)
+    assert len(str(error.value)) < 1000
+
+
 def test_capitals_in_a_suffix(tmp_path):
     (tmp_path / "INDEX.JSON").write_text(json.dumps(INDEX))
     assert Catalogue.load(tmp_path / "INDEX.JSON").items == ("7", "x", "9")
@@ -121,8 +128,15 @@ def test_files_that_promise_more_than_they_hold(tmp_path):
     torch.save(torch.zeros(3, 3, dtype=torch.int64).to_sparse(), tmp_path / "b.pt")
     with pytest.raises(ValueError, match="it holds no dense tensor"):
         Catalogue.load(tmp_path / "b.pt")
-    with (tmp_path / "c.npy").open("wb") as file:
-        header = {"descr": "<i8", "fortran_order": False, "shape": (10**12, 1)}
-        np.lib.format.write_array_header_1_0(file, header)
-    with pytest.raises(ValueError, match=r"index .*c\.npy"):
-        Catalogue.load(tmp_path / "c.npy")
+    for shape, kind in (
+        ((10**12, 1), "<i8"),
+        ((10**12, 0), "<i8"),
+        ((2**62,), "|V0"),
+        ((-1,), "|V0"),
+        ((10**12, 1), "<f8"),
+    ):
+        with (tmp_path / "c.npy").open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
+            file.write(bytes(8))
+        with pytest.raises(ValueError, match=r"index .*c\.npy"):
+            Catalogue.load(tmp_path / "c.npy")
