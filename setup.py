@@ -1,8 +1,23 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
+
+
+def as_shown_elsewhere(text: str) -> str:
+    """The README where packages are shown: the files that it links to are not there, so their names stand as text."""
+
+    def replace(link: re.Match) -> str:
+        picture, words, target = link.groups()
+        if target.startswith(("http:", "https:", "#")):
+            return link[0]
+        return f"*Picture: {words} ({target}).*" if picture else f"{words} ({target})" if words != target else words
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", replace, text)
+
+
 version = next(
     line.split('"')[1]
     for line in (here / "prefixmem_fast" / "_version.py").read_text().splitlines()
@@ -15,7 +30,7 @@ setup(
     name="prefixmem_fast",
     version=version,
     description="Fused Triton kernels, autograd operators and modules for PrefixMem, an encoder for Semantic IDs",
-    long_description=(here / "README.md").read_text(),
+    long_description=as_shown_elsewhere((here / "README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=[

@@ -1,11 +1,12 @@
 """Benchmarks of prefixmem_fast on this machine: run them, report them, compare two runs or two revisions.
 
     python -m bench list
-    python -m bench run [names] [--set codes=hot sids=4096] [--seconds 300]
-    python -m bench report bench/results/<machine>.jsonl
+    python -m bench run [names] [--set codes=hot sids=4096] [--seconds 300] [--report]
+    python -m bench report runs/bench/<machine>.jsonl
     python -m bench compare before.jsonl after.jsonl
     python -m bench compare main HEAD --names training
     python -m bench scale --items 1e9
+    python -m bench traffic
     python -m bench quality --help
 
 `prefixmem bench` is the same command.
@@ -16,6 +17,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +40,10 @@ from .rows import append_rows, describe, latest, read_rows
 from .run import Planned, plan
 from .run import run as run_workload
 
+ACTIONS = ("list", "run", "report", "compare", "scale", "traffic", "quality")
+# Git ignores it; rows that are to be committed go to --out bench/results/<machine>.jsonl.
+RUNS = Path("runs/bench")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -53,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="list|run|report|compare|scale|quality")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(ACTIONS))
 
     def add(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> Callable:
         action = actions.add_parser(name, help=summary.replace("%", "%%"), description=summary, allow_abbrev=False)
@@ -65,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option = add("run", _run, "Measure, print tables, and append a row for each figure.")
     option("names", nargs="*", metavar="name", help="benchmarks (default: all)")
     _add_selection(option)
-    option("--out", type=Path, help="file of rows (default: bench/results/<machine>.jsonl)")
-    option("--seconds", type=float, help="start no further workload after so many")
+    option("--out", type=Path, help=f"file of rows (default: {RUNS}/<machine>.jsonl)")
+    option("--seconds", type=float, help="begin nothing new after so many, and say what was left out")
     option("--share", type=float, default=0.5, help="seconds a provider and workload (default: %(default)s)")
     option("--no-counts", action="store_true", help="times alone, no memory and no launches")
     option("--report", action="store_true", help="then write tables and plots, as `report` does")
@@ -79,7 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("b", metavar="B", help="the same of the other")
     _add_selection(option)
     option("--names", nargs="+", default=["training-sweep"], help="benchmarks to run on two revisions")
-    option("--rounds", type=int, default=3, help="runs of each revision, in turns (default: %(default)s)")
+    option(
+        "--rounds",
+        type=int,
+        default=3,
+        help="runs of each revision, in turns; a verdict takes three (default: %(default)s)",
+    )
+    add("traffic", _traffic, "Count the bytes of each kernel in Triton's interpreter, in five minutes or more.")
     scale.add_arguments(add("scale", scale.run, "What a catalogue costs in rows, bytes and devices, by formulas."))
     summary, form = quality.__doc__.splitlines()[0], argparse.RawDescriptionHelpFormatter
     action = actions.add_parser("quality", help=summary, description=quality.__doc__, formatter_class=form)
@@ -93,8 +106,14 @@ def _add_selection(option: Callable) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit code: 0 done, 1 a check failed, 2 bad input."""
-    return options.run_action(options)
+    """Exit code: 0 done, 1 a check failed, 2 bad input; 141, as of a killed pipe, where nobody reads on."""
+    try:
+        code = options.run_action(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        return 141
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -116,22 +135,28 @@ def _run(options: argparse.Namespace) -> int:
     todo = _changed(plan(_names(options.names), _device(), options.quick), options.set)
     record = run_record(options.commit)
     machine = file_name(record)
-    out = options.out or Path("bench/results") / f"{machine}.jsonl"
+    out = options.out or RUNS / f"{machine}.jsonl"
     clock = DeviceClock() if _device() == "cuda" else HostClock()
     record["ceilings"] = {"copy_bytes_per_second": copy_bandwidth(clock.device)}
     if not options.json:
         copies = record["ceilings"]["copy_bytes_per_second"] / 1e9
         print(f"{machine}: copies move {copies:.4g} GB/s; rows go to {out}", flush=True)
     wrong = left_out = 0
+    until = began + options.seconds if options.seconds else None
     progress = tqdm(todo, desc="workloads", disable=None)
-    for benchmark, workload, counted in progress:
-        if options.seconds and time.monotonic() - began > options.seconds:
+    for i, (benchmark, workload, counted) in enumerate(progress, 1):
+        if until is not None and time.monotonic() > until:
             left_out += 1
             continue
+        if progress.disable and len(todo) > 1:
+            seconds = time.monotonic() - began
+            line = f"{i} of {len(todo)}, after {seconds:.0f} s: {benchmark.name}, {describe(workload)}"
+            print(line, file=sys.stderr, flush=True)
         rows = []
         seconds, counted = 0.05 if options.quick else options.share, 0 if options.no_counts else counted
-        for row in run_workload(benchmark, workload, clock, seconds, counted):
-            append_rows(out, record, [row])  # at once: a run that is cut off keeps what it had
+        for row in run_workload(benchmark, workload, clock, seconds, counted, until):
+            if "--seconds" not in row.get("skipped", ""):  # no fact of the machine, to be kept
+                append_rows(out, record, [row])  # at once: a run that is cut off keeps what it had
             rows.append({**record, **row})
         gc.collect()
         wrong += sum(row.get("skipped", "").startswith(("WRONG", "FAILED")) for row in rows)
@@ -147,6 +172,28 @@ def _run(options: argparse.Namespace) -> int:
     if wrong:
         print(f"{wrong} providers were wrong or failed, see above", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _traffic(options: argparse.Namespace) -> int:
+    from prefixmem_fast._triton import interpreting  # `compare` runs this file on libraries that may be older
+
+    if not interpreting():  # triton reads the variable when it is imported, which has happened
+        command = [sys.executable, "-m", "prefixmem_fast.cli", "bench", "traffic", *["--json"] * options.json]
+        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+    from prefixmem_fast.checks import traffic
+
+    began, counts = time.monotonic(), []
+    progress = tqdm(traffic.COUNTS, unit="kernel", disable=None)
+    for i, count in enumerate(progress, 1):
+        counts.append(count())
+        if options.json:
+            print(json.dumps(counts[-1].as_row()), flush=True)
+        if progress.disable:
+            line = f"{i} of {len(traffic.COUNTS)}, after {time.monotonic() - began:.0f} s: {counts[-1].name}"
+            print(line, file=sys.stderr, flush=True)
+    if not options.json:
+        print(traffic.table(counts))
+    return 1 if any(count.excess for count in counts) else 0
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -179,6 +226,10 @@ def _compare(options: argparse.Namespace) -> int:
         raise ValueError("A and B have no figure of prefixmem_fast in common")
     for figure in figures:
         print(json.dumps(figure._asdict()) if options.json else figure, flush=True)
+    if figures[0].slower is None:
+        rounds = compare.ENOUGH_ROUNDS
+        print(f"no verdict: --rounds {options.rounds} is no evidence; give {rounds} or more", file=sys.stderr)
+        return 0
     slower = sum(figure.slower for figure in figures)
     print(f"{slower} of {len(figures)} figures are slower by more than {compare.LIMIT:.0%}", file=sys.stderr)
     return 1 if slower else 0

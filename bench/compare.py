@@ -1,7 +1,8 @@
 """Whether B is slower than A: two files of rows, or two revisions of this repository run in turns.
 
 A figure counts as slower where its median is more than 15 % above A's and its 20 % quantile is above A's 80 % quantile:
-on a machine that others use too, a median alone moves by as much.
+on a machine that others use too, a median alone moves by as much. Revisions get a verdict from three rounds on, as all
+the times of one round may lie in a minute in which the machine was busy.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from .machine import hardware
 from .rows import OURS, Row, describe, key_of, latest, main_times, read_rows
 
 LIMIT = 0.15
+ENOUGH_ROUNDS = 3
 
 
 class Comparison(NamedTuple):
-    """One figure in A and in B, in its unit."""
+    """One figure in A and in B, in its unit; `slower` is None where the runs are too few to say."""
 
     what: str
     unit: str
     a: float
     b: float
-    slower: bool
+    slower: bool | None
 
     def __str__(self) -> str:
         change = f"{self.b / self.a - 1:+.0%}" if self.a else "new"
-        return (
-            f"{'SLOWER' if self.slower else 'ok':<7}{change:>6}  {self.a:.4g} to {self.b:.4g} {self.unit}  {self.what}"
-        )
+        verdict = {True: "SLOWER", False: "ok", None: "?"}[self.slower]
+        return f"{verdict:<7}{change:>6}  {self.a:.4g} to {self.b:.4g} {self.unit}  {self.what}"
 
 
 def compare_files(a: Path, b: Path) -> list[Comparison]:
@@ -70,7 +71,7 @@ def _figures(rows: Iterable[Row]) -> dict[tuple, Row]:
 
 def compare_revisions(a: str, b: str, names: list[str], selection: list[str], rounds: int) -> list[Comparison]:
     """Run the benchmarks `names` of this checkout on the libraries of two revisions, in turns; each figure is the
-    round with the least median.
+    round with the least median, and has no verdict where `rounds` is below ENOUGH_ROUNDS.
 
     Raises:
         ValueError: a revision is unknown, or one of its runs failed.
@@ -94,7 +95,8 @@ def compare_revisions(a: str, b: str, names: list[str], selection: list[str], ro
                 code = subprocess.run(command, cwd=library, env=environment, stdout=subprocess.DEVNULL).returncode
                 if code:
                     raise ValueError(f"{' '.join(command[1:])} failed on {commit[:12]} with exit code {code}")
-        return compare(*(_fastest(read_rows(out)) for _, _, out in sides))
+        figures = compare(*(_fastest(read_rows(out)) for _, _, out in sides))
+        return figures if rounds >= ENOUGH_ROUNDS else [figure._replace(slower=None) for figure in figures]
 
 
 def _commit(root: Path, revision: str) -> str:

@@ -35,12 +35,14 @@ class Contender:
         make: gives the object that `Case.step` and `Case.check` take; None where it cannot run here.
         missing: why it cannot.
         needs: bytes that it takes beside its inputs.
+        warm_up: seconds before its first step that a compiler takes, roughly.
     """
 
     name: str
     make: Callable[[], Any] | None
     missing: str | None = None
     needs: int = 0
+    warm_up: float = 0.0
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import multiprocessing
 import statistics
 import time
@@ -30,6 +31,7 @@ from .registry import BENCHMARKS, Benchmark, Case, Contender, unmarked
 from .rows import Row, describe
 
 MOST_TURNS = 100
+OVER = "the seconds of --seconds are over"
 
 
 Planned = tuple[Benchmark, dict[str, Any], int]  # with the workload and `counted` of `run`
@@ -53,12 +55,14 @@ def run(
     clock: Clock,
     seconds: float,
     counted: int = 0,
+    until: float | None = None,
 ) -> Iterator[Row]:
     """Rows of one workload.
 
     Args:
         seconds: a contender's share of time; each gets at least `Case.least_turns`.
         counted: for how many contenders memory and launches are counted too.
+        until: moment of `time.monotonic` after which nothing new begins; a contender that has had a turn keeps it.
     """
     base = {"benchmark": benchmark.name, "workload": workload}
     try:
@@ -70,15 +74,26 @@ def run(
         yield {**base, "provider": "every provider", "skipped": reason}
         return
     measured = []
-    for row in _measure(case, clock, seconds, counted, describe(workload)):
+    for row in _measure(case, clock, seconds, counted, describe(workload), until):
         if "metric" in row and row["provider"] not in measured:
             measured.append(row["provider"])
         yield {**base, **row}
     has_state, case = case.state_bytes is not None, None  # its memory goes back before that of others is measured
     gc.collect()
     if has_state and clock.device == "cpu":
+        took = 5.0  # the next one's memory takes about as long as the last one's
         for name in measured[:counted]:
+            began = time.monotonic()
+            if _left(until) < took:
+                yield {**base, "provider": name, "skipped": f"memory not measured: {OVER}"}
+                continue
             yield {**base, "provider": name, **_memory_apart(benchmark.name, workload, name)}
+            took = time.monotonic() - began
+
+
+def _left(until: float | None) -> float:
+    """Seconds until a moment."""
+    return math.inf if until is None else until - time.monotonic()
 
 
 @dataclass
@@ -94,17 +109,17 @@ class _Entry:
     failure: str | None = None
 
 
-def _measure(case: Case, clock: Clock, seconds: float, counted: int, title: str) -> Iterator[Row]:
+def _measure(case: Case, clock: Clock, seconds: float, counted: int, title: str, until: float | None) -> Iterator[Row]:
     """Check, time and, on a GPU, count; rows without benchmark and workload."""
     entries: list[_Entry] = []
     for contender in case.contenders:
-        entry = _enter(contender, case, clock.device)
+        entry = _no_time(contender, _left(until)) or _enter(contender, case, clock.device)
         if isinstance(entry, str):
             yield {"provider": contender.name, "skipped": entry}
         else:
             entries.append(entry)
     clock.state()  # what came before is not this workload's
-    _take_turns(case, entries, clock, seconds, title)
+    _take_turns(case, entries, clock, seconds, title, until)
     state = clock.state()
     for i, entry in enumerate(entries):
         if entry.failure:
@@ -118,6 +133,15 @@ def _measure(case: Case, clock: Clock, seconds: float, counted: int, title: str)
                     yield {"provider": entry.name, **row}
             except Exception as error:
                 yield {"provider": entry.name, "skipped": f"counts: {_failure(error)}"}
+
+
+def _no_time(contender: Contender, left: float) -> str | None:
+    """Why there is no time to begin with a contender."""
+    if left <= 0:
+        return f"left out: {OVER}"
+    if contender.make is not None and contender.warm_up > left:
+        return f"left out: it compiles for about {contender.warm_up:.0f} seconds, and --seconds leaves {left:.0f}"
+    return None
 
 
 def _enter(contender: Contender, case: Case, device: str) -> _Entry | str:
@@ -147,8 +171,10 @@ def _failure(error: Exception) -> str:
     return f"FAILED: {type(error).__name__}: {text}"
 
 
-def _take_turns(case: Case, entries: list[_Entry], clock: Clock, seconds: float, title: str) -> None:
-    """A step each in turns, until each has had its share of time."""
+def _take_turns(
+    case: Case, entries: list[_Entry], clock: Clock, seconds: float, title: str, until: float | None
+) -> None:
+    """A step each in turns, until each has had its share of time, or there is none left."""
     for turn in tqdm(range(-1, MOST_TURNS), desc=title, leave=False, disable=None):
         waiting = [
             entry
@@ -158,9 +184,16 @@ def _take_turns(case: Case, entries: list[_Entry], clock: Clock, seconds: float,
         if not waiting:
             break
         for entry in waiting:
+            if _left(until) <= 0:
+                break
             # The check was a first warm-up; turn -1 is another, for those whose steps are short.
             if turn >= 0 or entry.check_seconds < 2:
                 _take_turn(case, entry, turn, clock)
+        if _left(until) <= 0:
+            break
+    for entry in entries:
+        if not entry.times and not entry.failure:
+            entry.failure = f"left out: {OVER}"
 
 
 def _take_turn(case: Case, entry: _Entry, turn: int, clock: Clock) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from prefixmem_fast import detach
 from prefixmem_fast.cli import parser_of
 
 ROOT = Path(__file__).parents[1]
@@ -17,16 +18,30 @@ def named(file):
     return str(file.relative_to(ROOT))
 
 
+def blocks_of(file):
+    return re.findall(r"```python\n(.*?)```", file.read_text(), flags=re.DOTALL)
+
+
+def run_block(block, file, scope):
+    exec(compile(block, str(file), "exec"), scope)
+    return scope
+
+
 def run_blocks(file):
     scope: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", file.read_text(), flags=re.DOTALL):
-        exec(compile(block, str(file), "exec"), scope)
+    for block in blocks_of(file):
+        run_block(block, file, scope)
     return scope
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=named)
 def test_python_blocks_run_in_order(file):
     run_blocks(file)
+
+
+@pytest.mark.parametrize("block", blocks_of(ROOT / "README.md"), ids=range(len(blocks_of(ROOT / "README.md"))))
+def test_each_block_of_the_readme_runs_alone(block):
+    assert run_block(block, ROOT / "README.md", {})
 
 
 def test_shapes_that_the_documents_state():
@@ -47,6 +62,19 @@ def test_a_model_loads_as_it_was_saved():
     assert scope["generated"].items[0][0]
     inputs = scope["inputs"]
     assert torch.equal(scope["again"](**inputs).logits, scope["model"].train()(**inputs).logits)
+
+
+def test_what_the_embedding_returns_after_attach_is_inputs_embeds():
+    """As the README and the Hugging Face page say: m is in it, and must not be added again."""
+    scope = run_block(blocks_of(ROOT / "README.md")[0], ROOT / "README.md", {})
+    model, encoder, vocabulary = scope["model"].eval(), scope["encoder"].eval(), scope["vocabulary"]
+    input_ids = vocabulary.encode(scope["catalogue"].codes[:2])
+    embeds = model.get_input_embeddings()(input_ids)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(input_ids).logits)
+    detach(model)
+    added = model.get_input_embeddings()(input_ids) + encoder.encode_tokens(input_ids, vocabulary)
+    assert torch.equal(added, embeds)
+    assert not torch.equal(model.get_input_embeddings()(input_ids), embeds)
 
 
 def commands_of(file):

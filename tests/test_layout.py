@@ -1,5 +1,6 @@
 """The tree: imports go one way, without a circle, and an installation holds what a checkout holds."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,47 @@ def test_an_installation_holds_every_file(tmp_path):
     code = "import prefixmem_fast.kernels, prefixmem_fast.bench; print(prefixmem_fast.kernels.__file__)"
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "built", check=True, capture_output=True)
     assert Path(found.stdout.decode().strip()) == tmp_path / "built/prefixmem_fast/kernels/__init__.py"
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """What setup.py would hand out, from a copy of the tree, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    made_there = shutil.ignore_patterns(
+        *("__pycache__", ".git", ".venv*", "*.egg-info", "runs", "build", "dist", "shared", ".hypothesis", ".*_cache")
+    )
+    shutil.copytree(ROOT, folder / "tree", ignore=made_there)
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(folder)]
+    subprocess.run(command, cwd=folder / "tree", check=True, capture_output=True)
+    (archive,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(archive, folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return unpacked
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="an unpacked sdist has no list to compare with")
+def test_an_sdist_holds_what_git_does(sdist):
+    """But for what builds and checks the project elsewhere."""
+
+    def listed(*options):
+        names = subprocess.run(["git", "ls-files", *options], cwd=ROOT, check=True, capture_output=True, text=True)
+        return {name for name in names.stdout.splitlines() if (ROOT / name).is_file()}
+
+    found = {str(file.relative_to(sdist)) for file in sdist.rglob("*") if file.is_file()}
+    tracked = {name for name in listed() if not name.startswith((".ci/", ".github/", ".pre-commit"))}
+    assert tracked - found == set()
+    assert {"tests/conftest.py", "tests/helpers/strategies.py", "CHANGELOG.md", "constraints.txt"} <= found
+    written = {name for name in found if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    assert found - tracked - written <= listed("--others", "--exclude-standard")
+
+
+def test_what_is_shown_elsewhere_links_to_nothing_that_is_not_there(sdist):
+    text = (sdist / "PKG-INFO").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert "https://arxiv.org/abs/2606.00324" in links
+    assert all(link.startswith("https://") for link in links)
+    assert "*Picture: one Semantic ID on its way through the encoder (docs/images/encoder.svg).*" in text
+    assert "Hugging Face (docs/huggingface.md)" in text
 
 
 def test_a_checkout_behaves_like_an_installation(tmp_path):

@@ -46,6 +46,7 @@ class Provider:
             package's own begin with its name.
         copies, half_copies: how many times the bytes of float32, and of half-precision, tables it takes while it is
             made and trains.
+        warm_up: of `Contender`.
         first_step: what its optimizer makes of rows ``[U, w]`` with gradients ``[U, w]`` in its first step.
         optimizer: what `update` steps, or None where the backward pass updates.
     """
@@ -54,6 +55,7 @@ class Provider:
     gradient = "dense gradient"
     rule = "AdamW"
     copies = half_copies = 1
+    warm_up = 0.0
     optimizer: torch.optim.Optimizer | None = None
     first_step: Callable[[Tensor, Tensor], Tensor]
 
@@ -296,6 +298,7 @@ class _IndexAdd(torch.autograd.Function):
 
 class CompiledTable(DenseTable):
     reads = "torch.compile of one fused table"
+    warm_up = 90.0  # on two CPU cores; a GPU takes half of it
     gradient = "dense gradient"
 
     def __init__(self, spec: AddressSpec, weight: Tensor) -> None:

@@ -347,7 +347,7 @@ def wrong_update(provider: Provider, sample: Sample, before: Tensor) -> str | No
 
 def _contender(name: str, provider: type[Provider], device: str, make: Callable[[], Provider], needs: int) -> Contender:
     reason = provider.missing(device)
-    return Contender(name, None if reason else make, reason, needs)
+    return Contender(name, None if reason else make, reason, needs, provider.warm_up)
 
 
 def _no_codes(workload: Workload) -> str | None:

@@ -193,6 +193,12 @@ def _check_inputs(inputs: Mapping[str, Tensor], decoder_only: bool) -> None:
         raise TypeError(
             'inputs holds no input_ids [B, T]; give what tokenizer(texts, return_tensors="pt", padding=True) returned'
         )
+    prompts = {"input_ids": ids, "decoder_input_ids": inputs.get("decoder_input_ids")}
+    for name, prompt in prompts.items():
+        if isinstance(prompt, Tensor) and not prompt.numel():
+            raise ValueError(
+                f"inputs has {name} of shape {tuple(prompt.shape)}; give one prompt or more, each of a token or more"
+            )
     mask = inputs.get("attention_mask")
     if decoder_only and mask is not None and mask.shape[1] and not bool(mask[:, -1].all()):
         raise ValueError('inputs is padded on the right; a decoder goes on at the end: tokenizer.padding_side = "left"')

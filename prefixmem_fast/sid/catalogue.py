@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._inputs import check_unique, clipped, input_file, read_json, shown
 from .formats import TokenFormat, recognise
 
 
@@ -42,7 +43,7 @@ class Catalogue:
             raise ValueError(f"{len(self.items)} items and {len(codes)} rows of codes; give one row an item")
         if not codes.numel():
             raise ValueError(f"codes has shape {tuple(codes.shape)}; give at least one item and one level")
-        _check_unique(self.items)
+        check_unique(self.items)
         self.codes = codes.to("cpu", torch.int64)
         largest = self.codes.amax(0)
         self.codebook_sizes = _checks.codebook_sizes(
@@ -54,7 +55,7 @@ class Catalogue:
         if len(wrong):
             i, l = wrong[0].tolist()
             raise ValueError(
-                f"item {self.items[i]!r} has code {int(self.codes[i, l])} at level {l + 1}; allowed are "
+                f"item {shown(self.items[i])} has code {int(self.codes[i, l])} at level {l + 1}; allowed are "
                 f"0..{self.codebook_sizes[l] - 1}"
             )
 
@@ -76,25 +77,17 @@ class Catalogue:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is not an index; the message names the item, the level and the token.
+            ValueError: it is no regular file or not an index; the message names the item, the level and the token.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"index {path} is not there; give a JSON, .npy or .pt file")
+        path = input_file("index", path, (".json", ".npy", ".pt"))
         try:
-            if path.suffix == ".npy":
-                content = torch.from_numpy(np.load(path, allow_pickle=False))
-            elif path.suffix == ".pt":
-                content = torch.load(path, map_location="cpu", weights_only=True)
-            elif path.suffix == ".json":
-                content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
-            else:
-                raise ValueError("its name ends neither in .json nor in .npy nor in .pt")
+            content = _READERS[path.suffix.lower()](path)
             if isinstance(content, Tensor):
+                _check_size(content, path)
                 return cls(map(str, range(len(content))), content, codebook_sizes)
             return cls.from_tokens(content, codebook_sizes=codebook_sizes, token_format=token_format)
         except Exception as error:  # damaged files fail in as many ways as there are readers
-            raise ValueError(f"index {path}: {error}") from error
+            raise ValueError(f"index {path}: {clipped(error)}") from error
 
     @classmethod
     def from_tokens(
@@ -116,14 +109,14 @@ class Catalogue:
         levels = None
         for item, tokens in index.items():
             if isinstance(tokens, str) or not isinstance(tokens, Sequence):
-                raise TypeError(f"item {item!r} has {tokens!r}; give a list of tokens, one a level")
+                raise TypeError(f"item {shown(item)} has {shown(tokens)}; give a list of tokens, one a level")
             levels = len(tokens) if levels is None else levels
             if len(tokens) != levels:
                 first = next(iter(index))
-                raise ValueError(f"item {item!r} has {len(tokens)} levels and item {first!r} has {levels}")
+                raise ValueError(f"item {shown(item)} has {len(tokens)} levels and item {shown(first)} has {levels}")
             for level, token in enumerate(tokens, start=1):
                 if not isinstance(token, str):
-                    raise TypeError(f"item {item!r}, level {level}: {token!r} is not a token; give a string")
+                    raise TypeError(f"item {shown(item)}, level {level}: {shown(token)} is not a token; give a string")
         everything = dict.fromkeys(token for tokens in index.values() for token in tokens)
         form = TokenFormat(token_format, codebook_sizes) if token_format else recognise(everything, codebook_sizes)
         codes = []
@@ -133,11 +126,11 @@ class Catalogue:
                 entry = form.read(token)
                 if entry is None:
                     raise ValueError(
-                        f"item {item!r}, level {level}: token {token!r} is not of the form {form.template}"
+                        f"item {shown(item)}, level {level}: token {shown(token)} is not of the form {form.template}"
                     )
                 if entry[0] != level:
                     raise ValueError(
-                        f"item {item!r}, level {level}: token {token!r} is one of level {entry[0]}; "
+                        f"item {shown(item)}, level {level}: token {shown(token)} is one of level {entry[0]}; "
                         "each level has tokens of its own, in order"
                     )
                 row.append(entry[1])
@@ -152,13 +145,33 @@ class Catalogue:
         return f"Catalogue(items={len(self)}, codebook_sizes={self.codebook_sizes}, distinct_sids={distinct})"
 
 
-def unique_keys(pairs: list[tuple[str, Any]], kind: str = "item") -> dict[str, Any]:
-    """A JSON object whose keys, items or what else `kind` calls them, are each there once."""
-    _check_unique([key for key, _ in pairs], kind)
-    return dict(pairs)
+def _read_npy(path: Path) -> Tensor:
+    """An array whose header agrees with its file: numpy would allocate, or divide by, whatever a damaged one says."""
+    with path.open("rb") as file:
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        version = np.lib.format.read_magic(file)
+        if version not in readers:
+            raise ValueError(f"it is of format {version}; integers [items, L] in format 1.0 or 2.0 were expected")
+        shape, _, kind = readers[version](file)
+        if kind.kind not in "iu":
+            raise ValueError(f"it holds {kind}; integers [items, L] were expected")
+        left = path.stat().st_size - file.tell()
+    if min(shape, default=0) < 1 or math.prod(shape) * kind.itemsize > left:
+        raise ValueError(f"its header says {shown(shape)} numbers of {kind}, and {left} bytes follow")
+    return torch.from_numpy(np.load(path, allow_pickle=False))
 
 
-def _check_unique(names: Sequence[str], kind: str = "item") -> None:
-    if len(set(names)) < len(names):
-        twice = Counter(names).most_common(1)[0][0]
-        raise ValueError(f"{kind} {twice!r} is there twice; name each {kind} once")
+def _read_pt(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+_READERS = {".json": partial(read_json, kind="item"), ".npy": _read_npy, ".pt": _read_pt}
+
+
+def _check_size(codes: Tensor, path: Path) -> None:
+    """A tensor may say that it has more numbers than its file: strides of 0, sparse tensors, the meta device."""
+    if codes.layout != torch.strided or codes.is_nested or codes.is_meta:
+        raise ValueError("it holds no dense tensor; integers [items, L] were expected")
+    size = path.stat().st_size
+    if not codes.numel() or codes.numel() * codes.element_size() > size:
+        raise ValueError(f"its tensor has shape {tuple(codes.shape)}, and the file only {size} bytes")

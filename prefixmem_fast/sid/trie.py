@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .catalogue import Catalogue
 from .vocabulary import SIDVocabulary
 
@@ -29,8 +30,8 @@ class SIDTrie:
         depth: tokens of one SID, `begin` and `end` included.
 
     Raises:
-        ValueError: no token stands for a code of an item, the numbers of levels differ, or `begin` and `end` are one
-            token or tokens of codes.
+        TypeError, ValueError: no token stands for a code of an item, the numbers of levels differ, or `begin` and `end`
+            are no token ids, one token or tokens of codes.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class SIDTrie:
         levels = catalogue.codes.shape[1]
         if len(vocabulary.codebook_sizes) != levels:
             raise ValueError(f"the vocabulary has {len(vocabulary.codebook_sizes)} levels and the catalogue {levels}")
-        wrappers = [token for token in (begin, end) if token is not None]
+        wrappers = [_token(name, token) for name, token in (("begin", begin), ("end", end)) if token is not None]
         if len(set(wrappers)) < len(wrappers) or any(vocabulary.is_code(token) for token in wrappers):
             raise ValueError(f"begin = {begin} and end = {end}; give two different tokens that stand for no code")
         tokens = vocabulary.encode(catalogue.codes)
@@ -155,6 +156,13 @@ class SIDTrie:
         leaf = (nodes.cpu() - self._first_leaf).clamp(min=-1)
         codes = self.catalogue.codes[self._items[self._first_item[leaf.clamp(min=0)]]]
         return torch.where(leaf[:, None] >= 0, codes, -1).to(nodes.device)
+
+
+def _token(name: str, value: int) -> int:
+    value = _checks.integer(name, value)
+    if not 0 <= value < 1 << 31:
+        raise ValueError(f"{name} = {value} is no token id; give one of 0..2^31 - 1, or None for none")
+    return value
 
 
 def _key(parents: Tensor, tokens: Tensor) -> Tensor:

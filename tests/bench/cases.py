@@ -10,10 +10,10 @@ SMALL_CACHE = mock.patch.dict(clocks.COLD_BYTES, cpu=1 << 16, cuda=1 << 16)  # e
 
 
 @SMALL_CACHE
-def run_case(case, counted=0):
+def run_case(case, counted=0, seconds=0.01, until=None):
     """The rows of one case."""
     benchmark = Benchmark("small", "", lambda device, **workload: case, lambda device: [{}], {})
-    return list(run(benchmark, {}, clocks.HostClock(), 0.01, counted))
+    return list(run(benchmark, {}, clocks.HostClock(), seconds, counted, until))
 
 
 def contender(name, make=lambda: None, **options):

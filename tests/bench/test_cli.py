@@ -3,6 +3,10 @@
 import contextlib
 import io
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -167,3 +171,66 @@ def test_seconds_leave_later_workloads_out(tmp_path, capsys):
     assert main(arguments) == 0
     assert "2 workloads left out: the 1e-06 seconds of --seconds were over" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_rows_do_not_go_to_those_that_are_committed(tmp_path, monkeypatch, capsys):
+    """The folder that is written without --out is one that git ignores; and where nobody watches, lines say how far."""
+    committed = tmp_path / "bench" / "results"
+    committed.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "constrained", "tokens", "--quick", "--share", "0.01"]) == 0
+    (written,) = (tmp_path / "runs" / "bench").iterdir()
+    assert read_rows(written)
+    assert not list(committed.iterdir())
+    root = Path(__file__).parents[2]
+    assert "runs/" in (root / ".gitignore").read_text().split()
+    lines = re.findall(r"^([12]) of 2, after \d+ s: (constrained|tokens), .+$", capsys.readouterr().err, re.MULTILINE)
+    assert lines == [("1", "constrained"), ("2", "tokens")]
+
+
+def test_what_had_no_time_is_said_and_not_stored(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(providers.CompiledTable, "warm_up", 1e6)
+    out = tmp_path / "rows.jsonl"
+    assert main(["run", "forward", "--quick", "--seconds", "600", "--share", "0.01", "--out", str(out)]) == 0
+    assert "it compiles for about 1000000 seconds, and --seconds leaves" in capsys.readouterr().out
+    names = {row["provider"] for row in read_rows(out)}
+    assert "prefixmem_fast" in names
+    assert "torch.compile of one fused table" not in names
+
+
+@pytest.mark.parametrize("module", ["bench", "prefixmem_fast.cli bench"])
+@pytest.mark.parametrize("action", ["list", "scale --items 1e6"])
+def test_a_reader_that_goes_away_ends_it_quietly(module, action):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", *module.split(), *action.split()]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        error = process.stderr.read().decode()
+        assert process.wait() == 141
+    assert "roken" not in error
+    assert "Traceback" not in error
+
+
+def test_traffic_is_counted_by_a_process_that_interprets(monkeypatch, capsys):
+    """Triton reads TRITON_INTERPRET when it is imported, and this package imports it first."""
+    code = (
+        "import prefixmem_fast, sys\n"
+        "from prefixmem_fast.checks import traffic\n"
+        "traffic.COUNTS = traffic.COUNTS[:1]\n"
+        "from prefixmem_fast.cli import main\n"
+        "sys.exit(main(['bench', 'traffic', '--json']))\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["kernel"] == "forward, prefix, uniform, bfloat16"
+    assert re.search(r"^1 of 1, after \d+ s: forward, prefix, uniform, bfloat16$", done.stderr, re.MULTILINE)
+
+    def run(command, env):
+        assert command[1:] == ["-m", "prefixmem_fast.cli", "bench", "traffic", "--json"]
+        assert env["TRITON_INTERPRET"] == "1"
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr("prefixmem_fast._triton.interpreting", lambda: False)
+    monkeypatch.setattr("bench.cli.subprocess.run", run)
+    assert main(["traffic", "--json"]) == 7

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import compare as compare_module
 from bench.cli import main
 from bench.compare import compare
 from bench.rows import append_rows, latest
@@ -133,8 +134,8 @@ def repository(tmp_path_factory):
 @pytest.mark.parametrize(
     ("b", "code", "rounds"),
     [
-        pytest.param("slow", 1, "1", id="a planted slow-down", marks=pytest.mark.slow),
-        pytest.param("fast", 0, "2", id="the same again", marks=pytest.mark.slow),
+        pytest.param("slow", 1, "3", id="a planted slow-down", marks=pytest.mark.slow),
+        pytest.param("fast", 0, "3", id="the same again", marks=pytest.mark.slow),
     ],
 )
 def test_revisions_run_in_turns(repository, b, code, rounds):
@@ -158,6 +159,25 @@ def test_revisions_run_in_turns(repository, b, code, rounds):
     assert figure["what"].startswith("tokens, prefixmem_fast, forward")
     if code:
         assert figure["b"] - figure["a"] == pytest.approx(50, abs=25)
+
+
+@pytest.mark.parametrize(("rounds", "code"), [(1, 0), (2, 0), (3, 1)])
+def test_a_verdict_takes_three_rounds(rounds, code, repository, monkeypatch, capsys):
+    def run(command, **options):
+        """Rows of a library that takes twice the time in B, in place of its run."""
+        if command[1:4] != ["-m", "bench", "run"]:
+            return real(command, **options)
+        out = Path(command[command.index("--out") + 1])
+        append_rows(out, {"run": "1", "machine": MACHINE}, [row(2.0 if out.stem == "b" else 1.0)])
+        return subprocess.CompletedProcess(command, 0)
+
+    real = subprocess.run
+    monkeypatch.setattr(compare_module.subprocess, "run", run)
+    monkeypatch.setattr(compare_module, "__file__", str(repository / "bench" / "compare.py"))
+    assert main(["compare", "fast", "slow", "--rounds", str(rounds), "--json"]) == code
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["slower"] is (True if rounds == 3 else None)
+    assert ("no verdict: --rounds" in printed.err) == (rounds < 3)
 
 
 def test_an_unknown_revision_is_refused(repository, capsys):

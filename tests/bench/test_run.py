@@ -1,10 +1,14 @@
 """How contenders take turns, are checked, timed and left out."""
 
+import re
+import time
+
 import pytest
 import torch
 
+import bench.run
 from bench.registry import BENCHMARKS, Floor
-from bench.run import plan, quantiles
+from bench.run import OVER, plan, quantiles
 from tests.bench.cases import case_of, contender, run_case
 
 
@@ -58,6 +62,48 @@ def test_memory_that_runs_out_leaves_one_contender_out():
     rows = run_case(case)
     assert rows[0]["skipped"] == "left out: CUDA out of memory. Tried"
     assert rows[1]["metric"] == "step"
+
+
+class TestSeconds:
+    def test_what_compiles_for_longer_than_there_is_time_is_left_out(self):
+        case = case_of([contender("compiled", warm_up=90.0), contender("plain")])
+        rows = run_case(case, until=time.monotonic() + 20)
+        assert re.fullmatch(
+            "left out: it compiles for about 90 seconds, and --seconds leaves (19|20)", rows[0]["skipped"]
+        )
+        assert rows[1]["metric"] == "step"
+        assert [row["metric"] for row in run_case(case, until=time.monotonic() + 100)] == ["step", "step"]
+        assert [row["metric"] for row in run_case(case)] == ["step", "step"]
+
+    def test_turns_end_with_the_seconds(self):
+        def step(subject, turn, mark):
+            time.sleep(0.1)
+            mark("step")
+
+        case, began = case_of([contender("a"), contender("b")], step=step), time.monotonic()
+        rows = run_case(case, seconds=60, until=began + 1)
+        assert time.monotonic() - began < 2
+        assert [row["provider"] for row in rows] == ["a", "b"]
+        assert all(1 <= row["repeats"] < 10 for row in rows)
+
+    def test_nothing_new_begins_when_they_are_over(self):
+        def slow():
+            time.sleep(0.3)
+
+        case = case_of([contender("a", slow), contender("b", slow), contender("c", slow)])
+        rows = run_case(case, until=time.monotonic() + 0.2)
+        assert [row["skipped"] for row in rows if "skipped" in row] == [f"left out: {OVER}"] * 3
+
+    def test_memory_is_not_measured_for_longer(self, monkeypatch):
+        monkeypatch.setattr(bench.run, "_memory_apart", lambda *given: {"metric": "peak memory", "unit": "MiB"})
+        case = case_of([contender("a")], state_bytes=lambda subject: 0)
+        assert [row["metric"] for row in run_case(case, counted=9)] == ["step", "peak memory"]
+        late = run_case(case_of([contender("a")], state_bytes=lambda subject: 0), counted=9, until=time.monotonic() + 2)
+        assert late[1]["skipped"] == f"memory not measured: {OVER}"
+
+    def test_who_compiles_says_so(self):
+        case = BENCHMARKS["forward"].set_up("cpu", **BENCHMARKS["forward"].quick)
+        assert [c.name for c in case.contenders if c.warm_up] == ["torch.compile of one fused table"]
 
 
 def test_turns_go_one_way_and_back():

@@ -137,6 +137,16 @@ def test_arguments_of_the_search():
     ("inputs", "options", "message"),
     [
         ("text", {}, "inputs holds no input_ids"),
+        ({"input_ids": torch.ones(0, 4, dtype=torch.int64)}, {}, r"inputs has input_ids of shape \(0, 4\); give one"),
+        ({"input_ids": torch.ones(2, 0, dtype=torch.int64)}, {}, r"inputs has input_ids of shape \(2, 0\); give one"),
+        (
+            {
+                "input_ids": torch.ones(2, 2, dtype=torch.int64),
+                "decoder_input_ids": torch.ones(2, 0, dtype=torch.int64),
+            },
+            {},
+            r"inputs has decoder_input_ids of shape \(2, 0\)",
+        ),
         ({"input_ids": [[1, 2]]}, {}, "inputs holds no input_ids"),
         (torch.ones(1, 2, dtype=torch.int64), {}, "inputs holds no input_ids"),
         (

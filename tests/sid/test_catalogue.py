@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def test_errors_name_item_level_and_token(index, options, message, tmp_path):
         ("a.json", b'{"7": ["<a_1>"], "7": ["<a_2>"]}', "item '7' is there twice"),
         ("a.npy", b"\x93NUMPY", "index .*a.npy: "),
         ("a.pt", b"junk", "index .*a.pt: "),
-        ("a.csv", b"1,2", r"neither in \.json nor in \.npy"),
+        ("a.csv", b"1,2", r"ends in \.csv; \.json, \.npy or \.pt was expected"),
     ],
 )
 def test_damaged_files(name, content, message, tmp_path):
@@ -84,3 +85,58 @@ def test_arrays(items, codes, message):
 def test_no_such_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"index .* is not there"):
         Catalogue.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("suffix", ["json", "npy", "pt"])
+def test_a_pipe_and_a_folder_are_not_opened(suffix, tmp_path):
+    os.mkfifo(tmp_path / f"pipe.{suffix}")
+    with pytest.raises(ValueError, match="is a pipe or a device"):
+        Catalogue.load(tmp_path / f"pipe.{suffix}")
+    (tmp_path / f"folder.{suffix}").mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        Catalogue.load(tmp_path / f"folder.{suffix}")
+
+
+@pytest.mark.parametrize("name", ["long" * 5000 + ".json"])
+def test_what_is_no_file_name(name, tmp_path):
+    with pytest.raises(ValueError, match=r"index .*; give a \.json, \.npy or \.pt file") as error:
+        Catalogue.load(tmp_path / name)
+    assert len(str(error.value)) < 1000
+
+
+def test_capitals_in_a_suffix(tmp_path):
+    (tmp_path / "INDEX.JSON").write_text(json.dumps(INDEX))
+    assert Catalogue.load(tmp_path / "INDEX.JSON").items == ("7", "x", "9")
+
+
+@pytest.mark.parametrize(
+    "index", [{"7": ["<a_1>", "long" * 12_500]}, {"long" * 12_500: ["<a_1>", 7]}, {"7": {"a": "long" * 12_500}}]
+)
+def test_an_error_is_no_page(index, tmp_path):
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="index") as error:
+        Catalogue.load(tmp_path / "index.json")
+    assert len(str(error.value)) < 1000
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_promise_more_than_they_hold(tmp_path):
+    """Rows of stride 0, and a header that speaks of 8 TB, are refused before they are unrolled."""
+    torch.save(torch.zeros(1, dtype=torch.int64).expand(10**12, 3), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt: its tensor has shape \(1000000000000, 3\), and the file only"):
+        Catalogue.load(tmp_path / "a.pt")
+    torch.save(torch.zeros(3, 3, dtype=torch.int64).to_sparse(), tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="it holds no dense tensor"):
+        Catalogue.load(tmp_path / "b.pt")
+    for shape, kind in (
+        ((10**12, 1), "<i8"),
+        ((10**12, 0), "<i8"),
+        ((2**62,), "|V0"),
+        ((-1,), "|V0"),
+        ((10**12, 1), "<f8"),
+    ):
+        with (tmp_path / "c.npy").open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
+            file.write(bytes(8))
+        with pytest.raises(ValueError, match=r"index .*c\.npy"):
+            Catalogue.load(tmp_path / "c.npy")

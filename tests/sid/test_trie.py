@@ -95,6 +95,21 @@ def test_a_prefix_that_no_item_has_is_text():
     assert trie.allowed(torch.tensor([-1, -1]), 30).tolist() == []
 
 
+@pytest.mark.parametrize(
+    ("wrappers", "message"),
+    [
+        ({"begin": -1}, r"begin = -1 is no token id; give one of 0\.\.2\^31 - 1, or None for none"),
+        ({"end": 1 << 31}, "end = 2147483648 is no token id"),
+        ({"begin": 1.0}, "begin = 1.0 is not an integer"),
+        ({"end": True}, "end = True is not an integer"),
+    ],
+)
+def test_wrappers_are_token_ids(wrappers, message):
+    catalogue = Catalogue(["x"], torch.zeros(1, 1, dtype=torch.int64))
+    with pytest.raises((TypeError, ValueError), match=message):
+        SIDTrie(catalogue, SIDVocabulary.from_table({10: (1, 0)}, (1,)), **wrappers)
+
+
 @pytest.mark.parametrize("wrappers", [{"begin": 3, "end": 3}, {"begin": 10}, {"end": 20}])
 def test_wrappers_are_two_text_tokens(wrappers):
     vocabulary = SIDVocabulary.from_table({10: (1, 0), 20: (2, 0)}, (1, 1))

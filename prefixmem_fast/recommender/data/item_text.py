@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from ..._inputs import clipped, input_file, read_json, shown
 from ...sid.catalogue import Catalogue
 
 
@@ -21,15 +21,13 @@ def load_item_text(path: str | Path, catalogue: Catalogue, field: str = "title")
 
     Raises:
         FileNotFoundError: the file is not there.
-        ValueError: it is not as stated, or has text for no item; the message gives file and key.
+        ValueError: it is no regular file, not as stated, or has text for no item; the message gives file and key.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"text {path} is not there; give a JSON file")
+    path = input_file("text", path, (".json",))
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"text {path}: it is not JSON ({error})") from None
+        raise ValueError(f"text {path}: it is not JSON as expected ({clipped(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f'text {path}: it holds a {type(content).__name__}; {{"item": "text"}} was expected')
     texts = []
@@ -38,7 +36,7 @@ def load_item_text(path: str | Path, catalogue: Catalogue, field: str = "title")
         text = (entry.get(field) or "") if isinstance(entry, dict) else entry
         if not isinstance(text, str):
             raise ValueError(
-                f"text {path}: key {item!r} has {text!r}; a string, or an object with {field!r}, was expected"
+                f"text {path}: key {shown(item)} has {shown(text)}; a string, or an object with {field!r}, was expected"
             )
         texts.append(" ".join(text.split()))
     if not any(texts):

@@ -9,6 +9,7 @@ A causal LM predicts every token of a sequence. An encoder-decoder reads all but
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +80,9 @@ def tokens_of(
 ) -> Tokens:
     """Look up the tokens of a catalogue's Semantic IDs and of its text.
 
+    Texts come from whoever names items. Where one spells a SID token or a special token, such as ``<a_7>`` or
+    ``</s>``, it is read as the letters that it consists of: no text holds the id of either.
+
     Args:
         tokenizer: of transformers; it names the special tokens, and reads the text.
         text: one string an item, or None.
@@ -95,9 +99,33 @@ def tokens_of(
     sids = vocabulary.encode(catalogue.codes).numpy()
     if text is None:
         return Tokens(sids, start, end, pad)
-    texts = tokenizer(list(text), add_special_tokens=False)["input_ids"]
+    texts = _read_texts(text, tokenizer, _reserved_ids(vocabulary, tokenizer, (start, end, pad)))
     phrases = {name: tokenizer(phrase, add_special_tokens=False)["input_ids"] for name, phrase in _PHRASES.items()}
     return Tokens(sids, start, end, pad, [ids[:max_text_tokens] for ids in texts], phrases)
+
+
+def _reserved_ids(vocabulary: SIDVocabulary, tokenizer: Any, others: Sequence[int]) -> set[int]:
+    """Ids of SID tokens and of special tokens; that of unknown words is not one of them unless it is another too."""
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special |= set(tokenizer.all_special_ids)
+    codes = vocabulary.table[:, 0].nonzero().squeeze(1).tolist()
+    return {*special - {tokenizer.unk_token_id}, *codes, *others}
+
+
+def _read_texts(texts: Sequence[str], tokenizer: Any, reserved: set[int]) -> list[list[int]]:
+    """The ids of texts; where one spells a reserved token, a space after its first letter makes it plain text."""
+    texts = list(texts)
+    read = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for _ in range(2):  # a space may complete another token
+        found = {i: held for i, ids in enumerate(read) if (held := reserved.intersection(ids))}
+        if not found:
+            return read
+        names = tokenizer.convert_ids_to_tokens(sorted(set().union(*found.values())))
+        spelled = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)), re.IGNORECASE)
+        for i in found:
+            texts[i] = spelled.sub(lambda name: f"{name[0][0]} {name[0][1:]}", texts[i])
+            read[i] = tokenizer(texts[i], add_special_tokens=False)["input_ids"]
+    return [[token for token in ids if token not in reserved] for ids in read]
 
 
 @dataclass

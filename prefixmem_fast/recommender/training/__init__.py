@@ -2,6 +2,7 @@
 
 config.py           the options of a run, from files and flags
 backbone.py         models and tokenizers
+model_checks.py     which models are refused, and how soon
 arms.py             plain, PrefixMem, SID-Transformer; the optimizer
 trainer.py          transformers' Trainer, validated by TF-L; a loss that is not finite stops it
 run.py              one run, from its options to its folder and back

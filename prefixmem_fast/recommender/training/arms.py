@@ -16,7 +16,16 @@ _ROWS = {"adagrad": optim.RowWiseAdagrad, "adam": optim.RowWiseAdam, "lazy-adam"
 
 
 def active_levels(config: RunConfig, levels: int) -> tuple[int, ...]:
-    """The paper's "active at levels 4 and 5" of five: the two prefix lengths before the whole SID."""
+    """The paper's "active at levels 4 and 5" of five: the two prefix lengths before the whole SID.
+
+    Raises:
+        ValueError: with one level no prefix comes before the whole SID, and none is given.
+    """
+    if levels == 1 and not config.active_levels:
+        raise ValueError(
+            "the index has 1 level, and no prefix comes before its only code: an encoder has nothing to read; give "
+            "arm = 'plain', or active_levels = [1] for a memory of whole SIDs"
+        )
     return tuple(config.active_levels or (level for level in (levels - 2, levels - 1) if level >= 1))
 
 
@@ -28,9 +37,9 @@ def build_encoder(
     Raises:
         FileNotFoundError, TypeError, ValueError: an option is wrong, or the pre-trained encoder is of other codebooks.
     """
-    levels = active_levels(config, len(codebook_sizes))
     if config.arm == "plain":
         return None
+    levels = active_levels(config, len(codebook_sizes))
     if config.arm == "sid-transformer":
         return SIDTransformer(
             SIDTransformerConfig(

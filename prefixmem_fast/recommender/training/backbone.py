@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..._inputs import shown
 from ...sid import Catalogue, SIDVocabulary
+from ...sid.formats import KNOWN_FORMATS, TokenFormat
 from .config import RunConfig
+from .model_checks import check_causal, check_past, check_reachable
 
 # Small enough for a CPU; model_options changes their entries.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -52,11 +55,16 @@ def build_backbone(
     Tokens of Semantic IDs that the tokenizer has already are used; else those of all codes that occur are added.
 
     Raises:
-        OSError, ValueError: there is no such model or tokenizer, or it is neither a causal LM nor an encoder-decoder.
+        OSError, ValueError: there is no such model or tokenizer, or it is neither a causal LM nor an encoder-decoder;
+            as a causal LM it has to see nothing of the tokens after a position.
+        NotImplementedError: the model keeps its past in something else than keys, and an encoder is to be attached.
     """
     from transformers import AutoConfig
 
     description, pretrained = _description(config)
+    for option, name in (("model", pretrained), ("tokenizer", config.tokenizer)):
+        if name is not None:
+            check_reachable(option, name)
     if pretrained is None:
         tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else make_tokenizer(text)
         vocabulary = _vocabulary(tokenizer, None, catalogue, config)
@@ -70,14 +78,19 @@ def build_backbone(
         description = {**description, **ids, **(config.model_options or {})}
         kind = description.pop("model_type")
         try:
-            model = _class_of(model_config := AutoConfig.for_model(kind, **description)).from_config(model_config)
+            model_config = AutoConfig.for_model(kind, **description)
+            check_past(config, model_config)
+            model = _class_of(model_config).from_config(model_config)
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"model = {config.model!r}: transformers refuses its configuration: {error}") from None
     else:
         model_config = AutoConfig.from_pretrained(pretrained, **(config.model_options or {}))
+        check_past(config, model_config)
         model = _class_of(model_config).from_pretrained(pretrained, config=model_config)
         tokenizer = load_tokenizer(config.tokenizer or pretrained)
         vocabulary = _vocabulary(tokenizer, model, catalogue, config)
+    if not model.config.is_encoder_decoder:
+        check_causal(config, model, longest_input(model))
     if config.precision == "bfloat16" and not torch.cuda.is_available():
         _attend_in_float32(model)
     if model.generation_config.eos_token_id is None:
@@ -186,7 +199,30 @@ def _vocabulary(tokenizer: Any, model: nn.Module | None, catalogue: Catalogue, c
             tokenizer, codebook_sizes=catalogue.codebook_sizes, token_format=config.token_format
         )
         known.encode(catalogue.codes)
-    except ValueError:  # none, or not of this catalogue
-        options = {} if config.token_format is None else {"token_format": config.token_format}
-        return SIDVocabulary.extend(tokenizer, model, catalogue.codebook_sizes, codes=catalogue.codes, **options)
-    return known
+    except ValueError as error:  # none, or not of this catalogue
+        reason = str(error)
+    else:
+        return known
+    template = config.token_format or KNOWN_FORMATS[0]
+    form, has = TokenFormat(template, catalogue.codebook_sizes), tokenizer.get_vocab()
+    tokens = [form.write(level, code) for level, code in _codes(catalogue)]
+    there = [token for token in tokens if token in has]
+    if there:
+        whose = f"the tokenizer of {shown(config.tokenizer or config.model)}"
+        if len(there) == len(tokens):
+            raise ValueError(
+                f"{whose} has more tokens than the index: {reason}; give --codebook-sizes as it was trained"
+            )
+        lacking = next(token for token in tokens if token not in has)
+        raise ValueError(
+            f"{whose} has {len(there)} of the {len(tokens)} tokens of the index, such as {there[0]}, not {lacking}: "
+            "it was made for another catalogue; give the model that goes with this index, or one without SID tokens; "
+            "or write the index as integers (.npy) and give --token-format '[{level}:{code}]' for tokens of its own"
+        )
+    codes = catalogue.codes
+    return SIDVocabulary.extend(tokenizer, model, catalogue.codebook_sizes, codes=codes, token_format=template)
+
+
+def _codes(catalogue: Catalogue) -> list[tuple[int, int]]:
+    """(level, code) of all codes that occur."""
+    return [(l, code) for l, column in enumerate(catalogue.codes.T, 1) for code in column.unique().tolist()]

@@ -2,7 +2,9 @@
 
 import datetime
 import json
+import os
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 
 from prefixmem_fast import Catalogue
 from prefixmem_fast.recommender.data import Examples, Histories, leave_two_out, load_interactions, split_by_time
+
+pytestmark = pytest.mark.filterwarnings("ignore:interactions .* no time column")
 
 ITEMS = ("10", "11", "x", "13")  # rows 0 .. 3
 HEADER = "user_id,history_item_title,item_title,history_item_id,item_id,history_item_sid,item_sid\n"
@@ -108,6 +112,59 @@ class TestCSV:
         assert [times.tolist() for times in histories.times] == [[2.5, 30, 30, 100], [4, 5]]
         assert histories.times[0].dtype == np.float64
 
+    @pytest.mark.parametrize(
+        "column", ["Timestamp", "TIME", "ts", "Date", "unix_time", "review_time", "unixReviewTime"]
+    )
+    def test_columns_of_times_have_many_names(self, column, load):
+        histories = load(("a.csv", f"user_id,item_id,rating,{column}\nu,10,5,30\nu,11,5,2\n"))
+        assert by_user(histories) == {"u": [1, 0]}
+        assert histories.times[0].tolist() == [2, 30]
+
+    def test_timestamp_goes_before_other_names_and_two_others_are_refused(self, load):
+        assert by_user(load(("a.csv", "user,item,date,timestamp\nu,10,1,2\nu,11,2,1\n"))) == {"u": [1, 0]}
+        with pytest.raises(ValueError, match="columns 'Date', 'ts' all look like times; name one of them timestamp"):
+            load(("a.csv", "user,item,Date,ts\nu,10,1,2\n"))
+
+    def test_file_order_is_said_to_stand_for_time(self, load):
+        with pytest.warns(UserWarning, match=r"a\.csv: no time column among user_id, item_id, when: file order is"):
+            load(("a.csv", "user_id,item_id,when\nu,x,3\n"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load(("a.csv", "user_id,item_id,time\nu,x,3\n"))
+            load(("a.json", '{"u": [10]}'))
+            load(("a.csv", HEADER + target("u", [10], 11)))
+
+    def test_iso_dates(self, load):
+        rows = ["u,10,2024-01-02", "u,11,2024-01-01 23:59:59.5", "u,x,2024-01-01T08:00"]
+        histories = load(("a.csv", "\n".join(["user,item,date", *rows, ""])))
+        assert by_user(histories) == {"u": [2, 1, 0]}
+        assert np.diff(histories.times[0]).tolist() == [15 * 3600 + 59 * 60 + 59.5, 0.5]
+        zoned = "user,item,date\nu,10,2024-01-01T01:00:00Z\nu,11,2024-01-01T01:30:00+01:00\n"
+        assert by_user(load(("a.csv", zoned))) == {"u": [1, 0]}
+
+    @pytest.mark.parametrize(
+        ("first", "second", "kinds"),
+        [
+            ("17", "2024-01-01", "its timestamp is a date without a zone, those before it are a number"),
+            ("2024-01-01", "17", "its timestamp is a number, those before it are a date without a zone"),
+            (
+                "2024-01-01",
+                "2024-01-01T00:00Z",
+                "its timestamp is a date with a zone, those before it are a date w",
+            ),
+        ],
+    )
+    def test_times_of_two_kinds(self, first, second, kinds, load):
+        head = "user,item,time\n"
+        with pytest.raises(ValueError, match=rf"a\.csv: line 3: {kinds}"):
+            load(("a.csv", f"{head}u,10,{first}\nv,10,{second}\n"))
+        with pytest.raises(ValueError, match=rf"b\.csv: line 2: {kinds}"):
+            load(("a.csv", f"{head}u,10,{first}\n"), ("b.csv", f"{head}v,10,{second}\n"))
+
+    def test_a_column_that_is_there_twice(self, load):
+        with pytest.raises(ValueError, match="column 'item_id' is there twice; name each column once"):
+            load(("a.csv", "user_id,item_id,item_id\nu,x,10\n"))
+
     def test_files_are_sorted_together(self, load):
         head = "user_id,item_id,timestamp\n"
         histories = load(("a.csv", head + "u,10,3\n"), ("b.csv", head + "u,11,1\nv,x,9\n"))
@@ -135,7 +192,10 @@ class TestCSV:
             ("user_id,item_id\nu,x\nu,nope\n", r"a\.csv: line 3: item 'nope' is not in the index; an item named there"),
             ("user_id,item_id\nu,\n", "line 2: item '' is not in the index"),
             ("user_id,item_id\n,x\n", "line 2: the user is empty; a name was expected"),
-            ("user_id,item_id,timestamp\nu,x,1\nu,x,soon\n", "line 3: timestamp 'soon' is no number; seconds or any"),
+            (
+                "user_id,item_id,timestamp\nu,x,1\nu,x,soon\n",
+                "line 3: timestamp 'soon' is no number and no ISO date",
+            ),
             ("user_id,item_id,timestamp\nu,x,\n", "line 2: timestamp '' is no number"),
             ("user_id,item_id,timestamp\nu,x,nan\n", "line 2: timestamp 'nan' is no number"),
             ("user_id,item_id,timestamp\nu,x,inf\n", "line 2: timestamp 'inf' is no number"),
@@ -181,7 +241,7 @@ class TestMiniOneRec:
             (target("u", [10], 11) + target("v", [], 11) + target("u", [], 13), "line 4: the history of user 'u'"),
             (target("u", [10], 12), "line 2: item '12' is not in the index"),
             (target("u", [12], 10), "line 2: item 12 is not in the index"),
-            (target("", [10], 11), "line 2: no user; a column user_id was expected"),
+            (target("", [10], 11), "line 2: the user is empty; a name was expected"),
             ("u,a,b,10,11,c,d\n", r"line 2: history_item_id = '10'; a list such as \[1, 2\] was expected"),
             ("u,a,b,[10 11],11,c,d\n", r"history_item_id = '\[10 11\]'; a list such as"),
             ("u,a,b,,11,c,d\n", "history_item_id = ''; a list such as"),
@@ -194,7 +254,7 @@ class TestMiniOneRec:
             load(("a.csv", HEADER + rows))
 
     def test_no_user_column(self, load):
-        with pytest.raises(ValueError, match="line 2: no user; a column user_id was expected"):
+        with pytest.raises(ValueError, match="no column for the user; one of user_id, user was expected"):
             load(("a.csv", 'history_item_id,item_id\n"[10]",11\n'))
 
 
@@ -263,6 +323,39 @@ class TestParquet:
         with pytest.raises(ValueError, match=message):
             parquet(columns)
 
+    @pytest.mark.parametrize("column", ["items", "history", "history_item_id"])
+    def test_lists_and_targets(self, column, parquet):
+        columns = {"user_id": ["u", "v", "u"], column: [[10], ["x"], [10, 11]], "item_id": [11, 13, 10]}
+        columns[column] = [[str(item) for item in own] for own in columns[column]]
+        assert by_user(parquet(columns)) == {"u": [0, 1, 0], "v": [2, 3]}
+        columns[column][2] = ["x", "10"]
+        with pytest.raises(ValueError, match="row 2: the history of user 'u' does not end as the rows before it"):
+            parquet(columns)
+
+    def test_users_that_are_floats(self, parquet):
+        assert by_user(parquet({"user_id": [1.0, 2.0], "item_id": [10, 11]})) == {"1": [0], "2": [1]}
+        for user, message in ((float("nan"), "the user is empty"), (1.5, "user 1.5 is neither a name nor a whole")):
+            with pytest.raises(ValueError, match=f"row 1: {message}"):
+                parquet({"user_id": [1.0, user], "item_id": [10, 11]})
+
+    @pytest.mark.parametrize("unit", ["date32", "date64", "s", "ms", "us", "ns", "ns, UTC"])
+    def test_dates_of_every_unit(self, unit, parquet):
+        pyarrow = pytest.importorskip("pyarrow")
+        kind = getattr(pyarrow, unit)() if unit.startswith("date") else pyarrow.timestamp(*unit.split(", "))
+        days = pyarrow.array([datetime.datetime(2024, 1, day) for day in (3, 1)], pyarrow.timestamp("s")).cast(kind)
+        if unit == "ns":
+            days = pyarrow.array([int(86400e9) * 2 + 1, 1], kind)  # which Python's datetime cannot hold
+        histories = parquet({"user": ["u", "u"], "item": ["10", "11"], "time": days})
+        assert by_user(histories) == {"u": [1, 0]}
+        assert np.diff(histories.times[0]).tolist() == [2 * 86400]
+
+    def test_times_of_day_are_no_times(self, parquet):
+        noon = [datetime.time(12)]
+        with pytest.raises(ValueError, match=r"column time is of type time64\[us\]; numbers, dates or timestamps were"):
+            parquet({"user": ["u"], "item": ["10"], "time": noon})
+        with pytest.raises(ValueError, match="row 0: timestamp None is no number"):
+            parquet({"user": ["u"], "item": ["10"], "time": [None]})
+
     def test_rows_are_counted_over_row_groups(self, parquet):
         with pytest.raises(ValueError, match="row 5: item 12 is not in the index"):
             parquet({"user_id": ["u"] * 6, "item_id": [10] * 5 + [12]}, row_group_size=2)
@@ -276,17 +369,56 @@ class TestParquet:
 class TestFiles:
     @pytest.mark.parametrize("name", ["none.json", "none.csv", "none.parquet"])
     def test_missing(self, name, catalogue, tmp_path):
-        with pytest.raises(FileNotFoundError, match=rf"interactions .*{name} is not there; give a \.json, \.csv or"):
+        with pytest.raises(
+            FileNotFoundError, match=rf"interactions .*{name} is not there; give a \.json, \.csv, \.tsv"
+        ):
             load_interactions(tmp_path / name, catalogue)
-        with pytest.raises(FileNotFoundError, match="is not there"):
-            load_interactions(tmp_path, catalogue)
+
+    @pytest.mark.parametrize("name", ["folder.parquet", "folder"])
+    def test_a_folder(self, name, catalogue, tmp_path):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match=rf"interactions .*{name} is a folder; give a \.json, .* list several"):
+            load_interactions(tmp_path / name, catalogue)
+
+    @pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
+    def test_a_pipe_is_not_waited_for(self, suffix, catalogue, tmp_path):
+        os.mkfifo(tmp_path / f"a.{suffix}")
+        with pytest.raises(ValueError, match="is a pipe or a device, which cannot be read twice"):
+            load_interactions(tmp_path / f"a.{suffix}", catalogue)
+        with pytest.raises(ValueError, match="/dev/null is a pipe or a device"):
+            load_interactions("/dev/null", catalogue)
+
+    def test_suffixes_in_capitals_and_tabs(self, load):
+        assert by_user(load(("A.CSV", "user,item\nu,10\n"), ("b.tsv", "user\titem\nu\tx\n"))) == {"u": [0, 2]}
+        assert by_user(load(("A.JSON", '{"u": [10]}'))) == {"u": [0]}
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("a.json", '{"u": ["%s"]}'),
+            ("a.json", '{"%s": 7}'),
+            ("a.csv", "user_id,item_id\nu,%s\n"),
+            ("a.csv", "user_id,item_id,time\nu,x,%s\n"),
+            ("a.csv", "%s,item_id\nu,x\n"),
+            ("a.csv", HEADER + "u,a,b,%s,11,c,d\n"),
+        ],
+    )
+    def test_an_error_is_no_page(self, name, content, load):
+        with pytest.raises(ValueError, match="interactions") as error:
+            load((name, content % ("long" * 12_500)))
+        assert len(str(error.value)) < 1000
+        assert "\n" not in str(error.value)
+
+    def test_deep_json(self, load):
+        with pytest.raises(ValueError, match=r"a\.json: its lists or objects are nested too deeply"):
+            load(("a.json", '{"u": ' + "[" * 100_000 + "]" * 100_000 + "}"))
 
     def test_unknown_suffix(self, load):
-        with pytest.raises(ValueError, match=r"a\.txt: its name ends neither in \.json nor in \.csv nor in \.parquet"):
+        with pytest.raises(ValueError, match=r"a\.txt: its name ends in \.txt; \.json, .* or \.parquet was expected"):
             load(("a.txt", "u x"))
 
     def test_no_file(self, catalogue):
-        with pytest.raises(ValueError, match=r"interactions names no file; give a \.json, \.csv or \.parquet file"):
+        with pytest.raises(ValueError, match=r"interactions names no file; give a \.json, .* or \.parquet file"):
             load_interactions([], catalogue)
 
     def test_the_wrong_one_of_several_is_named(self, load):

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -38,9 +39,13 @@ def test_a_text_is_one_line(load):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"1": "one"', r"text .*text\.json: it is not JSON \(.*line 1"),
-        (b"\xff", r"text .*text\.json: it is not JSON \(.*utf-8"),
+        (b'{"1": "one"', r"text .*text\.json: it is not JSON as expected \(.*line 1"),
+        (b"\xff", r"text .*text\.json: it is not JSON as expected \(.*utf-8"),
         (["one"], r'text .*text\.json: it holds a list; \{"item": "text"\} was expected'),
+        (b'{"1": "one", "1": "two"}', r"text .*text\.json: .*key '1' is there twice; name each key once"),
+        (b'{"1": {"title": "a", "title": "b"}}', "key 'title' is there twice"),
+        (b'{"1": ' + b"[" * 100_000, r"text .*text\.json: .*nested too deeply"),
+        ({"1": ["long" * 12_500]}, r"key '1' has \['longlong.{,80}\]; a string"),
         ({"1": 7}, "key '1' has 7; a string, or an object with 'title', was expected"),
         ({"1": "one", "a": {"title": ["x"]}}, r"key 'a' has \['x'\]; a string, or an object with 'title'"),
         ({}, r"text .*text\.json: no item of the index has a 'title' in it; check text_field and the item names"),
@@ -61,5 +66,11 @@ def test_the_field_is_named(load):
 
 
 def test_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"text .*none\.json is not there; give a JSON file"):
+    with pytest.raises(FileNotFoundError, match=r"text .*none\.json is not there; give a \.json file"):
         load_item_text(tmp_path / "none.json", Catalogue(["a"], torch.zeros(1, 1, dtype=torch.int64)))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "text.json")
+    with pytest.raises(ValueError, match="is a pipe or a device"):
+        load_item_text(tmp_path / "text.json", Catalogue(["a"], torch.zeros(1, 1, dtype=torch.int64)))

@@ -1,10 +1,14 @@
 """Each kind of sequence by hand, from a catalogue of four items with two levels."""
 
+import json
+from pathlib import Path
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AddedToken, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from prefixmem_fast import Catalogue, SIDVocabulary
 from prefixmem_fast.recommender.data import KINDS, Histories, Sequences, Tokens, tokens_of
@@ -185,3 +189,86 @@ class TestTokensOf:
         without = SIDVocabulary.from_table({50: (1, 0), 51: (1, 1), 61: (2, 0)}, (2, 2))
         with pytest.raises(ValueError, match=r"codes\[1, 1\] = 1: no token of level 2 stands for it"):
             tokens_of(catalogue, without, self.tokenizer(eos_token="</s>"))
+
+
+class TestTextsOfThirdParties:
+    """Titles that spell SID tokens and special tokens, with tokenizers of every kind."""
+
+    TITLES = ("red <a_0><b_1> </s> lamp", "blue", "<a_0>", "</S><s>", "x<b_1>y", "<a_<a_0>0></s", "<<b_1>></s></s>")
+
+    @pytest.fixture
+    def catalogue(self):
+        return Catalogue(list("abcdef"), torch.tensor([[0, 1]] * 6), (2, 2))
+
+    def made(self, kind, catalogue, tmp_path):
+        """(tokenizer, vocabulary): SID tokens added to a fast one, or among its words; or added to a slow one."""
+        if kind == "slow":
+            letters = {"<unk>": 0, **{letter: i for i, letter in enumerate("redblump", 1)}}
+            (tmp_path / "vocab.json").write_text(json.dumps(letters))
+            tokenizer = ByLetters(tmp_path / "vocab.json")
+        elif kind == "words":
+            words = ["<unk>", "<s>", "</s>", "<a_0>", "<a_1>", "<b_0>", "<b_1>", "red", "blue", "lamp", "<", ">", "x"]
+            made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+            made.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?\w+>|\s|[<>]|\w+"), "isolated")
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+            )
+            return tokenizer, SIDVocabulary.from_tokenizer(tokenizer, (2, 2))
+        else:
+            made = Tokenizer(models.BPE(unk_token="<unk>" if kind == "lower" else None))
+            made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+            if kind == "lower":
+                made.normalizer = normalizers.Lowercase()
+            alphabet = pre_tokenizers.ByteLevel.alphabet()
+            trainer = trainers.BpeTrainer(special_tokens=["<unk>"], initial_alphabet=alphabet, show_progress=False)
+            made.train_from_iterator(["red lamp blue"], trainer)
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+            bos, eos = (AddedToken(name, normalized=kind == "lower", special=True) for name in ("<s>", "</s>"))
+            tokenizer.add_special_tokens({"bos_token": bos, "eos_token": eos})
+        vocabulary = SIDVocabulary.extend(tokenizer, None, (2, 2))
+        return tokenizer, vocabulary
+
+    @pytest.mark.parametrize("kind", ["bpe", "lower", "words", "slow"])
+    def test_no_text_holds_a_sid_or_special_token(self, kind, catalogue, tmp_path):
+        tokenizer, vocabulary = self.made(kind, catalogue, tmp_path)
+        raw = [tokenizer(title, add_special_tokens=False)["input_ids"] for title in self.TITLES]
+        forbidden = {i for i in range(len(vocabulary.table)) if vocabulary.is_code(i)}
+        forbidden |= {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        assert any(forbidden & set(ids) for ids in raw), "the titles are an attack on this tokenizer"
+        texts = tokens_of(catalogue, vocabulary, tokenizer, self.TITLES).texts
+        assert not any(forbidden & set(ids) for ids in texts)
+        assert texts[1] == raw[1], "what spells none is not touched"
+        if kind == "bpe":
+            assert tokenizer.decode(texts[0]) == "red < a_0>< b_1> < /s> lamp"
+
+    def test_unknown_words_stay(self, catalogue, tmp_path):
+        tokenizer, vocabulary = self.made("words", catalogue, tmp_path)
+        texts = tokens_of(catalogue, vocabulary, tokenizer, ["zzz red"] * 6).texts
+        assert tokenizer.unk_token_id in texts[0]
+
+
+class ByLetters(PreTrainedTokenizer):
+    """A slow tokenizer, in Python, of letters."""
+
+    vocab_files_names: ClassVar = {"vocab_file": "vocab.json"}
+
+    def __init__(self, vocab_file, **options):
+        self.letters = json.loads(Path(vocab_file).read_text())
+        special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        super().__init__(**special | options)
+
+    @property
+    def vocab_size(self):
+        return len(self.letters)
+
+    def get_vocab(self):
+        return self.letters | self.added_tokens_encoder
+
+    def _tokenize(self, text):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.letters.get(token, 0)
+
+    def _convert_id_to_token(self, index):
+        return next((letter for letter, i in self.letters.items() if i == index), "<unk>")

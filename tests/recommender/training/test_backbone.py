@@ -1,0 +1,158 @@
+"""The model of a run: what is refused before it trains, and that the checks leave no trace."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from prefixmem_fast import Catalogue, SIDVocabulary
+from prefixmem_fast.recommender.training import model_checks
+from prefixmem_fast.recommender.training.arms import build_encoder
+from prefixmem_fast.recommender.training.backbone import build_backbone, make_tokenizer
+from prefixmem_fast.recommender.training.run import load_data, train
+from tests.helpers.models import FAMILIES, tiny_model
+from tests.helpers.runs import TINY, TINY_T5, options
+
+BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def build(config):
+    data = load_data(config)
+    return build_backbone(config, data.catalogue, data.text)
+
+
+class TestCausality:
+    @pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
+    def test_a_bidirectional_model_is_refused(self, kind, tmp_path):
+        config = options(tmp_path, model={"model_type": kind, **BERT}, model_options=None)
+        message = rf"model = .*: {kind} sees the tokens after a position \(it is bidirectional\) .*is_decoder"
+        with pytest.raises(ValueError, match=message):
+            build(config)
+        with pytest.raises(ValueError, match="bidirectional"):
+            train(config, tmp_path / "out", quiet=True)
+        decoder = options(tmp_path, model={"model_type": kind, **BERT}, model_options={"is_decoder": True})
+        assert build(decoder)[0].config.is_decoder
+
+    @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "t5"])
+    def test_every_family_passes_and_nothing_changes(self, family, tmp_path):
+        model = tiny_model(family)
+        model.train()
+        next(model.children()).eval()
+        modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+        model_checks.check_causal(options(tmp_path), model, None)
+        assert [module.training for module in model.modules()] == modes
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_presets_pass(self, tmp_path):
+        for changes in ({}, {"model": "tiger", "model_options": TINY_T5}, {"precision": "bfloat16"}):
+            build(options(tmp_path, **changes))
+
+    def test_few_positions(self, tmp_path):
+        build(options(tmp_path, model_options={**TINY, "n_positions": 4}))
+
+
+def test_a_model_without_keys_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    def make(*given, **options):
+        raise AssertionError("weights were made")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", make)
+    mamba = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    with pytest.raises(NotImplementedError, match=r"mamba keeps its past in something else .* or arm = 'plain'"):
+        build(options(tmp_path, model=mamba, model_options=None))
+    with pytest.raises(AssertionError, match="weights were made"):
+        build(options(tmp_path, model=mamba, model_options=None, arm="plain"))
+
+
+class TestReachable:
+    @pytest.fixture
+    def offline(self, monkeypatch, tmp_path):
+        """A Hub that answers nobody, and an empty cache."""
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    @pytest.mark.parametrize("changes", [{"model": "gpt2"}, {"tokenizer": "someone/words"}])
+    def test_offline_is_said_at_once(self, changes, offline, tmp_path):
+        (option, name), began = next(iter(changes.items())), time.monotonic()
+        with pytest.raises(
+            FileNotFoundError, match=rf"{option} {name} is no folder here .* cannot be reached"
+        ) as error:
+            build(options(tmp_path, **{"model_options": None, **changes}))
+        assert time.monotonic() - began < 10
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("name", ["runs/mine/model", "./model", "/nowhere/model", "~/model"])
+    def test_a_path_is_not_asked_for(self, name, offline):
+        with pytest.raises(FileNotFoundError, match=rf"model {name} is not there; give a folder of transformers, or"):
+            model_checks.check_reachable("model", name)
+
+    def test_what_is_there_passes(self, offline, tmp_path, monkeypatch):
+        import huggingface_hub
+
+        model_checks.check_reachable("model", str(tmp_path))
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(tmp_path / file))
+        model_checks.check_reachable("model", "gpt2")
+
+
+class TestTokensOfAnotherCatalogue:
+    @pytest.fixture
+    def saved(self, tmp_path):
+        """A tokenizer that has the tokens of some catalogue: saved(sizes)."""
+
+        def save(sizes):
+            tokenizer = make_tokenizer(None)
+            SIDVocabulary.extend(tokenizer, None, sizes)
+            tokenizer.save_pretrained(tmp_path / "tokenizer")
+            return str(tmp_path / "tokenizer")
+
+        return save
+
+    def test_one_that_lacks_tokens(self, saved, tmp_path):
+        with pytest.raises(ValueError, match=r"has 6 of the 18 tokens of the index, such as <a_0>, not <a_2>.*--token"):
+            build(options(tmp_path, tokenizer=saved((2, 2, 2))))
+
+    def test_one_with_larger_codebooks(self, saved, tmp_path):
+        config = options(tmp_path, tokenizer=saved((9, 9, 9)))
+        with pytest.raises(ValueError, match=r"has more tokens than the index: .*give --codebook-sizes"):
+            build(config)
+        assert build(config.replace(codebook_sizes=[9, 9, 9]))[2].codebook_sizes == (9, 9, 9)
+
+    def test_the_way_out_that_is_named(self, saved, tmp_path):
+        import numpy as np
+
+        config = options(tmp_path, tokenizer=saved((2, 2, 2)), token_format="[{level}:{code}]")
+        codes = Catalogue.load(config.items, token_format="<{letter}_{code}>").codes
+        np.save(tmp_path / "items.npy", codes.numpy())
+        names = list(json.loads((tmp_path / "items.index.json").read_text()))
+        histories = json.loads((tmp_path / "interactions.json").read_text())
+        rows = {user: [names.index(item) for item in items] for user, items in histories.items()}
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        config = config.replace(
+            items=str(tmp_path / "items.npy"), interactions=[str(tmp_path / "rows.json")], text=None
+        )
+        assert len(build(config)[2]) == 18
+
+
+class TestOneLevel:
+    @pytest.fixture
+    def one_level(self, tmp_path):
+        (tmp_path / "one").mkdir()
+        index = {f"item {i}": [f"<a_{i % 6}>"] for i in range(60)}
+        (tmp_path / "one" / "index.json").write_text(json.dumps(index))
+        return options(tmp_path, items=str(tmp_path / "one" / "index.json"))
+
+    @pytest.mark.parametrize("arm", ["prefixmem", "sid-transformer"])
+    def test_an_encoder_has_nothing_to_read(self, arm, one_level, tmp_path):
+        message = r"the index has 1 level, and no prefix .* arm = 'plain', or active_levels = \[1\]"
+        with pytest.raises(ValueError, match=message):
+            train(one_level.replace(arm=arm), tmp_path / "out", quiet=True)
+
+    def test_what_is_named_works(self, one_level):
+        assert build_encoder(one_level.replace(arm="plain"), (6,), 16) is None
+        encoder = build_encoder(one_level.replace(active_levels=[1]), (6,), 16)
+        assert encoder.config.spec.active_levels == (1,)
