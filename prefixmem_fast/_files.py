@@ -1,27 +1,120 @@
-"""Files on disk: written whole or not at all, and known by their contents."""
+"""Files on disk: written whole or not at all, known by their contents, and read with suspicion."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+MOST_TEXT_BYTES = 1 << 28  # of a JSON file: a vocabulary of a million tokens takes some 40 MB
 
 
 def write_file(file: Path, write: Callable[[str], object]) -> None:
-    """Have `write(path)` fill a temporary file beside `file`, then rename it: a reader sees the old file or the new."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
+    """Have `write(path)` fill a file in a temporary folder beside `file`, then rename it.
+
+    A reader sees the old file or the new, after a loss of power too. A process that is killed leaves the folder
+    ``.NAME.xxxxxxxx``, and in it whatever `write` made.
+    """
+    folder = tempfile.mkdtemp(dir=file.parent, prefix=f".{file.name}.")
     try:
-        write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's files are the owner's alone
+        temporary = Path(folder) / file.name
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777
+        write(str(temporary))
+        os.chmod(temporary, mode)  # of a plain new file, whatever `write` makes of it
+        _flush(temporary)
         os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    _flush(file.parent)
+
+
+def _flush(path: Path) -> None:
+    """Have a file or a folder on the disk itself."""
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def size_of(file: Path) -> int:
+    """The bytes of a regular file, or of one that a link leads to.
+
+    Raises:
+        ValueError: it is something else; opening a pipe would wait for ever.
+        OSError: it is not there, or cannot be reached.
+    """
+    found = os.stat(file)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no regular file; give a folder of plain files, or of links to some")
+    return found.st_size
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it is no regular file, above `MOST_TEXT_BYTES`, not JSON in UTF-8, nested too deeply, or holds a NaN
+            or one key twice.
+        OSError: it cannot be read.
+    """
+    size = size_of(file)
+    if size > MOST_TEXT_BYTES:
+        raise ValueError(f"it has {size} bytes; allowed are {MOST_TEXT_BYTES}")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+    except RecursionError:
+        raise ValueError("it is not JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise ValueError(f"it is not JSON ({error})") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    return values
+
+
+def _constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """One process or thread at a time; another one waits. False where the system has no such lock for a folder."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            held = True
+        except OSError:  # some network file systems
+            held = False
+        try:
+            yield held
+        finally:
+            if held:
+                fcntl.flock(handle, fcntl.LOCK_UN)  # a forked child may keep the handle open
+    finally:
+        os.close(handle)
 
 
 def sha256_of(file: str | Path) -> str:

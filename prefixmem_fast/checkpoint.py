@@ -5,6 +5,9 @@ SHA-256 and the files that hold its rows; a digest over all of it comes last. We
 in their names, so a new checkpoint never overwrites the files of the old one, and replacing config.json, one rename,
 makes the new one valid at once.
 
+A file is named by its bare name: nothing outside the folder, or for a model's files outside the model's, is read,
+written or removed. A reader believes no number before it has held it against the headers of the weights files.
+
 Beside a model saved by transformers, whose own files hold the encoder's tensors, the folder `prefixmem` has this
 config.json alone. Nothing here knows a class of the package: configs and vocabularies are dicts.
 """
@@ -13,27 +16,40 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ._files import write_file
+from ._files import MOST_TEXT_BYTES, locked, read_json, size_of, write_file
 from ._version import __version__
+from ._weights import (
+    CONFIG,
+    DTYPES,
+    FOLDER,
+    SAVE_AGAIN,
+    WEIGHTS,
+    CheckpointError,
+    Rows,
+    chunks_in,
+    chunks_of,
+    entry_of,
+    find_in_model,
+)
 
 FORMAT_VERSION = 1
-FOLDER = "prefixmem"  # the encoder's folder beside a model
-CONFIG = "config.json"
 _VOCABULARY = "sid_vocabulary.json"
-_CHUNK_BYTES = 64 << 20
+_READS = 20  # of a folder that others save into meanwhile
+_TEMPORARY = re.compile(rf"\.({WEIGHTS}|config\.json)\.[a-z0-9_]{{8}}")  # what a killed `write_file` leaves
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
-class CheckpointError(ValueError):
-    """A checkpoint is damaged, or is not what it is asked to be."""
+_Result = TypeVar("_Result")
 
 
 def save(
@@ -54,20 +70,39 @@ def save(
         weights: False where a model's own files beside the folder hold the tensors; where they do not, they are
             written all the same.
 
+    Of the folder's files, this removes those alone whose names are of its own pattern. Processes that save into one
+    folder wait for one another, where the system has locks.
+
     Raises:
-        ValueError: `max_shard_size` is no size, or the folder's config.json is of something else.
+        ValueError: `max_shard_size` is no size, the folder's config.json is of something else, or the vocabulary does
+            not fit a file.
         OSError: the folder cannot be written; what was in it is left as it was.
     """
     limit = _bytes_of(max_shard_size)
     path.mkdir(parents=True, exist_ok=True)
-    if (path / CONFIG).is_file() and not _is_ours(path / CONFIG):
+    with locked(path) as alone:
+        _save(path, config, vocabulary, tensors, limit, weights, alone)
+
+
+def _save(
+    path: Path,
+    config: dict[str, Any],
+    vocabulary: dict[str, Any] | None,
+    tensors: Mapping[str, Tensor],
+    limit: int,
+    weights: bool,
+    alone: bool,
+) -> None:
+    if os.path.lexists(path / CONFIG) and not _is_ours(path / CONFIG):
         raise ValueError(f"{path / CONFIG} belongs to something else, a model perhaps; give a folder of its own")
-    replaced = _files_named(path)
+    if alone:
+        _remove_temporaries(path)
+    before, replaced = _weights_in(path), _files_named(path)
     entries = None if weights else _entries_in_model(list(tensors), path.parent)
     written: list[Path] = []
     try:
         if entries is None:
-            entries = {name: _entry(_chunks_of(tensor)) for name, tensor in tensors.items()}
+            entries = {name: entry_of(chunks_of(tensor)) for name, tensor in tensors.items()}
             for file, rows in _shards(tensors, entries, limit):
                 _write_tensors(path / file, rows)
                 written.append(path / file)
@@ -75,10 +110,11 @@ def save(
         _write_json(path / CONFIG, "prefixmem", {"package_version": __version__, **values})
     except BaseException:
         for file in written:
-            if file.name not in replaced:
+            if file.name not in before:
                 file.unlink(missing_ok=True)
         raise
-    for name in replaced - _files_named(path):
+    # Where nobody else can be saving, a file that config.json does not name is one that a killed process has left.
+    for name in (_weights_in(path) if alone else replaced) - _parts_of(entries):
         (path / name).unlink(missing_ok=True)
 
 
@@ -90,36 +126,74 @@ def read(path: str | Path) -> tuple[Path, dict[str, Any]]:
         CheckpointError: config.json is damaged, or of another version.
     """
     folder = _folder(path)
-    return folder, _read_json(folder / CONFIG, "prefixmem")
+    stored = _read_json(folder / CONFIG, "prefixmem")
+    _check_stored(folder / CONFIG, stored)
+    return folder, stored
+
+
+def read_with(path: str | Path, load: Callable[[Path, dict[str, Any]], _Result]) -> _Result:
+    """`load(*read(path))`, once more where another process has saved into the folder meanwhile."""
+    for _ in range(_READS):
+        folder, stored = read(path)
+        try:
+            return load(folder, stored)
+        except CheckpointError as error:
+            found = error
+            if read(path) == (folder, stored):
+                break
+    raise found
+
+
+def check_tensors(shapes: Mapping[str, Sequence[int]], folder: Path, stored: Mapping[str, Any]) -> dict[str, Rows]:
+    """Hold the wanted shapes against config.json, and config.json against the headers of the files.
+
+    Nothing of a tensor's size is allocated.
+
+    Args:
+        folder, stored: what `read` returned.
+
+    Raises:
+        CheckpointError: a tensor is missing, of another shape, or not in its files as config.json says.
+    """
+    sources = {}
+    for name, shape in shapes.items():
+        entry = stored["tensors"].get(name)
+        if entry is None or entry["shape"] != list(shape):
+            problem = "is missing" if entry is None else f"has shape {short(entry['shape'])}"
+            raise CheckpointError(f"{folder / CONFIG}: {name} {problem}; the config needs {list(shape)}")
+        sources[name] = Rows(name, entry, folder)
+    return sources
 
 
 def copy_tensors(
     targets: Mapping[str, Tensor], folder: Path, stored: Mapping[str, Any], *, verify: bool = True
-) -> None:
+) -> bool:
     """Read tensors into `targets`, by name; they are changed once all files have been checked.
 
     Args:
         folder, stored: what `read` returned.
         verify: compare the SHA-256 of each tensor with the stored one; one more pass over the files.
 
+    Returns:
+        whether `targets` held anything else before.
+
     Raises:
         CheckpointError: a tensor is missing, of another shape, damaged or cut.
     """
-    sources = {}
-    for name, target in targets.items():
-        entry = stored["tensors"].get(name)
-        if entry is None or entry["shape"] != list(target.shape):
-            problem = "is missing" if entry is None else f"has shape {entry['shape']}"
-            raise CheckpointError(f"{folder / CONFIG}: {name} {problem}; the config needs {list(target.shape)}")
-        sources[name] = _Rows(name, entry, folder)
+    sources = check_tensors({name: target.shape for name, target in targets.items()}, folder, stored)
     if verify:
         for source in sources.values():
             source.check()
+    changed = False
     for name, source in sources.items():
         start = 0
         for chunk in source.chunks():
-            targets[name][start : start + len(chunk)].copy_(chunk)
+            place = targets[name][start : start + len(chunk)]
+            chunk = chunk.to(place.device, place.dtype)
+            changed = changed or not torch.equal(place, chunk)
+            place.copy_(chunk)
             start += len(chunk)
+    return changed
 
 
 def save_vocabulary(vocabulary: dict[str, Any], path: str | Path) -> None:
@@ -131,55 +205,27 @@ def save_vocabulary(vocabulary: dict[str, Any], path: str | Path) -> None:
 def read_vocabulary(path: str | Path) -> tuple[Path, dict[str, Any]]:
     """The file that holds the vocabulary of a folder, alone or with an encoder, and the vocabulary."""
     file = Path(path) / _VOCABULARY
-    if file.is_file():
+    if os.path.lexists(file):
         stored = _read_json(file, "prefixmem vocabulary")
     else:
         folder, stored = read(path)
         file = folder / CONFIG
     if stored.get("vocabulary") is None:
         raise CheckpointError(f"{file} holds no vocabulary; the encoder was saved without one")
+    if not isinstance(stored["vocabulary"], dict):
+        raise CheckpointError(f"{file} is malformed: vocabulary is {short(stored['vocabulary'])}; {SAVE_AGAIN}")
     return file, stored["vocabulary"]
 
 
 # Writing
 
 
-def _entry(chunks: Iterable[Tensor]) -> dict[str, Any]:
-    """What config.json says of a tensor, whose rows come in chunks."""
-    total, rows = hashlib.sha256(), 0
-    for chunk in chunks:
-        total.update(chunk.cpu().contiguous().view(torch.uint8).numpy())
-        rows += len(chunk)
-    dtype = str(chunk.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "shape": [rows, *chunk.shape[1:]], "sha256": total.hexdigest()}
-
-
 def _entries_in_model(names: list[str], folder: Path) -> dict[str, dict[str, Any]] | None:
     """The entries of tensors as a model's files hold them; None where these cannot be read."""
     try:
-        return {name: _entry(_chunks_in(*_find_in_model(f"{FOLDER}.{name}", folder))) for name in names}
+        return {name: entry_of(chunks_in(*find_in_model(f"{FOLDER}.{name}", folder))) for name in names}
     except CheckpointError:
         return None
-
-
-def _chunks_of(rows: Tensor) -> Iterator[Tensor]:
-    """The rows in slices of `_CHUNK_BYTES` at most."""
-    return iter(rows.split(max(_CHUNK_BYTES // max(rows[:1].numel() * rows.element_size(), 1), 1)))
-
-
-def _chunks_in(file: Path, key: str) -> Iterator[Tensor]:
-    """The same of a tensor in a file, read from a memory map slice by slice."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            rows = opened.get_slice(key)
-            count, first = rows.get_shape()[0], rows[:1]
-            step = max(_CHUNK_BYTES // max(first.numel() * first.element_size(), 1), 1)
-            for start in range(0, count, step):
-                yield rows[start : min(start + step, count)]
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged or cut: {error}") from None
 
 
 def _shards(
@@ -210,15 +256,23 @@ def _shards(
 
 
 def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    write_file(file, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    try:
+        write_file(file, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written ({error}); is the disk full?") from None
 
 
 def _write_json(file: Path, kind: str, values: dict[str, Any]) -> None:
     values = {"format": kind, "format_version": FORMAT_VERSION, **values}
     values = {**values, "digest": _digest(values)}
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
+    if len(lines) + 4 > MOST_TEXT_BYTES:  # ASCII
+        raise ValueError(
+            f"{file} would have {len(lines)} bytes; allowed are {MOST_TEXT_BYTES}: the vocabulary is too large"
+        )
     write_file(file, lambda temporary: Path(temporary).write_text("{\n" + lines + "\n}\n", encoding="utf-8"))
 
 
@@ -234,6 +288,27 @@ def _bytes_of(size: int | str) -> int:
     return count
 
 
+def _weights_in(folder: Path) -> set[str]:
+    """The names of the weights files in a folder, by their pattern."""
+    return {name for name in os.listdir(folder) if re.fullmatch(WEIGHTS, name)}
+
+
+def _remove_temporaries(folder: Path) -> None:
+    """Remove what a save that was killed has left: folders of `write_file`, and the files that 0.1.0 wrote to."""
+    for name in os.listdir(folder):
+        match, path = _TEMPORARY.fullmatch(name), folder / name
+        if match is None or path.is_symlink():
+            continue
+        if path.is_file() and match[1] != CONFIG:
+            path.unlink(missing_ok=True)
+        elif path.is_dir():
+            for inner in os.listdir(path):
+                if inner == match[1] or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", inner):  # the latter is of safetensors
+                    (path / inner).unlink(missing_ok=True)
+            if not os.listdir(path):
+                path.rmdir()
+
+
 # Reading
 
 
@@ -242,106 +317,107 @@ def _folder(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is no folder; give a local one that save_pretrained wrote")
-    folder = path / FOLDER if (path / FOLDER / CONFIG).is_file() else path
-    if not (folder / CONFIG).is_file():
+    folder = path / FOLDER if os.path.lexists(path / FOLDER / CONFIG) else path
+    if not os.path.lexists(folder / CONFIG):
         raise FileNotFoundError(f"{path} holds no encoder: neither {CONFIG} nor {FOLDER}/{CONFIG} is there")
     return folder
 
 
-def _read_json(file: Path, kind: str) -> dict[str, Any]:
+def _json(file: Path) -> Any:
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged: it is not JSON ({error})") from None
+        return read_json(file)
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+
+
+def _read_json(file: Path, kind: str) -> dict[str, Any]:
+    stored = _json(file)
     if not isinstance(stored, dict) or stored.get("format") != kind:
-        kind_found = stored.get("format") if isinstance(stored, dict) else type(stored).__name__
+        found = short(stored.get("format") if isinstance(stored, dict) else type(stored).__name__)
         raise CheckpointError(
-            f"{file} is not of prefixmem_fast (its format is {kind_found!r}), and {file.parent / FOLDER} is not there; "
+            f"{file} is not of prefixmem_fast (its format is {found}), and {file.parent / FOLDER} is not there; "
             "was the model saved with the encoder on it?"
         )
-    if stored.get("format_version") != FORMAT_VERSION:
+    version = stored.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{file} has format version {stored.get('format_version')}, written by prefixmem_fast "
-            f"{stored.get('package_version')}; prefixmem_fast {__version__} reads version {FORMAT_VERSION}"
+            f"{file} has format version {_plain(version)}, written by prefixmem_fast "
+            f"{_plain(stored.get('package_version'))}; prefixmem_fast {__version__} reads version {FORMAT_VERSION}"
         )
     digest = stored.pop("digest", None)
-    if digest != _digest(stored):
-        raise CheckpointError(f"{file} is damaged or edited: its digest is {digest}, its content's {_digest(stored)}")
+    try:
+        own = _digest(stored)
+    except RecursionError:
+        raise CheckpointError(f"{file} is damaged: it is nested too deeply") from None
+    if digest != own:
+        raise CheckpointError(f"{file} is damaged or edited: its digest is {_plain(digest)}, its content's {own}")
     return stored
+
+
+def _plain(value: Any) -> str:
+    """A value in a message: a short word as it is."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= 64 else short(value)
+
+
+def _check_stored(file: Path, stored: dict[str, Any]) -> None:
+    """Refuse a config.json whose entries are not what `save` writes."""
+
+    def refuse(what: str, value: Any, allowed: str) -> None:
+        raise CheckpointError(f"{file} is malformed: {what} is {short(value)}, not {allowed}; {SAVE_AGAIN}")
+
+    encoder, vocabulary, tensors = (stored.get(name) for name in ("encoder", "vocabulary", "tensors"))
+    if not isinstance(encoder, dict):
+        refuse("encoder", encoder, "a config")
+    if encoder.get("kind", "prefixmem") not in ("prefixmem", "sid-transformer"):
+        refuse("the encoder's kind", encoder["kind"], "one that this release knows")
+    if not (vocabulary is None or isinstance(vocabulary, dict)):
+        refuse("vocabulary", vocabulary, "one, nor null")
+    if not isinstance(tensors, dict) or not tensors:
+        refuse("tensors", tensors, "a table of tensors")
+    for name, entry in tensors.items():
+        call = f"tensors[{short(name)}]"
+        if not isinstance(entry, dict):
+            refuse(call, entry, "a table")
+        if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:
+            refuse(f"{call}['dtype']", entry.get("dtype"), f"one of {', '.join(DTYPES)}")
+        shape = entry.get("shape")
+        if not isinstance(shape, list) or not shape or not all(_is_count(n) for n in shape):
+            refuse(f"{call}['shape']", shape, "a list of sizes")
+        if not isinstance(entry.get("sha256"), str):
+            refuse(f"{call}['sha256']", entry.get("sha256"), "a digest")
+        parts = entry.get("parts", [])
+        if not isinstance(parts, list):
+            refuse(f"{call}['parts']", parts, "a list")
+        for part in parts:
+            if not isinstance(part, dict) or not isinstance(part.get("key"), str) or not _is_count(part.get("rows")):
+                refuse(f"a part of {call}", part, "a file, a key and a number of rows")
+            if not isinstance(part.get("file"), str) or not re.fullmatch(WEIGHTS, part["file"]):
+                refuse(f"the file of a part of {call}", part.get("file"), "the bare name of a memory-….safetensors")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _is_ours(file: Path) -> bool:
     """Whether a config.json is one of an encoder, sound or damaged."""
     try:
-        return json.loads(file.read_text(encoding="utf-8")).get("format") == "prefixmem"
-    except (AttributeError, UnicodeDecodeError, ValueError):
-        return bool(list(file.parent.glob("memory-*.safetensors")))
+        size_of(file)
+    except (OSError, ValueError):
+        return False
+    try:
+        return read_json(file).get("format") == "prefixmem"
+    except (AttributeError, ValueError):
+        return bool(_weights_in(file.parent))
 
 
 def _files_named(folder: Path) -> set[str]:
+    """The weights files that the config.json of a folder names; none where it is damaged."""
     try:
-        entries = _read_json(folder / CONFIG, "prefixmem")["tensors"].values()
-        return {part["file"] for entry in entries for part in entry.get("parts", ())}
+        return _parts_of(read(folder)[1]["tensors"])
     except (OSError, CheckpointError):
         return set()
 
 
-class _Rows:
-    """The rows of one tensor in the files that hold them, read from a memory map chunk by chunk."""
-
-    def __init__(self, name: str, entry: dict[str, Any], folder: Path) -> None:
-        self.name, self.entry = name, entry
-        self.parts = [(folder / part["file"], part["key"]) for part in entry.get("parts", ())]
-        if not self.parts:
-            self.parts = [_find_in_model(f"{FOLDER}.{name}", folder.parent)]
-
-    def chunks(self) -> Iterator[Tensor]:
-        rows = 0
-        shape, dtype = tuple(self.entry["shape"]), getattr(torch, self.entry["dtype"])
-        for file, key in self.parts:
-            try:
-                for chunk in _chunks_in(file, key):
-                    if chunk.dtype != dtype or chunk.shape[1:] != shape[1:]:
-                        raise CheckpointError(
-                            f"{file} holds {key} as {chunk.dtype}, rows of {tuple(chunk.shape[1:])}; {CONFIG} says "
-                            f"{dtype} {shape}"
-                        )
-                    yield chunk
-                    rows += len(chunk)
-            except FileNotFoundError:
-                raise CheckpointError(f"{file} is not there, and {CONFIG} names it for {self.name}") from None
-        if rows != shape[0]:
-            raise CheckpointError(f"the files hold {rows} rows of {self.name}; {CONFIG} says {shape[0]}")
-
-    def check(self) -> None:
-        digest = _entry(self.chunks())["sha256"]
-        if digest != self.entry["sha256"]:
-            files = ", ".join(str(file) for file in dict.fromkeys(file for file, _ in self.parts))
-            raise CheckpointError(
-                f"{self.name} in {files} is damaged, or not the one that {CONFIG} was saved with: its SHA-256 is "
-                f"{digest}, stored is {self.entry['sha256']}"
-            )
-
-
-def _find_in_model(key: str, folder: Path) -> tuple[Path, str]:
-    """The file of a model saved by transformers that holds a tensor, and its key there."""
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    try:
-        if index.is_file():
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        else:
-            file = folder / "model.safetensors"
-            with safe_open(file, framework="pt") as opened:
-                files = dict.fromkeys(opened.keys(), file.name)
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} holds no model.safetensors, and the encoder's weights lie in it") from None
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the model's files in {folder} are damaged or cut: {error}") from None
-    name = next((name for name in files if name == key or name.endswith("." + key)), None)
-    if name is None:
-        raise CheckpointError(
-            f"the model's files in {folder} hold no {key}; was the model saved with the encoder on it?"
-        )
-    return folder / files[name], name
+def _parts_of(entries: Mapping[str, Any]) -> set[str]:
+    return {part["file"] for entry in entries.values() for part in entry.get("parts", ())}

@@ -29,6 +29,9 @@ _SMALLEST_PRIME = 50_000
 # Above this many rows a 31-bit product wraps too few times for its remainders to be uniform.
 _MOST_ROWS_31_BITS = 1 << 26
 _INT64_MAX = (1 << 63) - 1
+# Far above what anybody uses (4 orders of 4 heads in the paper), and derived within a second.
+MOST_LEVELS = 1024
+_MOST_PRIMES = 4096
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,9 @@ class AddressSpec:
     Levels, positions and orders count from 1 in this text; L is the number of codebooks, N is `max_order`.
 
     Args:
-        codebook_sizes: K_1 .. K_L, the number of codes at each level.
+        codebook_sizes: K_1 .. K_L, the number of codes at each level; L <= 1024.
         max_order: N, the longest n-gram. Orders above L exist at no level and hold no rows.
-        heads: H, independent hashes for each order.
+        heads: H, independent hashes for each order; N x H <= 4096.
         table_rows: T, rows of each hashed table: one number, or one for each of the N orders.
         mode: which n-gram order n reads at level l.
             ``"prefix"``: the first n codes, at every level l >= n (the same row at each).
@@ -99,8 +102,15 @@ class AddressSpec:
 
     def _validate(self) -> None:
         sizes = _checks.codebook_sizes(self.codebook_sizes)
+        if len(sizes) > MOST_LEVELS:
+            raise ValueError(f"codebook_sizes has {len(sizes)} levels; give {MOST_LEVELS} at most")
         max_order = _checks.positive("max_order", self.max_order)
         heads = _checks.positive("heads", self.heads)
+        if max_order * heads > _MOST_PRIMES:
+            raise ValueError(
+                f"max_order = {max_order} times heads = {heads} is above {_MOST_PRIMES}, the most primes of a spec; "
+                "lower one of them"
+            )
 
         rows = self.table_rows
         if hasattr(rows, "__iter__"):

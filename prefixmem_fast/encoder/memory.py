@@ -6,6 +6,7 @@ S_l = sum_{n <= min(l, N)} concat_h E[n, h][ idx[n, h] ]        (PrefixMem, arXi
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ class PrefixMemory(nn.Module):
         backend, grad, deterministic: how `prefix_memory` computes; not part of the checkpoint.
 
     The state_dict carries the spec as JSON bytes (a uint8 tensor, so that safetensors takes it). Loading a checkpoint
-    whose spec differs raises RuntimeError with both specs before anything of this module is changed.
+    whose spec differs raises RuntimeError with both specs before anything of this module is changed; one without a
+    spec gives a warning (strict=False) or an error.
     """
 
     def __init__(
@@ -101,6 +103,12 @@ class PrefixMemory(nn.Module):
             difference = self._spec_difference(state_dict[key])
             if difference is not None:  # raised at once, not collected: later modules keep their weights too
                 raise RuntimeError(f"{prefix.rstrip('.') or type(self).__name__}: {difference}")
+        elif prefix + "weight" in state_dict and not self._is_sharded():
+            warnings.warn(
+                f"the state_dict holds {prefix}weight without {key}: its address spec could not be compared with this "
+                "module's, and under another spec the rows mean other prefixes; keep the entry in the state_dict",
+                stacklevel=2,
+            )
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if key in missing_keys and self._is_sharded():
             missing_keys.remove(key)
@@ -112,7 +120,7 @@ class PrefixMemory(nn.Module):
                 return f"the checkpoint's address spec is {stored.dtype} on {stored.device}; load it as it was saved"
             saved = json.loads(bytes(stored.cpu().flatten().tolist()))
             names = [name for name in {**own, **saved} if saved.get(name) != own.get(name)]
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, RecursionError, TypeError, ValueError):
             return "the checkpoint's address spec is not JSON; the file is damaged or was not written by this package"
         if not names:
             return None

@@ -61,29 +61,67 @@ def load_encoder(
     verify: bool = True,
     **options: Any,
 ) -> Encoder:
-    """Read what `save_encoder` wrote; see `PrefixMem.from_pretrained`."""
-    folder, stored = checkpoint.read(path)
+    """Read what `save_encoder` wrote; see `PrefixMem.from_pretrained`.
+
+    Raises:
+        MemoryError: the files are sound, and the tensors do not fit the memory.
+    """
+
+    def load(folder: Path, stored: dict[str, Any]) -> Encoder:
+        config, fresh = _config_of(kind, folder, stored, hidden_size, active_levels)
+        stored_dtype = getattr(torch, next(iter(stored["tensors"].values()))["dtype"])
+        with torch.inference_mode(False), torch.no_grad():  # loaded while serving, it can still be trained
+            encoder = _on_meta(kind, config, folder, dtype=dtype or stored_dtype, **options)
+            names = [name for name in _tensors_of(encoder) if not (fresh and name == "out_proj.weight")]
+            shapes = {name: _tensors_of(encoder)[name].shape for name in names}
+            checkpoint.check_tensors(shapes, folder, stored)
+            try:
+                encoder = encoder.to_empty(device=device or torch.get_default_device())
+            except RuntimeError as error:
+                if "alloc" not in str(error) and "memory" not in str(error):
+                    raise
+                size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors_of(encoder).values())
+                raise MemoryError(f"{folder}: the encoder takes {size} bytes, more than there is ({error})") from None
+            targets = {name: tensor for name, tensor in _tensors_of(encoder).items() if name in shapes}
+            checkpoint.copy_tensors(targets, folder, stored, verify=verify)
+            if fresh:
+                encoder.reset_output()
+        return encoder
+
+    return checkpoint.read_with(path, load)
+
+
+def _config_of(
+    kind: type[Encoder],
+    folder: Path,
+    stored: dict[str, Any],
+    hidden_size: int | None,
+    active_levels: Sequence[int] | None,
+) -> tuple[Any, bool]:
+    """The config to build, and whether W_out is of another width than the stored one."""
     try:
+        large = [name for name, value in stored["encoder"].items() if isinstance(value, int) and value >= 1 << 63]
+        if large:
+            raise ValueError(f"{large[0]} = {stored['encoder'][large[0]]} is above 2^63 - 1")
         config = kind.config_class.from_dict(stored["encoder"])
         fresh = hidden_size is not None and hidden_size != config.hidden_size
         if fresh:
             config = replace(config, hidden_size=hidden_size)
         if active_levels is not None:
             config = config.with_active_levels(active_levels)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
-    if dtype is None:
-        dtype = getattr(torch, next(iter(stored["tensors"].values()))["dtype"])
-    with torch.inference_mode(False), torch.no_grad():  # loaded while serving, it can still be trained
-        encoder = kind(config, device="meta", dtype=dtype, **options)
-        encoder = encoder.to_empty(device=device or torch.get_default_device())
-        targets = _tensors_of(encoder)
-        if fresh:
-            del targets["out_proj.weight"]
-        checkpoint.copy_tensors(targets, folder, stored, verify=verify)
-        if fresh:
-            encoder.reset_output()
-    return encoder
+        if getattr(config, "layers", 0) > len(stored["tensors"]):
+            raise ValueError(f"layers = {config.layers}, but there are {len(stored['tensors'])} tensors")
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: {str(error)[:2000]}") from error
+    return config, fresh
+
+
+def _on_meta(kind: type[Encoder], config: Any, folder: Path, **options: Any) -> Encoder:
+    try:
+        return kind(config, device="meta", **options)
+    except (OverflowError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{folder / CONFIG}: no tensors can be of the sizes of the config ({reason})") from error
 
 
 def kind_of_encoder(path: str | Path) -> str:
@@ -91,22 +129,28 @@ def kind_of_encoder(path: str | Path) -> str:
     return checkpoint.read(path)[1]["encoder"].get("kind", "prefixmem")
 
 
-def load_weights(encoder: Encoder, path: str | Path) -> None:
+def load_weights(encoder: Encoder, path: str | Path) -> bool:
     """Read the tensors of a checkpoint into an encoder of the same spec and sizes; on an error it is left as it was.
+
+    Returns:
+        whether the encoder held anything else before.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another config; both are printed.
     """
-    folder, stored = checkpoint.read(path)
-    own = encoder.config.to_dict()
-    names = [name for name in own if name not in _HOW_WEIGHTS_STARTED and stored["encoder"].get(name) != own[name]]
-    if names:
-        raise CheckpointError(
-            f"{folder / CONFIG} is of another encoder: it differs in {', '.join(names)}\n"
-            f"  checkpoint: { {name: stored['encoder'].get(name) for name in names} }\n"
-            f"  encoder:    { {name: own[name] for name in names} }"
-        )
-    checkpoint.copy_tensors(_tensors_of(encoder), folder, stored)
+
+    def load(folder: Path, stored: dict[str, Any]) -> bool:
+        own = encoder.config.to_dict()
+        names = [name for name in own if name not in _HOW_WEIGHTS_STARTED and stored["encoder"].get(name) != own[name]]
+        if names:
+            raise CheckpointError(
+                f"{folder / CONFIG} is of another encoder: it differs in {', '.join(names)}\n"
+                f"  checkpoint: { {name: stored['encoder'].get(name) for name in names} }\n"
+                f"  encoder:    { {name: own[name] for name in names} }"
+            )
+        return checkpoint.copy_tensors(_tensors_of(encoder), folder, stored)
+
+    return checkpoint.read_with(path, load)
 
 
 def _tensors_of(encoder: Encoder) -> dict[str, Tensor]:

@@ -57,6 +57,7 @@ class _RowGradient(torch.autograd.Function):
         weight, functions = ctx.weight, functions_of(backend)
         no_gradients = [None] * (4 + len(tensors))
         if mode == "fused":
+            _check_accumulates(weight)
             update = _begin_update(weight)
             functions.fused_update(grad, source, spec, update)
             torch.autograd.graph.increment_version(weight)
@@ -87,6 +88,18 @@ def _check_fusible(weight: Tensor) -> None:
             'grad="fused" would apply gradients as GradScaler scaled them, and autocast is in float16; use bfloat16, '
             'or grad="sparse"'
         )
+
+
+def _check_accumulates(weight: Tensor) -> None:
+    """Refuse `torch.autograd.grad`, which would get no gradient and have the table updated."""
+    try:
+        torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(weight).node)
+    except (AttributeError, RuntimeError) as error:  # others come of old releases and of compiled autograd
+        if "autograd.grad()" in str(error):
+            raise RuntimeError(
+                'grad="fused" updates the table in loss.backward(), and torch.autograd.grad would get no gradient of '
+                'it; use grad="dense" or grad="sparse", or leave the table out of the inputs'
+            ) from None
 
 
 def _optimizer_of(weight: Tensor):

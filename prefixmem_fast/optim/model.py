@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .. import _checks
 from ..encoder import PrefixMem, PrefixMemory, SIDTransformer
-from .rows import RowOptimizer, RowWiseAdagrad, restore_state
+from .rows import RowOptimizer, RowWiseAdagrad, check_state, is_table, restore_state
 
 
 def for_model(
@@ -47,9 +47,9 @@ def for_model(
         raise TypeError(f"model is a {type(model).__name__}; give a torch module")
     if not (isinstance(rows, type) and issubclass(rows, RowOptimizer)):
         raise TypeError(f"rows = {rows!r}; give a class of prefixmem_fast.optim, such as RowWiseAdagrad")
-    for name, value in (("lr", lr), ("encoder_lr_multiple", encoder_lr_multiple)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"{name} = {value!r} is not a finite number of 0 or more")
+    rates = {"lr": lr, "encoder_lr_multiple": encoder_lr_multiple, "weight_decay": weight_decay}
+    for name, value in {**rates, **({} if muon_lr is None else {"muon_lr": muon_lr})}.items():
+        _checks.not_negative(name, value)
     if muon_lr is not None and not hasattr(torch.optim, "Muon"):
         raise ValueError(f"muon_lr = {muon_lr!r} needs torch 2.9 or newer, this is {torch.__version__}; leave it out")
     if encoder_needed and not any(isinstance(module, PrefixMemory) for module in model.modules()):
@@ -105,17 +105,44 @@ class ModelOptimizer(torch.optim.Optimizer):
         self._optimizers = list(optimizers)
         if not self._optimizers:
             raise ValueError("the model has no parameter that requires a gradient")
-        self._sizes = [len(optimizer.param_groups) for optimizer in self._optimizers]
+        self._parts: list[int] = []  # which optimizer each group is of
         super().__init__([group for optimizer in self._optimizers for group in optimizer.param_groups], {})
+        self._parts = [i for i, optimizer in enumerate(self._optimizers) for _ in optimizer.param_groups]
         self._share()
 
     def _share(self) -> None:
         """The optimizers work on this optimizer's groups and state: a schedule or a loaded state reaches all."""
-        start = 0
-        for optimizer, size in zip(self._optimizers, self._sizes, strict=True):
-            optimizer.param_groups = self.param_groups[start : start + size]
+        for i, optimizer in enumerate(self._optimizers):
+            optimizer.param_groups = [g for g, part in zip(self.param_groups, self._parts, strict=True) if part == i]
             optimizer.state = self.state
-            start += size
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more parameters, such as layers that were frozen: they go to AdamW, with its options unless given.
+
+        Raises:
+            ValueError: one is a table trained with grad="sparse" or "fused", or in a group already.
+        """
+        if not self._parts:  # torch makes the first groups by this method too
+            super().add_param_group(param_group)
+            return
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group is a {type(param_group).__name__}; give a dict with params")
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        for parameter in params:
+            if is_table(parameter):
+                raise ValueError(
+                    f"params holds a table of shape {tuple(parameter.shape)} trained by rows, and AdamW takes dense "
+                    "gradients; build the optimizer with for_model while the table requires a gradient"
+                )
+        kinds = [isinstance(optimizer, torch.optim.AdamW) for optimizer in self._optimizers]
+        optimizer = self._optimizers[kinds.index(True)] if any(kinds) else torch.optim.AdamW(params)
+        super().add_param_group({**optimizer.defaults, **param_group, "params": params})
+        if not any(kinds):
+            self._optimizers.append(optimizer)
+            kinds.append(True)
+        self._parts.append(kinds.index(True))
+        self._share()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -133,8 +160,17 @@ class ModelOptimizer(torch.optim.Optimizer):
                 optimizer.release()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every torch optimizer.
+
+        Raises:
+            ValueError: the state is of another model's parameters or of another rule; nothing has been changed.
+        """
+        check_state(self, state_dict, [self._optimizers[part] for part in self._parts])
         super().load_state_dict(state_dict)
         restore_state(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_optimizers": self._optimizers, "_parts": self._parts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

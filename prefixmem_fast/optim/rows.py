@@ -130,9 +130,71 @@ class RowOptimizer(torch.optim.Optimizer):
                 state[name].fill_(start)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every torch optimizer, but float32 state of a bfloat16 table stays float32."""
+        """As every torch optimizer, but float32 state of a bfloat16 table stays float32.
+
+        Raises:
+            ValueError: the state is of another table or of another rule; nothing has been changed.
+        """
+        check_state(self, state_dict, [self] * len(self.param_groups))
         super().load_state_dict(state_dict)
         restore_state(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        held = [p for group in self.param_groups for p in group["params"] if table_state(p).optimizer is self]
+        return {**super().__getstate__(), "held": held}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy holds the copies of the tables that this one held; a loaded state changes no holder."""
+        state = dict(state)
+        held = state.pop("held", ())
+        super().__setstate__(state)
+        for weight in held:
+            if table_state(weight).optimizer is None:
+                table_state(weight).optimizer = self
+
+
+def is_table(parameter: Any) -> bool:
+    """Whether it has been read with grad="sparse" or "fused", or one of the optimizers here holds it."""
+    state = getattr(parameter, "prefixmem_table", None)
+    return state is not None and (state.backend is not None or state.optimizer is not None)
+
+
+def check_state(
+    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], parts: list[torch.optim.Optimizer]
+) -> None:
+    """Hold a state_dict against the parameters of an optimizer.
+
+    Args:
+        parts: the optimizer that steps each group.
+
+    Raises:
+        ValueError: a state is of another shape, or of another rule.
+    """
+    for group, saved, part in zip(optimizer.param_groups, state_dict["param_groups"], parts, strict=False):
+        for weight, i in zip(group["params"], saved["params"], strict=False):
+            stored = state_dict["state"].get(i, {}).items()
+            shapes = {name: tuple(value.shape) for name, value in stored if isinstance(value, Tensor)}
+            if isinstance(part, RowOptimizer):
+                _check_rows_state(weight, shapes, saved, part)
+            elif any(shape not in ((), tuple(weight.shape)) for shape in shapes.values()):
+                raise ValueError(
+                    f"the state for the parameter of shape {tuple(weight.shape)} is of another one: it has {shapes}; "
+                    "load the state that was saved with this model"
+                )
+
+
+def _check_rows_state(weight: Tensor, shapes: dict[str, tuple], saved: dict[str, Any], part: RowOptimizer) -> None:
+    wanted = {"step": ()}
+    for name, kind in RULES[part.rule].state.items():
+        if name != "exp_avg" or saved.get("betas", (1.0,))[0] != 0:
+            wanted[name] = tuple(weight.shape if kind == "element" else weight.shape[:1])
+    missing = [name for name in part.defaults if name not in saved]
+    if missing or (shapes and shapes != wanted):
+        found = f"its group lacks {', '.join(missing)}" if missing else f"it has {shapes}, and {wanted} is needed"
+        raise ValueError(
+            f"the state for the table of shape {tuple(weight.shape)} is of another table, or not of "
+            f"{type(part).__name__}: {found}; load the state that was saved with this table and optimizer"
+        )
 
 
 def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -168,7 +230,7 @@ def _check_group(group: dict[str, Any]) -> None:
         if isinstance(value, Tensor) and name == "lr":
             if value.numel() != 1:
                 raise ValueError(f"lr is a tensor of shape {tuple(value.shape)}; give one number")
-            continue
+            value = value.item()
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise ValueError(f"{name} = {value!r} is not a finite number of 0 or more")
     betas = group.get("betas", (0.0, 0.0))

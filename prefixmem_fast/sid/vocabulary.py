@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from .. import _checks, checkpoint
+from ..addressing.spec import MOST_LEVELS
 from ..addressing.token_stream import token_entries
 from .formats import KNOWN_FORMATS, TokenFormat, recognise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# 2 GiB of table; the largest vocabularies have a few million ids.
-_MOST_IDS = 1 << 28
+# 512 MiB of table; the largest vocabularies have a few million ids.
+_MOST_IDS = 1 << 26
 
 
 class SIDVocabulary:
@@ -44,8 +45,10 @@ class SIDVocabulary:
             self.table[list(ids.values())] = torch.tensor(list(ids), dtype=torch.int32)
         self._ids = dict(ids)
         self._by_code: list[tuple[Tensor, Tensor]] = []  # codes of each level, ascending, and their ids
-        for level in range(1, len(self.codebook_sizes) + 1):
-            pairs = sorted((code, token) for (l, code), token in ids.items() if l == level)
+        of_level: list[list[tuple[int, int]]] = [[] for _ in self.codebook_sizes]
+        for (level, code), token in ids.items():
+            of_level[level - 1].append((code, token))
+        for pairs in map(sorted, of_level):
             self._by_code.append(tuple(torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T.contiguous()))
         self._on_device: dict[torch.device, Tensor] = {}
 
@@ -65,6 +68,8 @@ class SIDVocabulary:
             ValueError: an id, level or code is out of range, or two ids share one (level, code).
         """
         sizes = _checks.codebook_sizes(codebook_sizes)
+        if len(sizes) > MOST_LEVELS:
+            raise ValueError(f"codebook_sizes has {len(sizes)} levels; give {MOST_LEVELS} at most")
         if max(sizes) > 1 << 31:
             raise ValueError(f"codebook_sizes = {sizes}; a level of a vocabulary has at most 2^31 codes")
         if not isinstance(tokens, Mapping):
@@ -299,13 +304,14 @@ class SIDVocabulary:
             TypeError, ValueError: `values` is something else.
         """
         try:
-            rows = values["tokens"]
+            rows, sizes = values["tokens"], values["codebook_sizes"]
             table = {token: (level, code) for token, level, code, _ in rows}
             names = {token: name for token, _, _, name in rows if name is not None}
-            sizes = values["codebook_sizes"]
+            if len(table) != len(rows) or not all(isinstance(name, str) for name in names.values()):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
             raise ValueError(
-                "the vocabulary is not what to_dict() returned: codebook_sizes, and four entries a token"
+                "the vocabulary is not what to_dict() returned: codebook_sizes, and each token id once, in four entries"
             ) from None
         return cls.from_table(table, sizes, names)
 
@@ -327,8 +333,8 @@ class SIDVocabulary:
         file, values = checkpoint.read_vocabulary(path)
         try:
             vocabulary = cls.from_dict(values)
-        except (TypeError, ValueError) as error:
-            raise checkpoint.CheckpointError(f"{file}: {error}") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise checkpoint.CheckpointError(f"{file}: {str(error)[:2000]}") from error
         if tokenizer is not None:
             vocabulary.check_tokenizer(tokenizer)
         return vocabulary

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -211,18 +212,24 @@ def test_loaded_while_serving_it_can_be_trained(tmp_path):
 
 
 def test_two_writers_leave_one_of_the_two(tmp_path, monkeypatch):
-    """The second starts and ends while the first is about to write its config."""
+    """The second begins while the first is about to write its config: it waits, and is the one that stays."""
     first, second = encoder(), encoder(std=2.0)
-    write = checkpoint._write_json
+    write, events = checkpoint._write_json, []
+    other = threading.Thread(target=lambda: (second.save_pretrained(tmp_path), events.append("second")))
 
     def meanwhile(*args):
         monkeypatch.setattr(checkpoint, "_write_json", write)
-        second.save_pretrained(tmp_path)
+        other.start()
+        other.join(0.3)
+        events.append("first")
         write(*args)
 
     monkeypatch.setattr(checkpoint, "_write_json", meanwhile)
     first.save_pretrained(tmp_path)
-    assert torch.equal(PrefixMem.from_pretrained(tmp_path).out_proj.weight, first.out_proj.weight)
+    other.join(60)
+    assert events == ["first", "second"]
+    assert torch.equal(PrefixMem.from_pretrained(tmp_path).out_proj.weight, second.out_proj.weight)
+    assert len(weights(tmp_path)) == 1
 
 
 def test_unverified_loading_trusts_the_content(tmp_path):

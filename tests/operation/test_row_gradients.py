@@ -322,3 +322,18 @@ def test_empty_batches_and_batches_without_a_sid(backend, grad):
         optimizer.step()
         optimizer.zero_grad()
     assert torch.equal(weight, before)
+
+
+def test_fused_refuses_autograd_grad_and_leaves_the_table():
+    """It would give None for the gradient, and update the table all the same."""
+    spec = AddressSpec((6, 5, 4), table_rows=20, heads=2)
+    weight = torch.nn.Parameter(torch.randn(spec.total_rows, 3))
+    before = weight.detach().clone()
+    optimizer = optim.SGD([weight], 0.1)
+    batch = torch.randint(0, 4, (9, 3))
+    with pytest.raises(RuntimeError, match=r"torch.autograd.grad would get no gradient of it; use"):
+        torch.autograd.grad(prefix_memory(batch, weight, spec, grad="fused").sum(), weight)
+    assert torch.equal(weight, before)
+    prefix_memory(batch, weight, spec, grad="fused").sum().backward(inputs=[weight])
+    optimizer.step()
+    assert not torch.equal(weight, before)

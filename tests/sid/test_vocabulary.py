@@ -23,7 +23,7 @@ def test_empty():
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ({-1: (1, 0)}, r"token id -1 is outside 0\.\.268435455"),
+        ({-1: (1, 0)}, r"token id -1 is outside 0\.\.67108863"),
         ({5: (0, 0)}, r"token id 5 has level 0; allowed are 1\.\.2"),
         ({5: (3, 0)}, "token id 5 has level 3"),
         ({5: (2, 5)}, r"token id 5 has code 5; level 2 allows 0\.\.4"),

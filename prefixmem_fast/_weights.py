@@ -1,0 +1,158 @@
+"""Weights files as a reader meets them: which file holds which rows of a tensor, believed once the headers say so."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._dtypes import TABLE_DTYPES
+from ._files import read_json, size_of
+
+CONFIG = "config.json"
+FOLDER = "prefixmem"  # the encoder's folder beside a model
+WEIGHTS = r"memory-[0-9a-f]{12}(-[0-9]{5,}-of-[0-9]{5,})?\.safetensors"  # the names of an encoder's own files
+DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in TABLE_DTYPES)
+SAVE_AGAIN = "save the encoder again, or take another copy of the checkpoint"
+_CHUNK_BYTES = 64 << 20
+_NAMES_OF_SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, or is not what it is asked to be."""
+
+
+def entry_of(chunks: Iterable[Tensor]) -> dict[str, Any]:
+    """What config.json says of a tensor, whose rows come in chunks."""
+    total, rows = hashlib.sha256(), 0
+    for chunk in chunks:
+        total.update(chunk.cpu().contiguous().view(torch.uint8).numpy())
+        rows += len(chunk)
+    dtype = str(chunk.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": [rows, *chunk.shape[1:]], "sha256": total.hexdigest()}
+
+
+def chunks_of(rows: Tensor) -> Iterator[Tensor]:
+    """The rows in slices of `_CHUNK_BYTES` at most."""
+    return iter(rows.split(max(_CHUNK_BYTES // max(rows[:1].numel() * rows.element_size(), 1), 1)))
+
+
+def chunks_in(file: Path, key: str) -> Iterator[Tensor]:
+    """The same of a tensor in a file, read from a memory map slice by slice."""
+    with _opened(file) as opened:
+        rows = opened.get_slice(key)
+        count, first = rows.get_shape()[0], rows[:1]
+        step = max(_CHUNK_BYTES // max(first.numel() * first.element_size(), 1), 1)
+        for start in range(0, count, step):
+            yield rows[start : min(start + step, count)]
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file that is whole; what is no regular file is not opened."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        size_of(file)
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file} is damaged or cut: {str(error)[:500]}") from None
+    except RuntimeError as error:
+        if "unable to" not in str(error):
+            raise
+        size_of(file)  # raises FileNotFoundError where a save has removed the file since
+        raise OSError(f"{file} cannot be read: {error}") from None
+
+
+class Rows:
+    """The rows of one tensor in the files that hold them, read from a memory map chunk by chunk.
+
+    Raises:
+        CheckpointError: the headers of the files do not promise what config.json does.
+    """
+
+    def __init__(self, name: str, entry: dict[str, Any], folder: Path) -> None:
+        self.name, self.entry = name, entry
+        parts = entry.get("parts", ())
+        self.parts = [(folder / part["file"], part["key"]) for part in parts]
+        if not self.parts:
+            self.parts = [find_in_model(f"{FOLDER}.{name}", folder.parent)]
+        dtype, shape = entry["dtype"], entry["shape"]
+        rows = 0
+        for file, key in self.parts:
+            found, (count, *width) = self._header(file, key)
+            if found != dtype or width != shape[1:]:
+                raise CheckpointError(
+                    f"{file} holds {short(key)} as {found}, rows of {width}; {CONFIG} says {dtype} {short(shape)}"
+                )
+            rows += count
+        if rows != shape[0] or sum(part["rows"] for part in parts) not in (0, rows):
+            raise CheckpointError(f"the files hold {rows} rows of {name}; {CONFIG} says {shape[0]}")
+        if len(set(self.parts)) != len(self.parts):  # a small file would fill any memory
+            raise CheckpointError(f"{folder / CONFIG} names one part of {name} twice; {SAVE_AGAIN}")
+
+    def _header(self, file: Path, key: str) -> tuple[str, list[int]]:
+        """(dtype, shape) of a tensor, as the file's header has it; safetensors holds headers against sizes of files."""
+        try:
+            with _opened(file) as opened:
+                tensor = opened.get_slice(key)
+                shape = tensor.get_shape()
+                return _NAMES_OF_SAFETENSORS.get(tensor.get_dtype(), tensor.get_dtype()), shape or [0]
+        except FileNotFoundError:
+            raise CheckpointError(f"{file} is not there, and {CONFIG} names it for {self.name}") from None
+
+    def chunks(self) -> Iterator[Tensor]:
+        try:
+            for file, key in self.parts:
+                yield from chunks_in(file, key)
+        except FileNotFoundError:
+            raise CheckpointError(f"{file} is not there any more, and {CONFIG} names it for {self.name}") from None
+
+    def check(self) -> None:
+        digest = entry_of(self.chunks())["sha256"]
+        if digest != self.entry["sha256"]:
+            files = ", ".join(str(file) for file in dict.fromkeys(file for file, _ in self.parts))
+            raise CheckpointError(
+                f"{self.name} in {files} is damaged, or not the one that {CONFIG} was saved with: its SHA-256 is "
+                f"{digest}, stored is {self.entry['sha256']}"
+            )
+
+
+def find_in_model(key: str, folder: Path) -> tuple[Path, str]:
+    """The file of a model saved by transformers that holds a tensor, and its key there."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        if os.path.lexists(index):
+            stored = read_json(index)
+            files = stored.get("weight_map") if isinstance(stored, dict) else None
+            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+                raise ValueError(f"{index.name} has no weight_map of names of files")
+        else:
+            with _opened(folder / "model.safetensors") as opened:
+                files = dict.fromkeys(opened.keys(), "model.safetensors")
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} holds no model.safetensors, and the encoder's weights lie in it") from None
+    except ValueError as error:
+        raise CheckpointError(f"the model's files in {folder} are damaged or cut: {error}") from None
+    name = next((name for name in files if name == key or name.endswith("." + key)), None)
+    if name is None:
+        raise CheckpointError(
+            f"the model's files in {folder} hold no {key}; was the model saved with the encoder on it?"
+        )
+    if not re.fullmatch(r"[^/\\:]+", files[name]) or files[name].startswith("..") or not files[name].isprintable():
+        raise CheckpointError(
+            f"{index} names the file {short(files[name])} for {short(name)}, which is not the bare name of a file in "
+            "its folder; save the model again"
+        )
+    return folder / files[name], name
