@@ -23,22 +23,20 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm import tqdm
 
 from prefixmem_fast._files import write_file
 
 from . import compare, plots, scale
-from .clocks import DeviceClock, HostClock
-from .machine import copy_bandwidth, file_name, run_record
 from .quality import cli as quality
 from .registry import BENCHMARKS
 from .report import page, table
 from .rows import append_rows, describe, latest, read_rows
-from .run import Planned, plan
-from .run import run as run_workload
+
+if TYPE_CHECKING:
+    from .run import Planned
 
 ACTIONS = ("list", "run", "report", "compare", "scale", "traffic", "quality")
 # Git ignores it; rows that are to be committed go to --out bench/results/<machine>.jsonl.
@@ -117,6 +115,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
+    from . import benchmarks  # noqa: F401  registers them
+
     for benchmark in BENCHMARKS.values():
         workloads = benchmark.workloads(_device())
         if options.json:
@@ -127,6 +127,11 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from .clocks import DeviceClock, HostClock
+    from .machine import copy_bandwidth, file_name, run_record
+    from .run import plan
+    from .run import run as run_workload
+
     began = time.monotonic()
     for name in ("seconds", "share"):
         value = getattr(options, name)
@@ -236,10 +241,14 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _device() -> str:
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _names(given: list[str]) -> list[str]:
+    from . import benchmarks  # noqa: F401  registers them
+
     for name in given:
         if name not in BENCHMARKS:
             raise ValueError(f"no benchmark is named {name!r}; there are {', '.join(BENCHMARKS)}")

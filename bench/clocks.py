@@ -10,18 +10,11 @@ from typing import Any
 import torch
 
 from .registry import Mark
+from .rows import SLOWED
 
 COLD_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}  # written before each step: more than the caches hold
 BETWEEN_READINGS = 0.5  # seconds, of the driver
 LONGEST_LEAD = 0.02  # seconds of such writes that may give the host a head start
-# Reasons for which a GPU runs below its clocks; to be idle, or set so by its owner, is none.
-SLOWED = {
-    "SwPowerCap": "its power limit",
-    "HwSlowdown": "a slow-down by the hardware",
-    "SwThermalSlowdown": "its temperature",
-    "HwThermalSlowdown": "its temperature, by the hardware",
-    "HwPowerBrakeSlowdown": "the power supply",
-}
 
 
 class HostClock:

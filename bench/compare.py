@@ -16,8 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .machine import hardware
-from .rows import OURS, Row, describe, key_of, latest, main_times, read_rows
+from .rows import OURS, Row, describe, hardware, key_of, latest, main_times, read_rows
 
 LIMIT = 0.15
 ENOUGH_ROUNDS = 3

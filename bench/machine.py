@@ -42,12 +42,6 @@ def file_name(record: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def hardware(record: dict[str, Any]) -> str:
-    """The machine in words."""
-    machine = record["machine"]
-    return machine["gpus"][0]["name"] if machine["gpus"] else f"{machine['cpu']}, {machine['threads']} threads"
-
-
 def library_commit() -> str:
     """The library's commit, marked where files that can change a time differ from it."""
     folder = Path(prefixmem_fast.__file__).parent

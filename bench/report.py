@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .clocks import SLOWED
-from .machine import hardware
-from .rows import Row, by_workload, describe, floor_percent, main_metric, short
+from .rows import SLOWED, Row, by_workload, describe, floor_percent, hardware, main_metric, short
 
 SPREAD = 0.2  # (p80 - p20) / p50 above which a note says so
 UNITS = {"host": "host, ms", "peak memory": "peak MiB, of it tables and state"}  # else the metric's name

@@ -20,6 +20,20 @@ from typing import Any
 Row = dict[str, Any]
 
 OURS = "prefixmem_fast"
+# Reasons for which a GPU runs below its clocks; to be idle, or set so by its owner, is none.
+SLOWED = {
+    "SwPowerCap": "its power limit",
+    "HwSlowdown": "a slow-down by the hardware",
+    "SwThermalSlowdown": "its temperature",
+    "HwThermalSlowdown": "its temperature, by the hardware",
+    "HwPowerBrakeSlowdown": "the power supply",
+}
+
+
+def hardware(record: dict[str, Any]) -> str:
+    """The machine in words."""
+    machine = record["machine"]
+    return machine["gpus"][0]["name"] if machine["gpus"] else f"{machine['cpu']}, {machine['threads']} threads"
 
 
 def append_rows(out: Path, record: dict[str, Any], rows: Iterable[Row]) -> None:

@@ -22,11 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefixmem_fast import AddressSpec
-
-from .machine import hardware
 from .report import markdown
-from .rows import Row, latest, read_rows
+from .rows import Row, hardware, latest, read_rows
 
 GPU_BYTES = {"80 GB": 80e9, "141 GB": 141e9}
 HOST_BYTES, HOST_GPUS = 2e12, 8  # memory of a large host, and its GPUs
@@ -55,6 +52,8 @@ class Catalogue:
 
     def hashed_rows(self, table_rows: float) -> int:
         """An order whose prefixes all fit takes a row each (`addressing="auto"`)."""
+        from prefixmem_fast import AddressSpec
+
         return AddressSpec((self.codes,) * self.orders, self.orders, self.heads, int(table_rows)).total_rows
 
     def bytes(self, rows: float) -> float:

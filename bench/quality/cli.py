@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..machine import run_record
 from ..real_data import VARIABLE, checked_folder
 from ..rows import append_rows, read_rows
 from .arms import ARMS, FIRST, PACE, SETS, recipe
@@ -87,6 +86,8 @@ def _run_here(data_set: str, arm: str, seed: int, options: argparse.Namespace) -
         examples=options.examples or None,
         quiet=not sys.stderr.isatty(),
     )
+    from ..machine import run_record
+
     append_rows(options.out / f"{data_set}.jsonl", run_record(), [row])
     return 0
 
@@ -100,6 +101,8 @@ def _pace_here(data_set: str, arms: list[str], options: argparse.Namespace) -> i
     logging.set_verbosity_error()
     timed = [arm for arm in arms if not ARMS[arm].steps_of]
     rows = measure(data_set, timed, options.data, options.rounds)
+    from ..machine import run_record
+
     append_rows(options.out / PACE, run_record(), rows)
     for row in rows:
         print(f"{data_set:<24}{row['arm']:<18}{row['seconds_per_step'] * 1e3:.0f} ms a step")
