@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,8 +13,9 @@ from tqdm import tqdm
 
 from prefixmem_fast.recommender.evaluation.report import evaluate, reachable_by
 from prefixmem_fast.recommender.training import classification
-from prefixmem_fast.recommender.training.config import CONFIG, RunConfig
-from prefixmem_fast.recommender.training.run import Data, load_data, load_run, prepare, train
+from prefixmem_fast.recommender.training.config import RunConfig
+from prefixmem_fast.recommender.training.folder import MARKER, RunFolder
+from prefixmem_fast.recommender.training.run import TRAIN, Data, load_data, load_run, prepare, train
 
 from .arms import ARMS, PRETRAINING, config_of, recipe
 from .control import add_permuted
@@ -70,8 +69,8 @@ def run_one(
         import numpy as np
 
         np.savez_compressed(hard, **arrays)
-    for checkpoint in (folder / "train").glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    with RunFolder.resume(folder / "train", TRAIN) as trained:
+        trained.rotate(None, keep=0)
     return {
         "set": data_set,
         "arm": arm,
@@ -128,27 +127,14 @@ def _pretrain(data_set: str, method: str, seed: int, data: Path, out: Path, quie
     config = config_of("prefixmem", data_set, data, seed, **PRETRAINING[method])
     if method == "tiger":
         return _train(config, out, quiet, None, None)
-    report = _stored(out, config)
-    if report is None:
-        report = classification.pretrain(config, out, resume=(out / CONFIG).is_file(), quiet=quiet)
+    report = classification.pretrain(config, out, resume=(out / MARKER).is_file(), quiet=quiet)
     return {name: value for name, value in report.items() if name != "training"}
 
 
 def _train(config: RunConfig, out: Path, quiet: bool, data: Any, add_arm: Any) -> dict[str, Any]:
-    report = _stored(out, config)
-    if report is None:
-        report = train(config, out, resume=(out / CONFIG).is_file(), quiet=quiet, data=data, add_arm=add_arm)
+    """Train, or go on, or give the report of a run that has finished; one of other options is refused."""
+    report = train(config, out, resume=(out / MARKER).is_file(), quiet=quiet, data=data, add_arm=add_arm)
     return {name: value for name, value in report.items() if name != "training"}
-
-
-def _stored(out: Path, config: RunConfig) -> dict[str, Any] | None:
-    """The report of a finished training; an unfinished one of other options is removed."""
-    from prefixmem_fast.recommender.training.config import read_options
-
-    if (out / CONFIG).is_file() and RunConfig(**read_options(out / CONFIG)) != config:
-        shutil.rmtree(out)
-    file = out / "curves.json"
-    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _load_weights(model: torch.nn.Module, folder: Path) -> None:
