@@ -68,6 +68,8 @@ def _opened(file: Path) -> Iterator[Any]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file} is damaged or cut: {str(error)[:500]}") from None
+    except MemoryError:
+        raise MemoryError(f"{file}: its {size_of(file)} bytes cannot be mapped into memory") from None
     except RuntimeError as error:
         if "unable to" not in str(error):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +110,8 @@ def _config_of(
             config = replace(config, hidden_size=hidden_size)
         if active_levels is not None:
             config = config.with_active_levels(active_levels)
+        if config.hidden_size is None:
+            raise ValueError("hidden_size is null; give one")
         if getattr(config, "layers", 0) > len(stored["tensors"]):
             raise ValueError(f"layers = {config.layers}, but there are {len(stored['tensors'])} tensors")
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -143,10 +146,10 @@ def load_weights(encoder: Encoder, path: str | Path) -> bool:
         own = encoder.config.to_dict()
         names = [name for name in own if name not in _HOW_WEIGHTS_STARTED and stored["encoder"].get(name) != own[name]]
         if names:
+            values = json.dumps({name: stored["encoder"].get(name) for name in names})[:4000]
             raise CheckpointError(
                 f"{folder / CONFIG} is of another encoder: it differs in {', '.join(names)}\n"
-                f"  checkpoint: { {name: stored['encoder'].get(name) for name in names} }\n"
-                f"  encoder:    { {name: own[name] for name in names} }"
+                f"  checkpoint: {values}\n  encoder:    {json.dumps({name: own[name] for name in names})[:4000]}"
             )
         return checkpoint.copy_tensors(_tensors_of(encoder), folder, stored)
 

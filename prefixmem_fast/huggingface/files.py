@@ -1,11 +1,14 @@
 """Saving a model saves its encoder: what `attach` adds to save_pretrained and to PEFT's load_adapter.
 
 A model's own weights files hold the encoder's tensors among the model's, so the Trainer resumes from them. PEFT saves
-its adapters alone, so the encoder is saved beside them. Either way the folder ``prefixmem`` says what was attached.
+its adapters alone, so the encoder is saved beside them: by the PeftModel that it is attached to, or, where PEFT came
+later and has a copy of it for each adapter (modules_to_save), with each adapter's config. Either way the folder
+``prefixmem`` says what was attached.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from .hooks import unwrapped
 def watch_files(model: nn.Module, base: nn.Module) -> None:
     """`base` is the model of transformers in `model`, or `model` itself."""
     base.save_pretrained = _SaveModel(base, base)
+    base.register_state_dict_pre_hook(_WatchConfigs(base, base))
     if base is not model:
         model.save_pretrained, model.load_adapter = _SaveAdapters(model, base), _LoadAdapters(model, base)
 
@@ -29,6 +33,9 @@ def leave_files(model: nn.Module, base: nn.Module) -> None:
         for name in ("save_pretrained", "load_adapter"):
             if isinstance(module.__dict__.get(name), _Method):
                 del module.__dict__[name]
+    for key, hook in list(base._state_dict_pre_hooks.items()):
+        if isinstance(hook, _Method):
+            del base._state_dict_pre_hooks[key]
 
 
 class _Method:
@@ -84,5 +91,50 @@ class _LoadAdapters(_Method):
         result = self._original("load_adapter", model_id, *args, **options)
         attachment = getattr(self._base(), "prefixmem_attachment", None)
         if attachment is not None and (Path(model_id) / FOLDER).is_dir():
-            load_weights(unwrapped(attachment.encoder), Path(model_id) / FOLDER)
+            changed = load_weights(unwrapped(attachment.encoder), Path(model_id) / FOLDER)
+            name = args[0] if args else options.get("adapter_name")
+            others = [other for other in self._model().peft_config if other != name]
+            if changed and others:
+                warnings.warn(
+                    f"all adapters share one encoder, and from now on it is that of {model_id}, also with "
+                    f"{', '.join(others)}, which had another one; load the adapter whose encoder is wanted last, or "
+                    "keep a model for each",
+                    stacklevel=2,
+                )
+        return result
+
+
+class _WatchConfigs(_Method):
+    def __call__(self, *_: Any) -> None:
+        """Before the model's state_dict, which PEFT asks for in a save: the configs of its adapters save the encoder.
+
+        PEFT came after `attach` where it has wrapped the encoder, so nothing here has seen its PeftModel.
+        """
+        base = self._base()
+        encoder = getattr(getattr(base, "prefixmem_attachment", None), "encoder", None)
+        for name in getattr(encoder, "modules_to_save", ()):
+            config = getattr(base, "peft_config", {}).get(name)
+            if config is not None:
+                config.save_pretrained = _SaveConfig(config, base, name)
+
+
+class _SaveConfig(_Method):
+    """The save_pretrained of an adapter's config, and the adapter's copy of the encoder beside it."""
+
+    def __init__(self, model: Any, base: nn.Module, adapter: str) -> None:
+        super().__init__(model, base)
+        self._adapter = adapter
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._model(), self._base(), self._adapter)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return type(self)(*(memo.get(id(ref()), ref()) for ref in (self._model, self._base)), self._adapter)
+
+    def __call__(self, save_directory: str | Path, **options: Any) -> Any:
+        result = self._original("save_pretrained", save_directory, **options)
+        attachment = getattr(self._base(), "prefixmem_attachment", None)
+        encoders = getattr(getattr(attachment, "encoder", None), "modules_to_save", {})
+        if self._adapter in encoders:
+            save_encoder(encoders[self._adapter], Path(save_directory) / FOLDER, attachment.vocabulary)
         return result

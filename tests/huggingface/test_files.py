@@ -1,6 +1,8 @@
 """A model saved with its encoder on it comes back the same, alone, in shards, and with PEFT."""
 
+import copy
 import json
+import pickle
 import shutil
 
 import pytest
@@ -177,6 +179,53 @@ def test_peft_around_an_attached_model(tmp_path):
     kept.get_base_model().save_pretrained(tmp_path / "base")  # the trained copy
     assert torch.equal(PrefixMem.from_pretrained(tmp_path / "base").memory.weight, copies[0])
     assert isinstance(detach(kept), PrefixMem)
+
+
+def test_a_second_adapter_says_whose_encoder_is_in_use(tmp_path, recwarn):
+    """One encoder for all adapters: loading another's replaced it without a word."""
+    for name, std in (("first", 1.0), ("second", 2.0)):
+        model = attach(lora(tiny_model()), encoder(std), vocabulary())
+        model.save_pretrained(tmp_path / name)
+    model = attach(lora(tiny_model()), PrefixMem.from_pretrained(tmp_path / "first"), vocabulary())
+    recwarn.clear()
+    model.load_adapter(tmp_path / "first", "same")
+    model.load_adapter(tmp_path / "first", adapter_name="default")
+    assert not [w for w in recwarn if "encoder" in str(w.message)], "it is the encoder that was there"
+    with pytest.warns(UserWarning, match=r"from now on it is that of .*second, also with default, same, which had"):
+        model.load_adapter(tmp_path / "second", "second")
+    second = PrefixMem.from_pretrained(tmp_path / "second")
+    assert torch.equal(model.get_base_model().prefixmem.out_proj.weight, second.out_proj.weight)
+    recwarn.clear()
+    alone = attach(lora(tiny_model()), encoder(), vocabulary())
+    alone.load_adapter(tmp_path / "second", "default")
+    assert not [w for w in recwarn if "encoder" in str(w.message)], "there is no other adapter"
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_modules_to_save_saves_what_attaches_the_encoder_again(tmp_path, copied):
+    model = lora(attach(tiny_model(), encoder(), vocabulary()), modules_to_save=["prefixmem"])
+    if copied:
+        original, model = model, copy.deepcopy(model)
+        torch.nn.init.zeros_(original.base_model.model.prefixmem.modules_to_save["default"].memory.weight)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["prefixmem"]))
+    copies = model.base_model.model.prefixmem.modules_to_save
+    torch.nn.init.normal_(copies["default"].memory.weight)
+    torch.nn.init.normal_(copies["other"].memory.weight)
+    model.save_pretrained(tmp_path)
+    for name, folder in (("default", tmp_path), ("other", tmp_path / "other")):
+        assert torch.equal(PrefixMem.from_pretrained(folder).memory.weight, copies[name].memory.weight)
+        assert SIDVocabulary.from_pretrained(folder) == vocabulary()
+    found = attach(tiny_model(), PrefixMem.from_pretrained(tmp_path), SIDVocabulary.from_pretrained(tmp_path))
+    found = PeftModel.from_pretrained(found, tmp_path).eval()
+    assert torch.equal(found(**prompts()).logits, model.eval()(**prompts()).logits)
+    text = (tmp_path / "adapter_config.json").read_text()
+    assert "save_pretrained" not in text
+    pickle.loads(pickle.dumps(model))
+    base = model.get_base_model()
+    detach(model)
+    assert not base._state_dict_pre_hooks
+    model.save_pretrained(tmp_path / "without")
+    assert not (tmp_path / "without/prefixmem").exists()
 
 
 def test_peft_saves_without_the_encoder_once_it_is_detached(tmp_path):
