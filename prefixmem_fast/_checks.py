@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any
@@ -59,15 +58,6 @@ def codebook_sizes(values: Any) -> tuple[int, ...]:
         if size < 1:
             raise ValueError(f"codebook_sizes[{level - 1}] = {size} is not positive; every level needs a code")
     return sizes
-
-
-def unique_keys(pairs: Sequence[tuple[Any, Any]], kind: str = "key") -> dict[Any, Any]:
-    """A mapping from a file, whose keys, items or what else `kind` calls them, are each there once."""
-    names = [key for key, _ in pairs]
-    if len(set(names)) < len(names):
-        twice = Counter(names).most_common(1)[0][0]
-        raise ValueError(f"{kind} {twice!r} is there twice; name each {kind} once")
-    return dict(pairs)
 
 
 def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], dims: int | None, shape: str) -> None:

@@ -10,8 +10,11 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from ._inputs import unique_keys
 
 MOST_TEXT_BYTES = 1 << 28  # of a JSON file: a vocabulary of a million tokens takes some 40 MB
 
@@ -60,32 +63,28 @@ def size_of(file: Path) -> int:
     return found.st_size
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path, kind: str = "key", most: int | None = MOST_TEXT_BYTES) -> Any:
     """What a JSON file holds.
 
+    Args:
+        kind: what the keys of its objects are called in errors.
+        most: bytes that it may have; None for any number.
+
     Raises:
-        ValueError: it is no regular file, above `MOST_TEXT_BYTES`, not JSON in UTF-8, nested too deeply, or holds a NaN
-            or one key twice.
+        ValueError: it is no regular file, above `most`, not JSON in UTF-8, nested too deeply, or holds a NaN or one key
+            twice.
         OSError: it cannot be read.
     """
     size = size_of(file)
-    if size > MOST_TEXT_BYTES:
-        raise ValueError(f"it has {size} bytes; allowed are {MOST_TEXT_BYTES}")
+    if most is not None and size > most:
+        raise ValueError(f"it has {size} bytes; allowed are {most}")
     try:
-        return json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+        text = file.read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=partial(unique_keys, kind=kind), parse_constant=_constant)
     except RecursionError:
         raise ValueError("it is not JSON (nested too deeply)") from None
     except ValueError as error:
         raise ValueError(f"it is not JSON ({error})") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice[:80]!r} is there twice")
-    return values
 
 
 def _constant(name: str) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +51,8 @@ def input_file(what: str, path: str | Path, suffixes: Sequence[str]) -> Path:
     return path
 
 
-def read_json(path: Path, kind: str = "key") -> Any:
-    """The content of a JSON file, in which each object's keys, called `kind` in errors, are there once.
-
-    Raises:
-        ValueError: it is not JSON, nested too deeply, or has a key twice.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=partial(unique_keys, kind=kind))
-    except RecursionError:
-        raise ValueError("its lists or objects are nested too deeply; a few levels were expected") from None
-
-
-def unique_keys(pairs: list[tuple[str, Any]], kind: str = "item") -> dict[str, Any]:
-    """A JSON object whose keys, items or what else `kind` calls them, are each there once."""
+def unique_keys(pairs: Sequence[tuple[Any, Any]], kind: str = "key") -> dict[Any, Any]:
+    """A mapping from a file whose keys, items or what else `kind` calls them, are each there once."""
     check_unique([key for key, _ in pairs], kind)
     return dict(pairs)
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._inputs import check_unique, clipped, input_file, read_json, shown
+from .._files import read_json
+from .._inputs import check_unique, clipped, input_file, shown
 from .formats import TokenFormat, recognise
 
 
@@ -165,7 +166,7 @@ def _read_pt(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-_READERS = {".json": partial(read_json, kind="item"), ".npy": _read_npy, ".pt": _read_pt}
+_READERS = {".json": partial(read_json, kind="item", most=None), ".npy": _read_npy, ".pt": _read_pt}
 
 
 def _check_size(codes: Tensor, path: Path) -> None:

@@ -151,7 +151,7 @@ DEEP = 200_000
     [
         ("[" * DEEP + "]" * DEEP, "nested too deeply"),
         ('{"format": "prefixmem", "x": ' + "[" * 900 + "]" * 900 + "}", "format version None"),
-        ('{"format": "prefixmem", "format": "prefixmem"}', "the key 'format' is there twice"),
+        ('{"format": "prefixmem", "format": "prefixmem"}', "key 'format' is there twice"),
         ('{"format": NaN}', "NaN is no number of JSON"),
         ('{"format": "prefixmem", "format_version": true}', "format version True"),
         ('{"format": "prefixmem", "format_version": 1.0}', "format version 1.0"),

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..._inputs import clipped, input_file, read_json, shown
+from ..._files import read_json
+from ..._inputs import clipped, input_file, shown
 from ...sid.catalogue import Catalogue
 from .interactions import Histories
 
@@ -158,7 +159,7 @@ def _time(value: Any, where: str) -> tuple[float, str]:
 
 
 def _read_json(path: Path, builder: _Builder) -> None:
-    content = read_json(path)
+    content = read_json(path, most=None)
     if not isinstance(content, dict):
         raise ValueError(f'it holds a {type(content).__name__}; {{"user": [item, item, ...]}} was expected')
     for user, items in content.items():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..._inputs import clipped, input_file, read_json, shown
+from ..._files import read_json
+from ..._inputs import clipped, input_file, shown
 from ...sid.catalogue import Catalogue
 
 
@@ -25,9 +26,9 @@ def load_item_text(path: str | Path, catalogue: Catalogue, field: str = "title")
     """
     path = input_file("text", path, (".json",))
     try:
-        content = read_json(path)
-    except (UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"text {path}: it is not JSON as expected ({clipped(error)})") from None
+        content = read_json(path, most=None)
+    except ValueError as error:
+        raise ValueError(f"text {path}: {clipped(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f'text {path}: it holds a {type(content).__name__}; {{"item": "text"}} was expected')
     texts = []

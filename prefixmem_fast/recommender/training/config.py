@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..._checks import unique_keys
 from ..._choices import ADDRESSING, GRADS, MODES
+from ..._inputs import unique_keys
 
 CONFIG = "config.yaml"  # the options in the folder of a run
 _INPUTS = "inputs"  # in it, what inputs.py keeps

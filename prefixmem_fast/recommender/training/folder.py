@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..._files import sha256_of, write_file
+from ..._files import read_json, sha256_of, write_file
 from ..._version import __version__
 
 MARKER = "run.json"
@@ -265,8 +265,8 @@ def digests_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _marks(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (RecursionError, ValueError) as error:
+        values = read_json(file)
+    except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
     if not isinstance(values, dict) or values.get("format") != _FORMAT or not isinstance(values.get("run"), str):
         raise ValueError(f"{file} is not of prefixmem, or damaged")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..._files import write_file
+from ..._files import read_json, write_file
 from .config import CONFIG, RunConfig, read_run, write_options
 from .folder import RunFolder, check_new
 from .inputs import check_options, check_outside, check_revision, inputs_of, located
@@ -108,6 +108,6 @@ def is_first_process() -> bool:
 
 def _read_report(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"the run has finished, and its {file} cannot be read: {error}") from None

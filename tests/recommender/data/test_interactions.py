@@ -410,7 +410,7 @@ class TestFiles:
         assert "\n" not in str(error.value)
 
     def test_deep_json(self, load):
-        with pytest.raises(ValueError, match=r"a\.json: its lists or objects are nested too deeply"):
+        with pytest.raises(ValueError, match=r"a\.json: it is not JSON .nested too deeply"):
             load(("a.json", '{"u": ' + "[" * 100_000 + "]" * 100_000 + "}"))
 
     def test_unknown_suffix(self, load):

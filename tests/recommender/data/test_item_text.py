@@ -39,8 +39,8 @@ def test_a_text_is_one_line(load):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"1": "one"', r"text .*text\.json: it is not JSON as expected \(.*line 1"),
-        (b"\xff", r"text .*text\.json: it is not JSON as expected \(.*utf-8"),
+        (b'{"1": "one"', r"text .*text\.json: it is not JSON \(.*line 1"),
+        (b"\xff", r"text .*text\.json: it is not JSON \(.*utf-8"),
         (["one"], r'text .*text\.json: it holds a list; \{"item": "text"\} was expected'),
         (b'{"1": "one", "1": "two"}', r"text .*text\.json: .*key '1' is there twice; name each key once"),
         (b'{"1": {"title": "a", "title": "b"}}', "key 'title' is there twice"),
