@@ -18,7 +18,6 @@ import argparse
 import gc
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -180,25 +179,9 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _traffic(options: argparse.Namespace) -> int:
-    from prefixmem_fast._triton import interpreting  # `compare` runs this file on libraries that may be older
+    from prefixmem_fast.checks.counting import count_traffic  # `compare` runs this file on older libraries too
 
-    if not interpreting():  # triton reads the variable when it is imported, which has happened
-        command = [sys.executable, "-m", "prefixmem_fast.cli", "bench", "traffic", *["--json"] * options.json]
-        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
-    from prefixmem_fast.checks import traffic
-
-    began, counts = time.monotonic(), []
-    progress = tqdm(traffic.COUNTS, unit="kernel", disable=None)
-    for i, count in enumerate(progress, 1):
-        counts.append(count())
-        if options.json:
-            print(json.dumps(counts[-1].as_row()), flush=True)
-        if progress.disable:
-            line = f"{i} of {len(traffic.COUNTS)}, after {time.monotonic() - began:.0f} s: {counts[-1].name}"
-            print(line, file=sys.stderr, flush=True)
-    if not options.json:
-        print(traffic.table(counts))
-    return 1 if any(count.excess for count in counts) else 0
+    return count_traffic(options.json)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -39,7 +36,11 @@ def run(options: argparse.Namespace) -> int:
     for name in ("targets", "dtypes"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} goes with --compile; add it, or leave --{name} out")
-    return _traffic(options) if options.traffic else _verify(options)
+    if options.traffic:
+        from ..checks.counting import count_traffic
+
+        return count_traffic(options.json)
+    return _verify(options)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -84,26 +85,6 @@ def _verify(options: argparse.Namespace) -> int:
         for mismatch in report.mismatches[:10]:
             print(f"MISMATCH {mismatch}")
     return 1 if report.mismatches else 0
-
-
-def _traffic(options: argparse.Namespace) -> int:
-    from .._triton import interpreting
-
-    if not interpreting():  # triton reads the variable when it is imported, which may have happened
-        command = [sys.executable, "-m", "prefixmem_fast.cli", "verify", "--traffic", *["--json"] * options.json]
-        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
-    from ..checks import traffic
-
-    counts = []
-    with Progress("traffic", len(traffic.COUNTS), "kernels", quiet=options.json) as progress:
-        for count in traffic.COUNTS:
-            counts.append(count())
-            progress.update()
-    if options.json:
-        print("\n".join(json.dumps(count.as_row()) for count in counts))
-    else:
-        print(traffic.table(counts))
-    return 1 if any(count.excess for count in counts) else 0
 
 
 def _compile(options: argparse.Namespace) -> int:
