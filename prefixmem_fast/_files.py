@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -37,6 +38,23 @@ def write_file(file: Path, write: Callable[[str], object]) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     _flush(file.parent)
+
+
+def remove_leftovers(folder: Path, names: str) -> None:
+    """Remove what a killed `write_file` of a file in `folder` has left; nobody else may be writing there.
+
+    Args:
+        names: a regular expression of the files' names.
+    """
+    for name in os.listdir(folder):
+        match, path = re.fullmatch(rf"\.({names})\.[a-z0-9_]{{8}}", name), folder / name
+        if match is None or path.is_symlink() or not path.is_dir():
+            continue
+        for inner in os.listdir(path):
+            if inner == match[1] or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", inner):  # the latter is of safetensors
+                (path / inner).unlink(missing_ok=True)
+        if not os.listdir(path):
+            path.rmdir()
 
 
 def _flush(path: Path) -> None:

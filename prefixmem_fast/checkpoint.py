@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._files import MOST_TEXT_BYTES, locked, read_json, size_of, write_file
+from ._files import MOST_TEXT_BYTES, locked, read_json, remove_leftovers, size_of, write_file
 from ._version import __version__
 from ._weights import (
     CONFIG,
@@ -45,7 +45,6 @@ from ._weights import (
 FORMAT_VERSION = 1
 _VOCABULARY = "sid_vocabulary.json"
 _READS = 20  # of a folder that others save into meanwhile
-_TEMPORARY = re.compile(rf"\.({WEIGHTS}|config\.json)\.[a-z0-9_]{{8}}")  # what a killed `write_file` leaves
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -96,7 +95,7 @@ def _save(
     if os.path.lexists(path / CONFIG) and not _is_ours(path / CONFIG):
         raise ValueError(f"{path / CONFIG} belongs to something else, a model perhaps; give a folder of its own")
     if alone:
-        _remove_temporaries(path)
+        remove_leftovers(path, rf"{WEIGHTS}|config\.json")
     before, replaced = _weights_in(path), _files_named(path)
     entries = None if weights else _entries_in_model(list(tensors), path.parent)
     written: list[Path] = []
@@ -291,22 +290,6 @@ def _bytes_of(size: int | str) -> int:
 def _weights_in(folder: Path) -> set[str]:
     """The names of the weights files in a folder, by their pattern."""
     return {name for name in os.listdir(folder) if re.fullmatch(WEIGHTS, name)}
-
-
-def _remove_temporaries(folder: Path) -> None:
-    """Remove what a save that was killed has left: folders of `write_file`, and the files that 0.1.0 wrote to."""
-    for name in os.listdir(folder):
-        match, path = _TEMPORARY.fullmatch(name), folder / name
-        if match is None or path.is_symlink():
-            continue
-        if path.is_file() and match[1] != CONFIG:
-            path.unlink(missing_ok=True)
-        elif path.is_dir():
-            for inner in os.listdir(path):
-                if inner == match[1] or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", inner):  # the latter is of safetensors
-                    (path / inner).unlink(missing_ok=True)
-            if not os.listdir(path):
-                path.rmdir()
 
 
 # Reading

@@ -320,11 +320,8 @@ def test_memory_that_is_not_there_is_said(saved, monkeypatch):
 
 
 def test_what_a_killed_save_has_left_goes_with_the_next(saved):
-    weights = next(saved.glob("*.safetensors"))
     stale = saved / "memory-0123456789ab-00001-of-00002.safetensors"
     stale.write_text("a shard that nothing names")
-    file = saved / f".{weights.name}.abcd_123"  # as 0.1.0 left them
-    file.write_text("cut")
     folder = saved / ".memory-0123456789ab.safetensors.abcd1234"
     folder.mkdir()
     (folder / "memory-0123456789ab.safetensors").write_text("cut")

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..._files import read_json, sha256_of, write_file
+from ..._files import read_json, remove_leftovers, sha256_of, write_file
 from ..._version import __version__
 
 MARKER = "run.json"
@@ -183,6 +183,7 @@ class RunFolder:
                 shutil.rmtree(folder)
         for folder in self.path.glob(self._unfinished("*").name):
             shutil.rmtree(folder)
+        remove_leftovers(self.path, r"config\.yaml|curves\.json")
 
     def _unfinished(self, name: str) -> Path:
         return self.path / f".{name}-{self.run}"

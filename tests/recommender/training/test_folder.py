@@ -176,6 +176,8 @@ def test_a_folder_gets_its_name_when_it_is_whole(run):
     with pytest.raises(KeyboardInterrupt):
         run.place("model", killed)
     assert not (run.path / "model").exists()
+    (run.path / ".curves.json.0123abcd").mkdir()  # as a kill while a file is written leaves it
+    (run.path / ".curves.json.0123abcd" / "curves.json").touch()
     run.remove_unfinished()
     assert [file.name for file in run.path.iterdir()] == [MARKER]
     run.place("model", lambda folder: folder.mkdir())
