@@ -7,7 +7,6 @@ checkpoint-N/run.json  says the same of a checkpoint, and, once that is whole, t
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -152,7 +151,7 @@ class RunFolder:
             expected = _marks(checkpoint / MARKER).get("files")
         except (OSError, ValueError) as error:
             return str(error)
-        if not isinstance(expected, dict):
+        if expected is None:
             return f"{checkpoint} is not whole"
         for name, digest in expected.items():
             file = checkpoint / name
@@ -213,13 +212,14 @@ class RunFolder:
             shutil.rmtree(folder)
             return
         for name in files:
-            (folder / name).unlink(missing_ok=True)
+            if (folder / name).parent.resolve().is_relative_to(folder):  # and not where a link leads
+                (folder / name).unlink(missing_ok=True)
         (folder / MARKER).unlink()
         for inner in sorted({parent for name in (MARKER, *files) for parent in Path(name).parents}, reverse=True):
             try:
                 (folder / inner).rmdir()
             except OSError as error:
-                if error.errno != errno.ENOTEMPTY:
+                if error.errno not in (errno.ENOTEMPTY, errno.ENOENT, errno.ENOTDIR):
                     raise
 
 
@@ -265,16 +265,33 @@ def digests_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _marks(file: Path) -> dict[str, Any]:
+    """What a mark says. It may come from elsewhere, and files that it names are removed: none lies outside."""
     try:
         values = read_json(file)
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
-    if not isinstance(values, dict) or values.get("format") != _FORMAT or not isinstance(values.get("run"), str):
+    if not isinstance(values, dict) or values.get("format") != _FORMAT:
         raise ValueError(f"{file} is not of prefixmem, or damaged")
+    if not re.fullmatch("[0-9a-f]{32}", str(values.get("run"))):
+        raise ValueError(f"{file} is damaged: it names no run")
+    files = values.get("files", {})
+    if not isinstance(files, dict) or not all(map(_is_entry, files, files.values())):
+        raise ValueError(f"{file} is damaged: its files are not those of a checkpoint with their sizes and SHA-256")
     return values
 
 
+def _is_entry(name: str, entry: Any) -> bool:
+    """Whether it is one of `digests_of`."""
+    parts = Path(name).parts
+    inside = name and "\0" not in name and ".." not in parts and not Path(name).is_absolute()
+    return bool(inside) and isinstance(entry, dict) and set(entry) == {"bytes", "sha256"}
+
+
 def _lock(file: int, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # a system without such locks
+        return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

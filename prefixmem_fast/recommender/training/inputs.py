@@ -26,15 +26,17 @@ def inputs_of(config: RunConfig, out: Path) -> dict[str, list[dict[str, str]]]:
 
 
 def check_outside(config: RunConfig, out: Path) -> None:
-    """Refuse a run whose folder holds what it reads.
+    """Refuse a run whose folder holds what it reads, or lies in it, where it would change the contents.
 
     Raises:
-        ValueError: one of the files or folders lies in `out`.
+        ValueError: one of the files or folders lies in `out`, or `out` in one of the folders.
     """
     for name in INPUTS:
         for place in _places(config, name):
             if Path(place).resolve().is_relative_to(out.resolve()):
                 raise ValueError(f"{name} = {place} lies in out = {out}; give another folder for the run")
+            if out.resolve().is_relative_to(Path(place).resolve()):
+                raise ValueError(f"out = {out} lies in {name} = {place}; give another folder for the run")
 
 
 def check_options(config: RunConfig, stored: RunConfig, inputs: dict[str, Any], out: Path) -> None:

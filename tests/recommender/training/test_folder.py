@@ -112,7 +112,8 @@ class TestCheckpoints:
             (other / "thesis").write_text("x")
         shutil.copytree(write(run, 2), others[2])  # of another run
         marks = json.loads((others[2] / MARKER).read_text())
-        (others[2] / MARKER).write_text(json.dumps({**marks, "run": "another"}))
+        (others[2] / MARKER).write_text(json.dumps({**marks, "run": "0" * 32}))
+        shutil.copytree(run.path / "checkpoint-2", run.path / "checkpoint-2-kept")  # by the user
         (run.path / "checkpoint-2" / "notes").write_text("of the user")
         outside = shutil.copytree(run.path / "checkpoint-2", tmp_path / "outside")
         (run.path / "checkpoint-0").symlink_to(outside)
@@ -123,9 +124,56 @@ class TestCheckpoints:
         for other in others[:2]:
             assert (other / "thesis").read_text() == "x"
         assert (others[2] / "model").is_file()
+        assert (run.path / "checkpoint-2-kept" / "model").is_file()
         assert (outside / "model").is_file()
         assert [file.name for file in (run.path / "checkpoint-2").iterdir()] == ["notes"]
         assert not (run.path / "checkpoint-4").exists()
+
+    @pytest.mark.parametrize("place", ["../../victim", "{absolute}", "inner/../../../victim"])
+    def test_a_mark_from_elsewhere_names_nothing_outside(self, run, tmp_path, place):
+        """As the config.json of an encoder, a run may come from somebody else."""
+        victim = tmp_path / "victim"
+        victim.write_text("x")
+        mark = write(run, 2) / MARKER
+        marks = json.loads(mark.read_text())
+        marks["files"][place.format(absolute=victim)] = {"bytes": 1, "sha256": ""}
+        mark.write_text(json.dumps(marks))
+        for step in (4, 6):
+            write(run, step)
+        run.rotate(best=None)
+        run.remove_unfinished()
+        assert victim.read_text() == "x"
+        with pytest.raises(ValueError, match="is there, and this run has not written it"):
+            run.begin_checkpoint(2)
+
+    @pytest.mark.parametrize("name", ["x/precious", "*", "../out", ""])
+    def test_the_name_of_a_run_is_no_path(self, run, name):
+        (run.path / "precious").mkdir()
+        (run.path / ".git-precious").mkdir()
+        run.close()
+        marks = json.loads((run.path / MARKER).read_text())
+        (run.path / MARKER).write_text(json.dumps({**marks, "run": name}))
+        with pytest.raises(ValueError, match=r"run\.json is damaged: it names no run"):
+            RunFolder.resume(run.path, "train")
+
+    def test_what_a_link_leads_to_stays(self, run, tmp_path):
+        inner = write(run, 2) / "inner"
+        shutil.move(inner, tmp_path / "moved")
+        inner.symlink_to(tmp_path / "moved")
+        shutil.rmtree(write(run, 4) / "inner")
+        run.rotate(best=None, keep=0)
+        assert (tmp_path / "moved" / "file").read_text() == "deep"
+        assert sorted(path.name for path in run.path.iterdir()) == ["checkpoint-2", MARKER]
+        assert [path.name for path in (run.path / "checkpoint-2").iterdir()] == ["inner"]
+
+    @pytest.mark.parametrize(
+        "files", [None, [], {"model": 3}, {"model": {"bytes": 7}}, {"": {"bytes": 7, "sha256": ""}}]
+    )
+    def test_a_mark_of_other_files_is_damage(self, run, files):
+        checkpoint = write(run, 2)
+        marks = json.loads((checkpoint / MARKER).read_text())
+        (checkpoint / MARKER).write_text(json.dumps({**marks, "files": files}))
+        assert "run.json is damaged: its files are not those of a checkpoint" in run.problem_of(checkpoint)
 
     def test_a_name_that_is_taken(self, run):
         (run.path / "checkpoint-2").mkdir()

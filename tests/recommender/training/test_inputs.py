@@ -125,6 +125,11 @@ def test_what_a_run_reads_lies_outside_of_its_folder(project, out):
         check_outside(config(), project / out)
 
 
+def test_a_run_lies_outside_of_the_folders_that_it_reads(project):
+    with pytest.raises(ValueError, match=r"out = .*llm.run lies in model = llm; give another folder"):
+        check_outside(config(), project / "llm" / "run")
+
+
 def test_the_revision_of_a_model_from_a_hub():
     inputs = {}
     check_revision(inputs, None, "decoder")
