@@ -57,6 +57,7 @@ class RecommenderTrainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(_PlaceOfBest(folder.path))
+        self.add_callback(_LastLoss())
         if not quiet:
             self.add_callback(_Progress() if sys.stderr.isatty() else _Lines())
         if config.patience:
@@ -122,6 +123,7 @@ class RecommenderTrainer(Trainer):
         if self.is_world_process_zero():
             self.folder.end_checkpoint(self.state.global_step)
             self.folder.rotate(self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()  # the best checkpoint is read next, where this was the last one
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
@@ -226,6 +228,14 @@ class _PlaceOfBest(TrainerCallback):
     def on_train_begin(self, args, state, control, **options) -> None:
         if state.best_model_checkpoint is not None:
             state.best_model_checkpoint = str(self.folder / Path(state.best_model_checkpoint).name)
+
+
+class _LastLoss(TrainerCallback):
+    """Logs the loss up to the last step, so that the last steps are checked before their model is saved."""
+
+    def on_step_end(self, args, state, control, **options):
+        control.should_log |= state.global_step >= state.max_steps
+        return control
 
 
 class StopAt(TrainerCallback):

@@ -169,6 +169,11 @@ def test_a_run_goes_on_in_a_folder_that_has_moved(tmp_path, monkeypatch):
     [
         ({"learning_rate": 1e9, "max_grad_norm": 0.0, "eval_every": 1}, "validation loss is nan, after"),
         ({"learning_rate": 1e9, "max_grad_norm": 0.0, "eval_every": 8, "keep_best": False}, "training loss is nan"),
+        # fewer steps than are between two losses
+        (
+            {"learning_rate": 1e9, "max_grad_norm": 0.0, "log_every": 10, "eval_every": 10, "keep_best": False},
+            "training loss is nan",
+        ),
     ],
 )
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, changes, message):
