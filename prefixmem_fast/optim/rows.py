@@ -7,7 +7,6 @@ the optimizer that holds the weight and has it update the rows there and then; `
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,6 +19,9 @@ from ..operation.backends import choose_backend, functions_of
 from ..operation.rules import RULES, Hyper, RowUpdate
 from ..operation.spent_gradient import FusedGradient
 from ..operation.table_state import table_state
+
+# Their state has the shape of the parameter, that of Adafactor and others has shapes of its own.
+_OF_ELEMENTS = tuple(getattr(torch.optim, name) for name in ("AdamW", "Muon") if hasattr(torch.optim, name))
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -176,7 +178,7 @@ def check_state(
             shapes = {name: tuple(value.shape) for name, value in stored if isinstance(value, Tensor)}
             if isinstance(part, RowOptimizer):
                 _check_rows_state(weight, shapes, saved, part)
-            elif any(shape not in ((), tuple(weight.shape)) for shape in shapes.values()):
+            elif isinstance(part, _OF_ELEMENTS) and any(s not in ((), tuple(weight.shape)) for s in shapes.values()):
                 raise ValueError(
                     f"the state for the parameter of shape {tuple(weight.shape)} is of another one: it has {shapes}; "
                     "load the state that was saved with this model"
@@ -231,8 +233,7 @@ def _check_group(group: dict[str, Any]) -> None:
             if value.numel() != 1:
                 raise ValueError(f"lr is a tensor of shape {tuple(value.shape)}; give one number")
             value = value.item()
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"{name} = {value!r} is not a finite number of 0 or more")
+        _checks.not_negative(name, value)
     betas = group.get("betas", (0.0, 0.0))
     if len(betas) != 2 or not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas = {betas!r}; give two numbers in [0, 1)")

@@ -432,6 +432,19 @@ def test_state_of_another_rule_is_refused_at_load(saved, loading, alone):
     trained(models[1], optimizers[1])
 
 
+@pytest.mark.parametrize("other", [torch.optim.Adafactor, torch.optim.SGD, lambda p: torch.optim.Adam(p, amsgrad=True)])
+def test_state_of_optimizers_from_elsewhere_is_loaded(other):
+    """Adafactor keeps a row and a column of a matrix."""
+    model = model_with("sparse")
+    table = model.encoder.memory.weight
+    rest = [p for p in model.parameters() if p is not table]
+    optimizer = optim.ModelOptimizer(optim.RowWiseAdagrad([table], 0.1), other(rest))
+    trained(model, optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state)
+    torch.testing.assert_close(optimizer.state_dict()["state"], state["state"], rtol=0, atol=0)
+
+
 def test_rates_out_of_range():
     model = model_with("fused")
     weight = model.encoder.memory.weight
