@@ -40,6 +40,11 @@ def write_file(file: Path, write: Callable[[str], object]) -> None:
     _flush(file.parent)
 
 
+def write_text(file: Path, text: str) -> None:
+    """`write_file` of a text, in UTF-8."""
+    write_file(file, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
 def remove_leftovers(folder: Path, names: str) -> None:
     """Remove what a killed `write_file` of a file in `folder` has left; nobody else may be writing there.
 

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._files import MOST_TEXT_BYTES, locked, read_json, remove_leftovers, size_of, write_file
+from ._files import MOST_TEXT_BYTES, locked, read_json, remove_leftovers, size_of, write_file, write_text
 from ._version import __version__
 from ._weights import (
     CONFIG,
@@ -272,7 +272,7 @@ def _write_json(file: Path, kind: str, values: dict[str, Any]) -> None:
         raise ValueError(
             f"{file} would have {len(lines)} bytes; allowed are {MOST_TEXT_BYTES}: the vocabulary is too large"
         )
-    write_file(file, lambda temporary: Path(temporary).write_text("{\n" + lines + "\n}\n", encoding="utf-8"))
+    write_text(file, "{\n" + lines + "\n}\n")
 
 
 def _digest(values: dict[str, Any]) -> str:

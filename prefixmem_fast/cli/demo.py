@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from .._files import write_file
+    from .._files import write_text
     from ..recommender.evaluation.plots import plot_curves
     from ..recommender.evaluation.report import as_json
     from ..recommender.training.classification import pretrain
@@ -89,7 +89,7 @@ def _run(options: argparse.Namespace) -> int:
     )
     results = {"data": "synthetic", "curves": curves, "test": reports, "step_ms": milliseconds, "picture": str(picture)}
     text = as_json(results)
-    write_file(out / REPORT, lambda temporary: Path(temporary).write_text(text + "\n", encoding="utf-8"))
+    write_text(out / REPORT, text + "\n")
     print(text if options.json else _table(results))
     return 0
 

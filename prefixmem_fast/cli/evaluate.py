@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     import numpy as np
 
-    from .._files import write_file
+    from .._files import write_file, write_text
     from ..recommender.evaluation.report import as_json, evaluate, table
     from ..recommender.training.folder import check_writable
     from ..recommender.training.run import load_run
@@ -83,7 +83,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     name = result_name(options, len(part))
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / f"{name}.npz", lambda temporary: _savez(temporary, arrays))
-    write_file(folder / f"{name}.json", lambda temporary: Path(temporary).write_text(text + "\n", encoding="utf-8"))
+    write_text(folder / f"{name}.json", text + "\n")
     if not options.json:
         print(f"written to {folder / name}.json")
     return 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._choices import ADDRESSING, GRADS, MODES
+from ..._files import write_text
 from ..._inputs import unique_keys
 
 CONFIG = "config.yaml"  # the options in the folder of a run
@@ -268,12 +269,9 @@ def read_run(file: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def write_options(config: RunConfig, file: Path, inputs: dict[str, Any] | None = None) -> None:
     import yaml
 
-    from ..._files import write_file
-
     dumper = _with_exponents(yaml.SafeDumper)
     values = {**config.to_dict(), **({_INPUTS: inputs} if inputs else {})}
-    text = yaml.dump(values, Dumper=dumper, sort_keys=False, allow_unicode=True)
-    write_file(file, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(file, yaml.dump(values, Dumper=dumper, sort_keys=False, allow_unicode=True))
 
 
 def _with_exponents(kind: type) -> type:

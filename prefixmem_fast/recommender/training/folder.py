@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..._files import read_json, remove_leftovers, sha256_of, write_file
+from ..._files import read_json, remove_leftovers, sha256_of, write_text
 from ..._version import __version__
 
 MARKER = "run.json"
@@ -202,8 +202,7 @@ class RunFolder:
             return False
 
     def _mark(self, folder: Path, more: dict[str, Any]) -> None:
-        text = json.dumps({"format": _FORMAT, "run": self.run, **more}, indent=1) + "\n"
-        write_file(folder / MARKER, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+        write_text(folder / MARKER, json.dumps({"format": _FORMAT, "run": self.run, **more}, indent=1) + "\n")
 
     def _remove(self, folder: Path) -> None:
         """Remove what the run has written into a checkpoint; what others have put there stays, with the folder."""

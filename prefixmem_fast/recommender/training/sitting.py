@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..._files import read_json, write_file
+from ..._files import read_json, write_text
 from .config import CONFIG, RunConfig, read_run, write_options
 from .folder import RunFolder, check_new
 from .inputs import check_options, check_outside, check_revision, inputs_of, located
@@ -84,8 +84,7 @@ class Sitting:
 
     def finish(self, report: dict[str, Any], save: Callable[[Path], object]) -> None:
         """Write the report, and then, all or nothing, the product: `save` is given the folder to write it into."""
-        text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-        write_file(self._folder.path / CURVES, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+        write_text(self._folder.path / CURVES, json.dumps(report, indent=1, allow_nan=False) + "\n")
         self._folder.place(self._product, save)
 
     def __enter__(self) -> Sitting:
