@@ -72,7 +72,7 @@ def check_causal(config: RunConfig, model: nn.Module, limit: int | None) -> None
     length = min(8, limit or 8)
     if rows < 2 or length < 2:
         return
-    ids = torch.randint(rows, (1, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(rows, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
     other = ids.clone()
     other[0, -1] = (ids[0, -1] + 1) % rows
     modes = {module: module.training for module in model.modules()}
@@ -80,7 +80,7 @@ def check_causal(config: RunConfig, model: nn.Module, limit: int | None) -> None
         with torch.random.fork_rng(devices=[]):
             model.eval()
             before, after = (
-                model(input_ids=given.to(model.device), attention_mask=torch.ones_like(given)).logits[:, :-1].float()
+                model(input_ids=given, attention_mask=torch.ones_like(given)).logits[:, :-1].float()
                 for given in (ids, other)
             )
     except Exception:  # whatever else it needs
