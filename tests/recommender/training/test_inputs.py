@@ -5,7 +5,6 @@ import shutil
 import pytest
 
 from prefixmem_fast.recommender.training.config import CONFIG, RunConfig, read_run, write_options
-from prefixmem_fast.recommender.training.folder import RunFolder
 from prefixmem_fast.recommender.training.inputs import (
     check_options,
     check_outside,
@@ -13,7 +12,6 @@ from prefixmem_fast.recommender.training.inputs import (
     inputs_of,
     located,
 )
-from prefixmem_fast.recommender.training.sitting import Sitting
 from tests.helpers.runs import write_files
 
 
@@ -107,16 +105,6 @@ def test_a_resumed_run_keeps_its_options_and_contents_wherever_they_are(project)
         check_options(config().replace(items="copy.json"), config(), inputs, project / "run")
     with pytest.raises(ValueError, match="steps = 5, and the run"):
         check_options(config().replace(steps=5), config(), inputs, project / "run")
-
-
-def test_a_refused_process_lets_go_of_the_folder(project):
-    with RunFolder.start(project / "run", "train"):
-        write_options(config(), project / "run" / CONFIG, inputs_of(config(), project / "run"))
-    with pytest.raises(ValueError, match=r"steps = 5, and the run in .* was started with 1000"):
-        Sitting(config().replace(steps=5), project / "run", "train", "model", resume=True)
-    with Sitting(config(), project / "run", "train", "model", resume=True) as sitting:
-        assert sitting.config.steps == 1000
-    RunFolder.resume(project / "run", "train").close()
 
 
 def test_a_preset_is_no_folder_of_that_name(project):
