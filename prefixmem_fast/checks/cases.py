@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from .._choices import MODES
+from .._dtypes import CODE_DTYPES, TABLE_DTYPES
 from ..addressing import AddressSpec
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def random_case(rng: random.Random, device: str) -> Case:
         random_codes(rng, spec, rng.choice((0, 1, 5, 33, 70)), rng.choice((0.0, 0.3))), dtype=torch.int64
     ).reshape(-1, spec.levels)
     widest = codes.abs().max().item() if codes.numel() else 0
-    allowed = [d for d in (torch.int16, torch.int32, torch.int64) if widest <= torch.iinfo(d).max]
+    allowed = [d for d in CODE_DTYPES if widest <= torch.iinfo(d).max]
     shape = rng.choice(((0, 4), (1, 1), (2, 37), (3, 20)))
     ids, table = random_tokens(rng, spec, shape)
     segments = torch.tensor(
@@ -118,5 +117,5 @@ def random_case(rng: random.Random, device: str) -> Case:
         torch.tensor(ids, dtype=rng.choice((torch.int32, torch.int64))).reshape(shape).to(device),
         torch.tensor(table, dtype=torch.int32, device=device),
         segments.to(device) if rng.random() < 0.5 else None,
-        weight.to(device, rng.choice(DTYPES)),
+        weight.to(device, rng.choice(TABLE_DTYPES)),
     )

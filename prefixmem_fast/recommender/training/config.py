@@ -17,7 +17,7 @@ from typing import Any
 
 from ..._choices import ADDRESSING, GRADS, MODES
 from ..._files import write_text
-from ..._inputs import unique_keys
+from ..._inputs import shown, unique_keys
 
 CONFIG = "config.yaml"  # the options in the folder of a run
 _INPUTS = "inputs"  # in it, what inputs.py keeps
@@ -114,10 +114,10 @@ class RunConfig:
             if not _matches(value, kinds):
                 quoted = isinstance(value, bool) and str in kinds
                 hint = "; YAML reads no, off, yes and on as booleans unless they are quoted" if quoted else ""
-                raise TypeError(f"{field.name} = {value!r}; {_described(kinds)} was expected{hint}")
+                raise TypeError(f"{field.name} = {shown(value)}; {_described(kinds)} was expected{hint}")
             choices = field.metadata["choices"]
             if choices and value not in choices:
-                raise ValueError(f"{field.name} = {value!r}; allowed are {', '.join(choices)}")
+                raise ValueError(f"{field.name} = {shown(value)}; allowed are {', '.join(choices)}")
             object.__setattr__(self, field.name, value)
         for name in (
             "steps",
@@ -260,7 +260,9 @@ def read_run(file: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if unknown:
         near = difflib.get_close_matches(str(unknown[0]), NAMES, n=1)
         hint = f"; {near[0]} is near" if near else ""
-        raise ValueError(f"config {file}: option {unknown[0]!r} is unknown{hint}; prefixmem train --help lists them")
+        raise ValueError(
+            f"config {file}: option {shown(unknown[0])} is unknown{hint}; prefixmem train --help lists them"
+        )
     if not _are_inputs(inputs):
         raise ValueError(f"config {file}: {_INPUTS} is not what a run has written there; leave it out")
     return values, inputs
@@ -357,7 +359,7 @@ def _parse(name: str, text: Any, kinds: tuple[Any, ...]) -> Any:
         try:
             return json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{name} = {text!r} is no JSON: {error}") from None
+            raise ValueError(f"{name} = {shown(text)} is no JSON: {error}") from None
     try:
         for kind in kinds:
             if typing.get_args(kind):
@@ -367,7 +369,7 @@ def _parse(name: str, text: Any, kinds: tuple[Any, ...]) -> Any:
             if kind in (int, float):
                 return kind(text)
     except ValueError:
-        raise ValueError(f"{name} = {text!r}; {_described(kinds)} was expected") from None
+        raise ValueError(f"{name} = {shown(text)}; {_described(kinds)} was expected") from None
     return text
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._files import sha256_of
+from ..._inputs import shown
 from .config import RunConfig
 
 DATA = ("items", "interactions", "text")
@@ -54,7 +55,8 @@ def check_options(config: RunConfig, stored: RunConfig, inputs: dict[str, Any], 
         if digests and [_digest(place) for place in places] == digests:
             continue
         raise ValueError(
-            f"{name} = {value!r}, and the run in {out} was started with {before!r}; a resumed run keeps its options"
+            f"{name} = {shown(value)}, and the run in {out} was started with {shown(before)}; a resumed run keeps its "
+            "options"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..._inputs import shown
+from ..._inputs import clipped, shown
 from .config import RunConfig
 
 _CACHED = ("config.json", "tokenizer_config.json", "tokenizer.json")
@@ -21,12 +21,16 @@ def check_reachable(option: str, name: str) -> None:
         FileNotFoundError: it is no folder, not in the Hub's cache, and the Hub does not answer.
     """
     from huggingface_hub import constants, try_to_load_from_cache
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils import HFValidationError, get_session, validate_repo_id
 
     if Path(name).is_dir():
         return
-    if name.count("/") > 1 or name.endswith("/") or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{option} {name} is not there; give a folder of transformers, or a name on the Hub")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise FileNotFoundError(
+            f"{option} {clipped(name, 100)} is not there; give a folder of transformers, or a name on the Hub"
+        ) from None
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
         return

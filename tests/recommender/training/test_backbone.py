@@ -86,7 +86,7 @@ class TestReachable:
         assert time.monotonic() - began < 10
         assert "\n" not in str(error.value)
 
-    @pytest.mark.parametrize("name", ["runs/mine/model", "./model", "/nowhere/model", "~/model"])
+    @pytest.mark.parametrize("name", ["runs/mine/model", "./model", "/nowhere/model", "~/model", "my model", "model/"])
     def test_a_path_is_not_asked_for(self, name, offline):
         with pytest.raises(FileNotFoundError, match=rf"model {name} is not there; give a folder of transformers, or"):
             model_checks.check_reachable("model", name)

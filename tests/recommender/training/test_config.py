@@ -228,6 +228,23 @@ class TestFiles:
         with pytest.raises(error, match=message):
             read(file=file(content))
 
+    # A few lines of YAML may stand for any number of values.
+    ALIASES = "".join(f"  {b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcd", "bcde", strict=True))
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            f"interactions: &a [x, y]\nmodel_options:\n{ALIASES}time_fractions: *e\n",
+            f"synthetic: true\narm: {'x' * 5000}\n",
+            f"{'x' * 500}: 5\n",
+        ],
+        ids=["aliases", "value", "option"],
+    )
+    def test_long_values_are_shortened(self, content, file):
+        with pytest.raises((TypeError, ValueError)) as error:
+            read(file=file(content))
+        assert len(str(error.value)) < 500
+
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"config .*none\.yaml is not there; give a YAML or JSON file"):
             read(file=tmp_path / "none.yaml")
