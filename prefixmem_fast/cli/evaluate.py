@@ -92,14 +92,14 @@ def _evaluate(options: argparse.Namespace) -> int:
 def result_name(options: argparse.Namespace, examples: int) -> str:
     """The name of the files of a result: the part, and what was asked for beside the defaults.
 
-    A result so replaces one of the same question alone.
+    A result so replaces one of the same question alone; baselines are told apart by the names of their folders.
     """
     asked: dict[str, Any] = {
         "examples": options.examples if options.examples is not None and options.examples < examples else None,
         "search": options.search,
         "beams": options.beams if options.beams != _BEAMS else None,
         "bleu": options.bleu or None,
-        "groups": "baseline" if options.baseline else None,
+        "baseline": Path(options.baseline).resolve().name if options.baseline else None,
     }
     words = [f"{name}-{value}" for name, value in asked.items() if value is not None]
     return ".".join([options.part, *words])

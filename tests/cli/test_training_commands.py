@@ -178,7 +178,7 @@ def test_groups_of_a_baseline(tmp_path, flags, capsys):
     assert run(capsys, "evaluate", "--run", tmp_path / "plain", "--beams", 4, "--search", "constrained")[0] == 0
     code, out, _ = run(capsys, "evaluate", "--run", tmp_path / "with", "--baseline", tmp_path / "plain", "--beams", 4)
     assert code == 0
-    text = (tmp_path / "with" / "test.beams-4.groups-baseline.json").read_text()
+    text = (tmp_path / "with" / "test.beams-4.baseline-plain.json").read_text()
     assert "NaN" not in text
     groups = json.loads(text)["reachable"]
     assert groups["reachable"]["examples"] + groups["unreachable"]["examples"] == 80

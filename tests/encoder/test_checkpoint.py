@@ -52,6 +52,17 @@ def _umask():
     return mask
 
 
+@pytest.mark.parametrize("name", [None, "memory.weight", "out_proj.weight"])
+def test_reading_says_whether_anything_was_another(tmp_path, name):
+    one = encoder()
+    one.save_pretrained(tmp_path)
+    if name:
+        with torch.no_grad():
+            one.get_parameter(name)[0] += 1
+    assert saving.load_weights(one, tmp_path) == bool(name)
+    assert not saving.load_weights(one, tmp_path)
+
+
 def test_a_new_width_starts_w_out_afresh(tmp_path):
     one = encoder()
     one.save_pretrained(tmp_path)

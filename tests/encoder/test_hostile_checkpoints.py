@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from prefixmem_fast import AddressSpec, CheckpointError, PrefixMem, PrefixMemConfig, SIDVocabulary, attach, checkpoint
 from prefixmem_fast.encoder import SIDTransformer, SIDTransformerConfig
@@ -214,6 +214,15 @@ def test_a_malformed_config_is_one_error(saved, change, message):
     assert time.monotonic() - start < 5
     encoder().save_pretrained(saved)
     PrefixMem.from_pretrained(saved)
+
+
+def test_rows_of_another_width_are_refused_without_a_digest_too(saved):
+    """A column alone would fill every column of the table."""
+    name = next(saved.glob("*.safetensors"))
+    tensors = load_file(name)
+    save_file({**tensors, "memory.weight": tensors["memory.weight"][:, :1].contiguous()}, name)
+    with pytest.raises(CheckpointError, match=r"holds 'memory.weight' as float32, rows of \[1\]; config.json says"):
+        PrefixMem.from_pretrained(saved, verify=False)
 
 
 def test_sizes_are_held_against_the_files_before_anything_is_allocated(saved):
