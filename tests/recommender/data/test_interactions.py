@@ -135,7 +135,7 @@ class TestCSV:
             load(("a.csv", HEADER + target("u", [10], 11)))
 
     def test_iso_dates(self, load):
-        rows = ["u,10,2024-01-02", "u,11,2024-01-01 23:59:59.5", "u,x,2024-01-01T08:00"]
+        rows = ["u,10,2024-01-02", "u,11,2024-01-01 23:59:59.500", "u,x,2024-01-01T08:00"]
         histories = load(("a.csv", "\n".join(["user,item,date", *rows, ""])))
         assert by_user(histories) == {"u": [2, 1, 0]}
         assert np.diff(histories.times[0]).tolist() == [15 * 3600 + 59 * 60 + 59.5, 0.5]
@@ -283,18 +283,27 @@ class TestParquet:
         assert by_user(histories) == {"u": [1, 2, 0]}
         assert np.diff(histories.times[0]).tolist() == [86400, 86400]
 
-    def test_moments_without_a_zone_are_the_same_everywhere(self, parquet, monkeypatch):
+    def test_truth_is_no_moment(self, parquet):
+        with pytest.raises(ValueError, match=r"row 0: timestamp True is no number and no ISO date"):
+            parquet({"user": ["u"] * 2, "item": ["10", "11"], "time": [True, False]})
+
+    def test_moments_without_a_zone_are_the_same_everywhere(self, load, parquet, monkeypatch):
         """At 2:00 of this day the clocks of Berlin go to 3:00."""
         monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
         time.tzset()
         try:
             clock = [datetime.datetime(2024, 3, 31, 2, 30), datetime.datetime(2024, 3, 31, 3, 10)]
-            histories = parquet({"user": ["u", "u"], "item": ["10", "11"], "time": clock})
+            rows = [f"u,{item},{moment}\n" for item, moment in zip((10, 11), clock, strict=True)]
+            both = (
+                parquet({"user": ["u", "u"], "item": ["10", "11"], "time": clock}),
+                load(("a.csv", "".join(["user,item,time\n", *rows]))),
+            )
         finally:
             monkeypatch.undo()
             time.tzset()
-        assert by_user(histories) == {"u": [0, 1]}
-        assert np.diff(histories.times[0]).tolist() == [40 * 60]
+        for histories in both:
+            assert by_user(histories) == {"u": [0, 1]}
+            assert np.diff(histories.times[0]).tolist() == [40 * 60]
 
     @pytest.mark.parametrize("column", ["items", "item_ids", "history"])
     def test_lists(self, column, parquet):

@@ -240,6 +240,14 @@ class TestTextsOfThirdParties:
         assert texts[1] == raw[1], "what spells none is not touched"
         if kind == "bpe":
             assert tokenizer.decode(texts[0]) == "red < a_0>< b_1> < /s> lamp"
+        if kind == "lower":
+            assert tokenizer.decode(texts[3]) == "< /s>< s>"
+
+    def test_what_a_space_makes_a_token_of_is_left_out(self, catalogue, tmp_path):
+        tokenizer, vocabulary = self.made("bpe", catalogue, tmp_path)
+        tokenizer.add_tokens([AddedToken(name, special=True) for name in ("< s>", "<  s>")], special_tokens=True)
+        texts = tokens_of(catalogue, vocabulary, tokenizer, ["red<s>"] * 6).texts
+        assert tokenizer.decode(texts[0]) == "red"
 
     def test_unknown_words_stay(self, catalogue, tmp_path):
         tokenizer, vocabulary = self.made("words", catalogue, tmp_path)
