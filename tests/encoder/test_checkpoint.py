@@ -16,6 +16,7 @@ from prefixmem_fast import (
     SIDVocabulary,
     checkpoint,
 )
+from prefixmem_fast._files import write_file
 from prefixmem_fast.encoder import saving
 from tests.helpers.models import encoder, vocabulary
 from tests.helpers.tokenizers import tokenizer
@@ -44,6 +45,15 @@ def test_saved_and_loaded(tmp_path, dtype):
     assert PrefixMem.from_pretrained(tmp_path, dtype=torch.float32).memory.weight.dtype == torch.float32
     assert len(weights(tmp_path)) == 1
     assert (tmp_path / "config.json").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def test_a_file_has_the_mode_of_a_new_one_however_it_was_written(tmp_path):
+    def write(temporary):
+        os.unlink(temporary)
+        os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+
+    write_file(tmp_path / "file", write)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~_umask()
 
 
 def _umask():

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prefixmem_fast import AddressSpec, CheckpointError, PrefixMem, PrefixMemConfig, SIDVocabulary, attach, checkpoint
+from prefixmem_fast._weights import FOLDER, find_in_model
 from prefixmem_fast.encoder import SIDTransformer, SIDTransformerConfig
 from prefixmem_fast.encoder.saving import kind_of_encoder
 from tests.helpers.models import encoder, tiny_model, vocabulary
@@ -223,6 +224,14 @@ def test_rows_of_another_width_are_refused_without_a_digest_too(saved):
     save_file({**tensors, "memory.weight": tensors["memory.weight"][:, :1].contiguous()}, name)
     with pytest.raises(CheckpointError, match=r"holds 'memory.weight' as float32, rows of \[1\]; config.json says"):
         PrefixMem.from_pretrained(saved, verify=False)
+
+
+def test_a_tensor_whose_name_only_ends_alike_is_another(tmp_path):
+    save_file({f"not_{FOLDER}.memory.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"hold no prefixmem\.memory\.weight"):
+        find_in_model(f"{FOLDER}.memory.weight", tmp_path)
+    save_file({f"base_model.{FOLDER}.memory.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    assert find_in_model(f"{FOLDER}.memory.weight", tmp_path)[1] == f"base_model.{FOLDER}.memory.weight"
 
 
 def test_sizes_are_held_against_the_files_before_anything_is_allocated(saved):

@@ -29,6 +29,7 @@ def test_fields(load):
     assert load(content) == ["two", "", "one"]
     assert load(content, field="brand") == ["", "alpha", "uno"]
     assert load({"1": {"title": "one"}, "2": "two"}) == ["two", "", "one"]
+    assert load({"1": {"title": "one"}, "2": {"title": None}}) == ["", "", "one"]
 
 
 def test_a_text_is_one_line(load):

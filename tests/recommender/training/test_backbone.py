@@ -45,6 +45,14 @@ class TestCausality:
         assert torch.equal(torch.get_rng_state(), state)
         assert all(parameter.grad is None for parameter in model.parameters())
 
+    def test_a_model_that_draws_changes_no_random_state(self, tmp_path):
+        model = tiny_model("qwen3")
+        forward = model.forward
+        model.forward = lambda **given: torch.rand(3) is not None and forward(**given)
+        state = torch.get_rng_state()
+        model_checks.check_causal(options(tmp_path), model, None)
+        assert torch.equal(torch.get_rng_state(), state)
+
     def test_presets_pass(self, tmp_path):
         for changes in ({}, {"model": "tiger", "model_options": TINY_T5}, {"precision": "bfloat16"}):
             build(options(tmp_path, **changes))
