@@ -432,6 +432,18 @@ def test_state_of_another_rule_is_refused_at_load(saved, loading, alone):
     trained(models[1], optimizers[1])
 
 
+@pytest.mark.parametrize("rows", [optim.RowWiseAdagrad, optim.LazyAdam])
+def test_loaded_state_of_a_bfloat16_table_stays_float32(rows):
+    model = model_with("sparse").bfloat16()
+    optimizer = for_model(model, rows=rows)
+    trained(model, optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state)
+    loaded = optimizer.state[model.encoder.memory.weight]
+    assert {value.dtype for name, value in loaded.items() if name != "step"} == {torch.float32}
+    torch.testing.assert_close(optimizer.state_dict()["state"], state["state"], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("other", [torch.optim.Adafactor, torch.optim.SGD, lambda p: torch.optim.Adam(p, amsgrad=True)])
 def test_state_of_optimizers_from_elsewhere_is_loaded(other):
     """Adafactor keeps a row and a column of a matrix."""
