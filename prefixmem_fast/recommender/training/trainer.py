@@ -220,14 +220,17 @@ class _Lines(TrainerCallback):
 
 
 class _PlaceOfBest(TrainerCallback):
-    """Finds the best checkpoint again in a run's folder that has another name since."""
+    """Finds the best checkpoint again in a run's folder that has another name since.
+
+    By its step: transformers 5.24 forgets the place in a resumed run where nothing is there any more.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def on_train_begin(self, args, state, control, **options) -> None:
-        if state.best_model_checkpoint is not None:
-            state.best_model_checkpoint = str(self.folder / Path(state.best_model_checkpoint).name)
+        if state.best_global_step is not None:
+            state.best_model_checkpoint = str(self.folder / f"checkpoint-{state.best_global_step}")
 
 
 class _LastLoss(TrainerCallback):

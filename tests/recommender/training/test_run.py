@@ -148,12 +148,13 @@ def test_a_damaged_best_checkpoint_is_said(tmp_path):
     assert (report["best_step"], report["model_step"]) == (best, 12)
 
 
-def test_a_run_goes_on_in_a_folder_that_has_moved(tmp_path, monkeypatch):
-    """Its best checkpoint and its files are found, from another directory."""
+@pytest.mark.parametrize("stop_at", [8, 12])
+def test_a_run_goes_on_in_a_folder_that_has_moved(tmp_path, monkeypatch, stop_at):
+    """Its best checkpoint and its files are found, from another directory; after the last step none is saved again."""
     config = options(tmp_path, steps=12, eval_every=2, **OVERFITS)
     whole = train(config, tmp_path / "whole", quiet=True)
     monkeypatch.chdir(tmp_path)
-    train(config, "run", quiet=True, stop_at=8)
+    train(config, "run", quiet=True, stop_at=stop_at)
     (tmp_path / "away").mkdir()
     (tmp_path / "run").rename(tmp_path / "away" / "again")
     monkeypatch.chdir(tmp_path / "away")
