@@ -109,6 +109,11 @@ FAULTS = {
         lambda bits: lambda *arguments: bits(*arguments) ^ 0xFFFF,
         "torch.bfloat16",
     ),
+    "steps": (
+        "optim.rows.RowOptimizer.begin",
+        lambda begin: lambda self, weight: (begin(self, weight), self.state[weight]["step"].add_(1))[0],
+        "steps: not equal",
+    ),
     "decoding: beams": (
         "encoder.decoding.DecodingState.reorder",
         lambda reorder: lambda self, beams: reorder(self, beams.flip(0)),

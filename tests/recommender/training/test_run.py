@@ -6,6 +6,8 @@ import os
 import random
 import signal
 import time
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import torch
 from prefixmem_fast import PrefixMem
 from prefixmem_fast.encoder import SIDTransformer
 from prefixmem_fast.recommender.evaluation.teacher_forcing import teacher_forced
-from prefixmem_fast.recommender.training import classification
+from prefixmem_fast.recommender.training import classification, trainer
 from prefixmem_fast.recommender.training import run as runs
 from prefixmem_fast.recommender.training.folder import MARKER
 from prefixmem_fast.recommender.training.trainer import DivergedError
@@ -187,6 +189,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, changes, message):
         history = json.loads((folder / "trainer_state.json").read_text(), parse_constant=pytest.fail)["log_history"]
         assert all(row.get("loss", 1) > 0 for row in history)
     assert not (tmp_path / "run" / runs.MODEL).exists()
+
+
+def test_seconds_are_those_of_training_in_all_sittings(tmp_path, monkeypatch):
+    """By a clock of which each reading takes ten seconds: two around each validation, one at the start."""
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=count(0, 10).__next__))
+    config = options(tmp_path)
+    whole = train(config, tmp_path / "whole", quiet=True)
+    assert [row["seconds"] for row in whole["validation"]] == [10, 20]
+    train(config, tmp_path / "halves", quiet=True, stop_at=5)
+    halves = train(config, tmp_path / "halves", quiet=True, resume=True)
+    assert [row["seconds"] for row in halves["validation"]] == [10, 20]
+    assert halves["seconds"] == 20
 
 
 def test_a_finished_run_is_not_done_again(tmp_path, monkeypatch):
