@@ -207,12 +207,12 @@ def test_json_that_is_not_as_it_should_be(saved, text, message):
 )
 def test_a_malformed_config_is_one_error(saved, change, message):
     edit(saved / "config.json", change)
-    start = time.monotonic()
+    start = time.process_time()  # others may use the machine too
     with pytest.raises(CheckpointError, match=message) as error:
         PrefixMem.from_pretrained(saved)
     assert str(saved.parent) in str(error.value)
     assert len(str(error.value)) < 3000
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     encoder().save_pretrained(saved)
     PrefixMem.from_pretrained(saved)
 
@@ -420,6 +420,6 @@ def test_the_primes_of_a_spec_are_bounded():
         AddressSpec((2,) * 1025)
     with pytest.raises(ValueError, match="codebook_sizes has 1025 levels; give 1024 at most"):
         SIDVocabulary.from_table({}, (2,) * 1025)
-    start = time.monotonic()
+    start = time.process_time()
     AddressSpec((2,) * 1024, max_order=64, heads=64)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
