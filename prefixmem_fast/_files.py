@@ -33,11 +33,11 @@ def write_file(file: Path, write: Callable[[str], object]) -> None:
         mode = temporary.stat().st_mode & 0o777
         write(str(temporary))
         os.chmod(temporary, mode)  # of a plain new file, whatever `write` makes of it
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, file)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    _flush(file.parent)
+    flush(file.parent)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -62,7 +62,13 @@ def remove_leftovers(folder: Path, names: str) -> None:
             path.rmdir()
 
 
-def _flush(path: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """`flush` of all files in a folder, and of the folders."""
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+
+
+def flush(path: Path) -> None:
     """Have a file or a folder on the disk itself."""
     if os.name != "posix":
         return
@@ -106,8 +112,10 @@ def read_json(file: Path, kind: str = "key", most: int | None = MOST_TEXT_BYTES)
         return json.loads(text, object_pairs_hook=partial(unique_keys, kind=kind), parse_constant=_constant)
     except RecursionError:
         raise ValueError("it is not JSON (nested too deeply)") from None
-    except ValueError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"it is not JSON ({error})") from None
+    except ValueError as error:  # a key that is there twice, a NaN, or a number of thousands of digits
+        raise ValueError(f"it is not as expected ({error})") from None
 
 
 def _constant(name: str) -> None:

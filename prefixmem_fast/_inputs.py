@@ -43,7 +43,7 @@ def input_file(what: str, path: str | Path, suffixes: Sequence[str]) -> Path:
     if not exists:
         raise FileNotFoundError(f"{what} {path} is not there; give a {kinds} file")
     if folder:
-        raise ValueError(f"{what} {path} is a folder; give a {kinds} file, or list several in their order")
+        raise ValueError(f"{what} {path} is a folder; give a {kinds} file")
     if not regular:
         raise ValueError(f"{what} {path} is a pipe or a device, which cannot be read twice; give a {kinds} file")
     if path.suffix.lower() not in suffixes:

@@ -14,19 +14,19 @@ class Progress:
 
     Args:
         what: is done.
-        total: how much of it there is.
+        total: how much of it there is; None where nobody knows.
         unit: what `total` counts.
         quiet: show nothing.
     """
 
-    def __init__(self, what: str, total: int, unit: str = "", *, quiet: bool = False) -> None:
+    def __init__(self, what: str, total: int | None, unit: str = "", *, quiet: bool = False) -> None:
         self.what, self.total, self.unit, self.quiet = what, total, unit, quiet
         self._done, self._said = 0, time.monotonic()
         self._bar = None
         if not quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=what, unit=unit)
+            self._bar = tqdm(total=total, desc=what, unit=f" {unit}", delay=1)
 
     def update(self, done: int = 1, **figures: Any) -> None:
         self._done += done
@@ -36,7 +36,8 @@ class Progress:
         elif not self.quiet and time.monotonic() - self._said >= _SECONDS:
             self._said = time.monotonic()
             shown = "".join(f", {name} {value}" for name, value in figures.items())
-            print(f"{self.what}: {self._done} of {self.total} {self.unit}{shown}", file=sys.stderr, flush=True)
+            of = "" if self.total is None else f" of {self.total}"
+            print(f"{self.what}: {self._done}{of} {self.unit}{shown}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self

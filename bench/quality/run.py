@@ -14,8 +14,8 @@ from tqdm import tqdm
 from prefixmem_fast.recommender.evaluation.report import evaluate, reachable_by
 from prefixmem_fast.recommender.training import classification
 from prefixmem_fast.recommender.training.config import RunConfig
-from prefixmem_fast.recommender.training.folder import MARKER, RunFolder
-from prefixmem_fast.recommender.training.run import TRAIN, Data, load_data, load_run, prepare, train
+from prefixmem_fast.recommender.training.folder import MARKER, TRAIN, RunFolder
+from prefixmem_fast.recommender.training.run import Data, load_data, load_run, prepare, train
 
 from .arms import ARMS, PRETRAINING, config_of, recipe
 from .control import add_permuted

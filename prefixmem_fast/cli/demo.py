@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .train import check_libraries, quiet_transformers
+from .train import check_libraries, folder_name, quiet_transformers
 
 if TYPE_CHECKING:
     from ..recommender.training.config import RunConfig
@@ -20,7 +20,10 @@ PLAIN, WITH = "token embeddings alone", "with PrefixMem"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", metavar="FOLDER", help=f"a new or an empty folder (default: {_OUT}, {_OUT}-2 and so on)"
+        "--out",
+        type=folder_name,
+        metavar="FOLDER",
+        help=f"a new or an empty folder (default: {_OUT}, {_OUT}-2 and so on)",
     )
     parser.add_argument("--steps", type=int, default=200, help="training steps of each model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")

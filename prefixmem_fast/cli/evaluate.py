@@ -10,19 +10,25 @@ from typing import Any
 
 from .._choices import PARTS, SEARCHES
 from .._progress import Progress
-from .train import check_libraries, quiet_transformers
+from .train import check_libraries, folder_name, quiet_transformers
 
 _BEAMS = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", required=True, metavar="FOLDER", help="a folder that prefixmem train wrote")
+    parser.add_argument(
+        "--run", type=folder_name, required=True, metavar="FOLDER", help="a folder that prefixmem train wrote"
+    )
     parser.add_argument("--part", choices=PARTS, default="test", help="(default: %(default)s)")
     parser.add_argument("--beams", type=int, default=_BEAMS, help="beams of a search (default: %(default)s)")
     parser.add_argument("--examples", type=int, help="examples, chosen once for all runs (default: all)")
     parser.add_argument("--search", choices=SEARCHES, help="one kind of search alone (default: both)")
-    parser.add_argument("--baseline", metavar="FOLDER", help="an evaluated run that says which examples are reachable")
-    parser.add_argument("--out", metavar="FOLDER", help="where the results are written (default: the run's folder)")
+    parser.add_argument(
+        "--baseline", type=folder_name, metavar="FOLDER", help="an evaluated run that says which examples are reachable"
+    )
+    parser.add_argument(
+        "--out", type=folder_name, metavar="FOLDER", help="where the results are written (default: the run's folder)"
+    )
     parser.add_argument("--bleu", type=int, default=0, metavar="N", help="name N items by their text (default: 0)")
 
 

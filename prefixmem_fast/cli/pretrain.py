@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..recommender.training.sitting import is_first_process
+    from ..recommender.training.session import is_first_process
 
     config = config_of(options, **_DEFAULTS[options.method])
     if config.arm != "prefixmem":
@@ -51,10 +51,9 @@ def _pretrain_in_a_model(config: RunConfig, out: Path, method: str, how: dict[st
     from functools import partial
 
     from ..encoder import PrefixMem
-    from ..recommender.training.classification import ENCODER
-    from ..recommender.training.folder import RunFolder
-    from ..recommender.training.run import MODEL, train
-    from ..recommender.training.sitting import is_first_process
+    from ..recommender.training.folder import ENCODER, MODEL, RunFolder
+    from ..recommender.training.run import train
+    from ..recommender.training.session import is_first_process
     from ..sid import SIDVocabulary
 
     kind = f"pretrain {method}"

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..recommender.training.run import train
-    from ..recommender.training.sitting import is_first_process
+    from ..recommender.training.session import is_first_process
 
     config = config_of(options)
     with quiet_transformers():
@@ -36,9 +36,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="YAML or JSON with any of the options below; flags override it"
     )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or an empty folder for the run")
+    parser.add_argument(
+        "--out", type=folder_name, required=True, metavar="FOLDER", help="a new or an empty folder for the run"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     add_flags(parser)
+
+
+def folder_name(text: str) -> str:
+    """The type of an argument that names a folder: an empty text would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' names no folder")
+    return text
 
 
 def config_of(options: argparse.Namespace, **defaults: Any) -> RunConfig:

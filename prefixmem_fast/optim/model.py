@@ -127,6 +127,8 @@ class ModelOptimizer(torch.optim.Optimizer):
             return
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group is a {type(param_group).__name__}; give a dict with params")
+        if "params" not in param_group:
+            raise ValueError(f"param_group has {', '.join(map(repr, param_group)) or 'nothing'} in it; give params")
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
         for parameter in params:
@@ -135,6 +137,8 @@ class ModelOptimizer(torch.optim.Optimizer):
                     f"params holds a table of shape {tuple(parameter.shape)} trained by rows, and AdamW takes dense "
                     "gradients; build the optimizer with for_model while the table requires a gradient"
                 )
+        if "lr" not in param_group and not any(isinstance(o, torch.optim.AdamW) for o in self._optimizers):
+            raise ValueError("param_group has no lr, and there is no AdamW yet whose default it would take; give lr")
         kinds = [isinstance(optimizer, torch.optim.AdamW) for optimizer in self._optimizers]
         optimizer = self._optimizers[kinds.index(True)] if any(kinds) else torch.optim.AdamW(params)
         super().add_param_group({**optimizer.defaults, **param_group, "params": params})

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ..._files import read_json
 from ..._inputs import clipped, input_file, shown
+from ..._progress import Progress
 from ...sid.catalogue import Catalogue
 from .interactions import Histories
 
+_ROWS_AT_ONCE = 10_000
 SUFFIXES = (".json", ".csv", ".tsv", ".parquet")
 USER, ITEM = ("user_id", "user"), ("item_id", "item", "item_asin", "parent_asin")
 LIST = ("items", "item_ids", "history", "history_item_id")
@@ -170,7 +171,7 @@ def _read_csv(path: Path, builder: _Builder) -> Sequence[str] | None:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         columns = reader.fieldnames or ()
-        rows = _with_bar(_lines(reader), path)
+        rows = _counted(_lines(reader), path)
         if "history_item_id" in columns and "item_id" in columns:
             return _read_targets(rows, columns, "history_item_id", builder)
         return _read_rows(rows, columns, builder)
@@ -186,9 +187,13 @@ def _lines(reader: csv.DictReader) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
 
 
-def _with_bar(rows: Rows, path: Path, total: int | None = None) -> Rows:
-    """The rows, counted on a terminal where they take more than two seconds."""
-    return tqdm(rows, desc=path.name, unit=" rows", total=total, disable=None, leave=False, delay=2)
+def _counted(rows: Rows, path: Path, total: int | None = None) -> Rows:
+    """The rows, counted while they are read."""
+    with Progress(f"reading {path.name}", total, "rows") as progress:
+        for i, row in enumerate(rows, 1):
+            if not i % _ROWS_AT_ONCE:
+                progress.update(_ROWS_AT_ONCE)
+            yield row
 
 
 def _read_parquet(path: Path, builder: _Builder) -> Sequence[str] | None:
@@ -209,7 +214,7 @@ def _read_parquet(path: Path, builder: _Builder) -> Sequence[str] | None:
             if time is not None:
                 table, kind = _moments(table, time)
             records = (row for batch in table.to_batches() for row in batch.to_pylist())
-            rows = _with_bar(((f"row {i}", row) for i, row in enumerate(records)), path, len(table))
+            rows = _counted(((f"row {i}", row) for i, row in enumerate(records)), path, len(table))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"it is no Parquet file that can be read: {error}") from None
     if lists is not None and item is not None:

@@ -18,11 +18,10 @@ from torch.utils.data import Dataset
 from ...encoder import PrefixMem
 from .arms import build_encoder
 from .config import RunConfig
+from .folder import CLASSIFICATION, ENCODER
 from .run import Data, load_data
-from .sitting import Sitting, process_count
+from .session import Session, process_count
 from .trainer import make_trainer
-
-ENCODER, CLASSIFICATION = "encoder", "pretrain classification"
 
 
 class NextCode(nn.Module):
@@ -95,10 +94,10 @@ def pretrain(
 
     if (processes := process_count()) > 1:
         raise ValueError(f"pre-training by classification works in one process, and there are {processes}: no torchrun")
-    with Sitting(config, out, CLASSIFICATION, ENCODER, resume) as sitting:
-        if sitting.report is not None:
-            return sitting.report
-        config = sitting.config
+    with Session(config, out, CLASSIFICATION, ENCODER, resume) as session:
+        if session.report is not None:
+            return session.report
+        config = session.config
         data = load_data(config) if data is None else data
         set_seed(config.seed)
         codes = data.catalogue.codes
@@ -113,7 +112,7 @@ def pretrain(
         )
         trainer = make_trainer(
             config,
-            sitting.begin(),
+            session.begin(),
             quiet=quiet,
             model=model,
             train_dataset=batches,
@@ -122,5 +121,5 @@ def pretrain(
             score=lambda model: model.validate(validation),
         )
         report = trainer.run()
-        sitting.finish(report, model.encoder.save_pretrained)
+        session.finish(report, model.encoder.save_pretrained)
         return report

@@ -18,10 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..._files import read_json, remove_leftovers, sha256_of, write_text
+from ..._files import flush, flush_folder, read_json, remove_leftovers, sha256_of, write_text
 from ..._version import __version__
 
 MARKER = "run.json"
+# What started a run, and the folder in it that it is for.
+TRAIN, CLASSIFICATION = "train", "pretrain classification"
+MODEL, ENCODER = "model", "encoder"
 _FORMAT = "prefixmem run"
 
 
@@ -173,7 +176,9 @@ class RunFolder:
         if os.path.lexists(target):
             raise ValueError(f"{target} is there already; move it away and resume the run")
         save(temporary)
+        flush_folder(temporary)
         os.rename(temporary, target)
+        flush(self.path)
 
     def remove_unfinished(self) -> None:
         """Remove what a kill has left of a checkpoint, or of the final model, while it was being saved."""
@@ -296,8 +301,8 @@ def _lock(file: int, path: Path) -> None:
     except BlockingIOError:
         os.close(file)
         raise ValueError(f"another process works in {path}; wait for it, or give another folder") from None
-    except OSError:  # a file system without locks
-        pass
+    except OSError as error:
+        warnings.warn(f"{path} cannot be locked ({error}); start no other process in it", stacklevel=2)
 
 
 def command_of(kind: str) -> str:

@@ -33,11 +33,9 @@ from ..data import (
 )
 from ..data.batches import causal_batch, source_target_batch
 from .config import CONFIG, RunConfig, read_run
-from .folder import RunFolder, command_of
+from .folder import CLASSIFICATION, ENCODER, MODEL, TRAIN, RunFolder, command_of
 from .inputs import DATA, located
-from .sitting import Sitting, process_count
-
-MODEL, TRAIN = "model", "train"
+from .session import Session, process_count
 
 
 @dataclass
@@ -138,17 +136,17 @@ def train(
     from .trainer import StopAt, make_trainer, score_examples
 
     _check_processes(config)
-    with Sitting(config, out, kind, MODEL, resume) as sitting:
-        if sitting.report is not None:
-            return sitting.report
-        config = sitting.config
+    with Session(config, out, kind, MODEL, resume) as session:
+        if session.report is not None:
+            return session.report
+        config = session.config
         run = prepare(config, load_data(config) if data is None else data)
         (add_arm or add_arm_of_config)(run.model, config, run.vocabulary)
         stream, collate = stream_of(run)
         examples = run.data.split.validation.last(config.max_items).sample(config.eval_users)
         trainer = make_trainer(
             config,
-            sitting.begin(getattr(run.model.config, "_commit_hash", None)),
+            session.begin(getattr(run.model.config, "_commit_hash", None)),
             quiet=quiet,
             model=run.model,
             train_dataset=stream,
@@ -160,7 +158,7 @@ def train(
             trainer.add_callback(StopAt(stop_at))
         report = trainer.run()
         if trainer.is_world_process_zero() and stop_at is None:
-            sitting.finish(report, partial(save_model, run))
+            session.finish(report, partial(save_model, run))
         return report
 
 
@@ -185,10 +183,10 @@ def load_run(folder: str | Path) -> Run:
 
     marked = RunFolder.read(folder)
     folder = marked.path
-    if marked.kind == "pretrain classification":
+    if marked.kind == CLASSIFICATION:
         raise ValueError(
             f"run {folder} pre-trained an encoder alone, so there is no model to evaluate; prefixmem train --encoder "
-            f"{folder / 'encoder'} trains one with it"
+            f"{folder / ENCODER} trains one with it"
         )
     if not (folder / MODEL).is_dir():
         raise FileNotFoundError(

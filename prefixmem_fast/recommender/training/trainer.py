@@ -52,7 +52,7 @@ class RecommenderTrainer(Trainer):
     ) -> None:
         super().__init__(optimizers=(optimizer_for(options["model"], config), None), **options)
         self.config, self.folder, self.score = config, folder, score
-        self._validating = 0.0  # seconds of this sitting
+        self._validating = 0.0  # seconds of this session
         self._before: float | None = None  # seconds of training in earlier ones
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -108,10 +108,11 @@ class RecommenderTrainer(Trainer):
             rows = [row for row in self.state.log_history if "loss" in row]
             before = f", after {rows[-1]['loss']:.4g} at step {rows[-1]['step']}" if rows else ""
             rate = max(self.lr_scheduler.get_last_lr())
+            clip = "a smaller max_grad_norm" if self.config.max_grad_norm else "a max_grad_norm of 1"
             raise DivergedError(
                 f"the run diverged: at step {self.state.global_step} the {name} is {loss}{before}, at learning "
-                f"rates up to {rate:.3g}; try a lower learning_rate or encoder_lr_multiple, more warmup_steps, or a "
-                f"max_grad_norm of 1; what was saved before stays in {self.folder.path}"
+                f"rates up to {rate:.3g}; try a lower learning_rate or encoder_lr_multiple, more warmup_steps, or "
+                f"{clip}; what was saved before stays in {self.folder.path}"
             )
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:

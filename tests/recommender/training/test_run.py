@@ -79,7 +79,7 @@ def _train_in_child(config, out, resume):
 
 
 def test_five_kills_at_random_moments_change_nothing(tmp_path):
-    config = options(tmp_path, steps=60, eval_every=3, eval_users=20, memory_dropout=0.5)
+    config = options(tmp_path, steps=150, eval_every=3, eval_users=20, memory_dropout=0.5)
     whole = train(config, tmp_path / "whole", quiet=True)
     out = tmp_path / "killed"
     # A fork of this process would inherit the threads of autograd, which other tests may have started.
@@ -191,7 +191,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, changes, message):
     assert not (tmp_path / "run" / runs.MODEL).exists()
 
 
-def test_seconds_are_those_of_training_in_all_sittings(tmp_path, monkeypatch):
+def test_seconds_are_those_of_training_in_all_sessions(tmp_path, monkeypatch):
     """By a clock of which each reading takes ten seconds: two around each validation, one at the start."""
     monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=count(0, 10).__next__))
     config = options(tmp_path)

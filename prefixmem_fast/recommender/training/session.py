@@ -16,7 +16,7 @@ from .inputs import check_options, check_outside, check_revision, inputs_of, loc
 CURVES = "curves.json"
 
 
-class Sitting:
+class Session:
     """A context manager, within which no other process works on the run.
 
     Args:
@@ -87,7 +87,7 @@ class Sitting:
         write_text(self._folder.path / CURVES, json.dumps(report, indent=1, allow_nan=False) + "\n")
         self._folder.place(self._product, save)
 
-    def __enter__(self) -> Sitting:
+    def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from prefixmem_fast.recommender.training.config import CONFIG, RunConfig, read_run
 from prefixmem_fast.recommender.training.folder import MARKER, RunFolder
-from prefixmem_fast.recommender.training.sitting import CURVES, Sitting
+from prefixmem_fast.recommender.training.session import CURVES, Session
 from tests.helpers.runs import write_files
 
 
@@ -19,22 +19,22 @@ def config(tmp_path):
 @pytest.fixture
 def sit(config, tmp_path):
     def begin(resume=True, config=config):
-        return Sitting(config, tmp_path / "run", "train", "model", resume)
+        return Session(config, tmp_path / "run", "train", "model", resume)
 
     return begin
 
 
 @pytest.fixture
 def started(sit):
-    with sit(resume=False) as sitting:
-        return sitting.begin()
+    with sit(resume=False) as session:
+        return session.begin()
 
 
 def test_a_refused_process_lets_go_of_the_folder(config, sit, started):
     with pytest.raises(ValueError, match=r"steps = 5, and the run in .* was started with 1000"):
         sit(config=config.replace(steps=5))
-    with sit() as sitting:
-        assert sitting.config == config
+    with sit() as session:
+        assert session.config == config
         with pytest.raises(ValueError, match="another process works in"):
             sit()
     RunFolder.resume(started.path, "train").close()
@@ -44,37 +44,37 @@ def test_what_a_kill_has_left_is_removed(sit, started):
     (started.path / f".model-{started.run}").mkdir()
     with RunFolder.resume(started.path, "train") as folder:
         folder.begin_checkpoint(2)
-    with sit() as sitting:
-        sitting.begin()
+    with sit() as session:
+        session.begin()
         assert sorted(file.name for file in started.path.iterdir()) == [CONFIG, MARKER]
 
 
 def test_a_kill_before_the_options_were_written(config, sit, started):
     (started.path / CONFIG).unlink()
-    with sit() as sitting:
-        sitting.begin("abc")
+    with sit() as session:
+        session.begin("abc")
     options, inputs = read_run(started.path / CONFIG)
     assert RunConfig(**options) == config
     assert set(inputs) == {"items", "interactions", "model"}
 
 
 def test_a_report_and_a_product_say_that_a_run_has_finished(sit, started):
-    with sit() as sitting:
-        sitting.begin()
-        assert sitting.report is None
-        sitting.finish({"steps": 3}, lambda folder: folder.mkdir())
-    with sit() as sitting:
-        assert sitting.report == {"steps": 3}
+    with sit() as session:
+        session.begin()
+        assert session.report is None
+        session.finish({"steps": 3}, lambda folder: folder.mkdir())
+    with sit() as session:
+        assert session.report == {"steps": 3}
     (started.path / CURVES).write_text("{")
     with pytest.raises(ValueError, match=r"has finished, and its .*curves\.json cannot be read"):
         sit()
 
 
 def test_a_figure_that_is_not_finite_is_no_report(sit, started):
-    with sit() as sitting:
-        sitting.begin()
+    with sit() as session:
+        session.begin()
         with pytest.raises(ValueError, match="JSON"):
-            sitting.finish({"loss": float("nan")}, lambda folder: folder.mkdir())
+            session.finish({"loss": float("nan")}, lambda folder: folder.mkdir())
     assert not (started.path / "model").exists()
 
 
