@@ -108,7 +108,7 @@ def read_json(file: Path, kind: str = "key", most: int | None = MOST_TEXT_BYTES)
     if most is not None and size > most:
         raise ValueError(f"it has {size} bytes; allowed are {most}")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         return json.loads(text, object_pairs_hook=partial(unique_keys, kind=kind), parse_constant=_constant)
     except RecursionError:
         raise ValueError("it is not JSON (nested too deeply)") from None

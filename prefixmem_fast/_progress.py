@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import Any
 
 _SECONDS = 10.0  # between two lines, at least
+
+
+def say(line: str) -> None:
+    """Print a line on standard error, where there is one that takes it: work goes on without."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
+
+
+def on_a_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 class Progress:
@@ -23,7 +35,7 @@ class Progress:
         self.what, self.total, self.unit, self.quiet = what, total, unit, quiet
         self._done, self._said = 0, time.monotonic()
         self._bar = None
-        if not quiet and sys.stderr.isatty():
+        if not quiet and on_a_terminal():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, desc=what, unit=f" {unit}", delay=1)
@@ -37,7 +49,7 @@ class Progress:
             self._said = time.monotonic()
             shown = "".join(f", {name} {value}" for name, value in figures.items())
             of = "" if self.total is None else f" of {self.total}"
-            print(f"{self.what}: {self._done}{of} {self.unit}{shown}", file=sys.stderr, flush=True)
+            say(f"{self.what}: {self._done}{of} {self.unit}{shown}")
 
     def __enter__(self) -> Progress:
         return self

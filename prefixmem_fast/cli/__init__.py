@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
+from .._inputs import clipped
+from .._progress import say
 from .._version import __version__
 
 COMMANDS = {
@@ -26,6 +28,7 @@ COMMANDS = {
     "evaluate": "Evaluate a trained run: TF-L by level, recall, NDCG and hit rates by beam search, beside counting.",
     "demo": "The whole path on a synthetic catalogue: pre-train, train with and without the encoder, evaluate, draw.",
 }
+_OF_WRITING = ("writ", "serializ", "No space", "Writer")
 _EPILOG = "PREFIXMEM_TRACEBACK=1 in the environment shows where in the code an error was raised."
 
 
@@ -55,12 +58,16 @@ def parser_of(commands: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentPar
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a locale may lack letters of a name
     options = _parse([*map(str, sys.argv[1:] if arguments is None else arguments)])
     said = warnings.showwarning
     warnings.showwarning = lambda message, *_, **__: _say(options.command, f"warning: {message}")
     try:
         code = _module(options.command).run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         goes_on = "; the same command with --resume goes on" if hasattr(options, "resume") else ""
@@ -93,11 +100,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             if flag.startswith("--") and flag not in flags:
                 near = difflib.get_close_matches(flag, flags, n=1)
                 parser.commands[command].error(f"{flag} is unknown" + (f", {near[0]} is near" if near else ""))
-    return parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.commands[options.command].error(f"{unknown[0]} is unknown")
+    return options
 
 
 def _say(command: str, text: str) -> None:
-    print(f"prefixmem {command}: {' '.join(text.split())}", file=sys.stderr)
+    say(f"prefixmem {command}: {clipped(text, 2000)}")
 
 
 def _told(error: Exception) -> tuple[int | None, str]:
@@ -111,8 +121,10 @@ def _told(error: Exception) -> tuple[int | None, str]:
         return 2, _disk_full(text)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_out_of_memory(text)):
         return 2, f"out of memory: {text or 'an array does not fit'}; give smaller tables (table_rows) or batches"
-    if "SafetensorError" in type(error).__name__ or (isinstance(error, RuntimeError) and "PytorchStream" in text):
-        return 2, _disk_full(text) if "writ" in text or "serializ" in text or "No space" in text else text
+    if "SafetensorError" in type(error).__name__ or (isinstance(error, RuntimeError) and _is_of_a_file(text)):
+        return 2, _disk_full(text) if any(word in text for word in _OF_WRITING) else text
+    if isinstance(error, RuntimeError) and text.startswith("Symlink loop"):  # of Path.resolve
+        return 2, f"{text}; give another folder"
     if isinstance(error, (ValueError, TypeError, OSError, NotImplementedError, RecursionError, BackendError)):
         return 2, text or type(error).__name__
     return None, text
@@ -120,6 +132,11 @@ def _told(error: Exception) -> tuple[int | None, str]:
 
 def _disk_full(text: str) -> str:
     return f"a file could not be written whole: {text}; make room on the disk, or give another folder"
+
+
+def _is_of_a_file(text: str) -> bool:
+    """Whether an error is of torch.save or torch.load."""
+    return any(word in text for word in ("PytorchStream", "PyTorchFile", "inline_container"))
 
 
 def _is_out_of_memory(text: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -60,6 +61,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         reachable = _reachable_by(Path(options.baseline), options.part, part.sample(options.examples).targets)
     if options.bleu and loaded.tokens.texts is None:
         raise ValueError("--bleu needs a run that was trained with text: --text, and a weight for interleaved or pairs")
+    name = result_name(options, len(part))
+    check_replaceable(folder / name)
     with Searches(options.json) as searches:
         report, arrays = evaluate(
             loaded.model,
@@ -86,7 +89,6 @@ def _evaluate(options: argparse.Namespace) -> int:
         report["bleu"] = bleu(texts, [loaded.data.text[item] for item in items])
     text = as_json(report)
     print(text if options.json else table(report), flush=True)
-    name = result_name(options, len(part))
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / f"{name}.npz", lambda temporary: _savez(temporary, arrays))
     write_text(folder / f"{name}.json", text + "\n")
@@ -109,6 +111,24 @@ def result_name(options: argparse.Namespace, examples: int) -> str:
     }
     words = [f"{name}-{value}" for name, value in asked.items() if value is not None]
     return ".".join([options.part, *words])
+
+
+def check_replaceable(result: Path) -> None:
+    """Refuse to write over files that are no result of an evaluation.
+
+    Raises:
+        ValueError: there is such a file.
+    """
+    from .._files import read_json
+
+    text = result.with_name(f"{result.name}.json")
+    try:
+        ours = text.is_file() and "teacher_forcing" in read_json(text)
+    except (TypeError, ValueError):
+        ours = False
+    for file in (text, result.with_name(f"{result.name}.npz")):
+        if os.path.lexists(file) and not ours:
+            raise ValueError(f"{file} is there, and is no result of prefixmem evaluate; move it, or give another --out")
 
 
 def _reachable_by(baseline: Path, part: str, targets: Any) -> Any:

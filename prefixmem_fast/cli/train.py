@@ -7,7 +7,6 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,12 +51,20 @@ def folder_name(text: str) -> str:
 
 def config_of(options: argparse.Namespace, **defaults: Any) -> RunConfig:
     from ..recommender.training.config import CONFIG, config_from
+    from ..recommender.training.folder import RunFolder
 
     check_libraries()
-    file = options.config
-    if options.resume and file is None and (Path(options.out) / CONFIG).is_file():
-        file = Path(options.out) / CONFIG
-    return config_from(options, file, **defaults)
+    if options.config == "":
+        raise ValueError("--config = '' names no file")
+    if not options.resume or options.config is not None:
+        return config_from(options, options.config, **defaults)
+    file = RunFolder.read(options.out).path / CONFIG
+    if file.is_file():
+        return config_from(options, file, **defaults)
+    try:
+        return config_from(options, None, **defaults)
+    except ValueError as error:
+        raise ValueError(f"{error}; the run was killed before it wrote its options: give all again") from None
 
 
 def check_libraries(*others: str) -> None:

@@ -102,7 +102,7 @@ def git(folder, *arguments):
 
 
 SLOW = """
-_fast = token_memory
+from prefixmem_fast.operation import token_memory as _fast
 
 
 def token_memory(*arguments, **options):

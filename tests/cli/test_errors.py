@@ -42,6 +42,9 @@ ERRORS = [
     (2, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "out of memory: "),
     (2, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "a file could not be written whole: [Errno 28]"),
     (2, RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"), "could not be written whole"),
+    (2, RuntimeError("[enforce fail at inline_container.cc:855] . PyTorchFileWriter"), "could not be written whole"),
+    (2, RuntimeError("Symlink loop from 'loop'"), "give another folder"),
+    (2, ValueError("x" * 5000), "(5,000 characters)"),
     (2, SafetensorError("Error while serializing: I/O error: No space left"), "make room on the disk"),
     (1, DivergedError("the run diverged"), "the run diverged"),
     (130, KeyboardInterrupt(), "interrupted"),
@@ -102,6 +105,8 @@ def test_a_warning_is_one_line(capsys, monkeypatch):
         (["train", "--synthetic", "--out", ""], "prefixmem train: argument --out: '' names no folder"),
         (["pretrain", "--synthetic", "--out="], "prefixmem pretrain: argument --out: '' names no folder"),
         (["evaluate", "--run", "x", "--out", ""], "prefixmem evaluate: argument --out: '' names no folder"),
+        (["info", "-steps", "3"], "prefixmem info: -steps is unknown; prefixmem info --help"),
+        (["verify", "stray"], "prefixmem verify: stray is unknown; prefixmem verify --help"),
         (["fly"], "prefixmem: argument info|verify"),
         ([], "prefixmem: the following arguments are required"),
     ],
@@ -124,6 +129,12 @@ def test_wrong_arguments(capsys, arguments, message):
         ("grad: spares", "grad = 'spares'; allowed are dense, sparse, fused"),
         ("steps: 0", "steps = 0; give 1 or more"),
         ("seed: 4294967296", "seed = 4294967296; give less than 2^32"),
+        ("learning_rate: 1" + 400 * "0", "is too large a number"),
+        ("steps: 1" + 29 * "0", "is too large a number"),
+        ("pack: 100000", "pack = 100000; give 4096 or less"),
+        ("text: ''", "text is empty; leave it out"),
+        ("active_levels: []", "active_levels is empty; leave it out"),
+        ("active_levels: [0]", "active_levels = [0]; levels count from 1"),
         ("? [1]\n: 2", "neither YAML nor JSON"),
         ("a: " + "[" * 5000, "neither YAML nor JSON"),
         ("interactions: {}", "interactions = {}; a list of str or null was expected"),
@@ -176,3 +187,22 @@ def test_help_waits_for_no_library(arguments):
 def test_a_reader_that_leaves(command):
     program = f"{sys.executable} -m prefixmem_fast.cli {command}"
     assert subprocess.run(["bash", "-c", program], capture_output=True, text=True).stderr == ""
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "2>/dev/full"])
+def test_a_command_works_without_its_streams(streams):
+    program = f"{sys.executable} -m prefixmem_fast.cli verify --backend reference --cases 1 {streams}"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_locale_without_the_letters_of_a_name():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "prefixmem_fast.cli", "evaluate", "--run", "läufe"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("prefixmem evaluate: l\\xe4ufe holds no run")
+
+
+def test_going_on_with_nothing(tmp_path, capsys):
+    assert told(capsys, "train", "--resume", "--out", tmp_path)[1].endswith("give a folder of prefixmem train\n")

@@ -153,6 +153,7 @@ def test_two_processes_of_torchrun_are_two_batches_a_step(tmp_path, flags, capsy
 
 @pytest.mark.parametrize("command", [["train"], ["pretrain", "--method", "lm"]])
 def test_the_other_processes_print_and_save_nothing(tmp_path, flags, capsys, monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("prefixmem_fast.recommender.training.run.train", lambda *_, **__: {})
     assert run(capsys, *command, *flags, "--out", tmp_path / "run", "--json") == (0, "", "")
@@ -217,6 +218,43 @@ def test_where_a_result_goes_is_checked_first(tmp_path, flags, capsys, monkeypat
     code, _, error = run(capsys, "evaluate", "--run", tmp_path / "run", "--out", "/proc/results")
     assert code == 2
     assert "nothing can be written to /proc" in error
+
+
+def test_files_of_others_are_no_results(tmp_path, flags, capsys):
+    run(capsys, "train", *flags, *TINY_FLAGS, "--out", tmp_path / "run")
+    for name in ("test.beams-4.json", "test.beams-4.npz"):
+        mine = tmp_path / name.partition(".")[2] / name
+        mine.parent.mkdir()
+        mine.write_text('{"my": "data"}')
+        code, _, error = run(capsys, "evaluate", "--run", tmp_path / "run", "--beams", 4, "--out", mine.parent)
+        assert code == 2
+        assert f"{mine} is there, and is no result of prefixmem evaluate; move it" in error
+        assert mine.read_text() == '{"my": "data"}'
+
+
+def test_a_model_that_is_not_what_was_trained(tmp_path, flags, capsys):
+    for name in ("run", "other"):
+        seed = ["--seed", "1"] if name == "other" else []
+        run(capsys, "train", *flags, *TINY_FLAGS, *seed, "--arm", "plain", "--out", tmp_path / name)
+    weights = tmp_path / "run" / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes((tmp_path / "other" / "model" / "model.safetensors").read_bytes())
+    code, _, error = run(capsys, "evaluate", "--run", tmp_path / "run")
+    assert code == 2
+    assert "model.safetensors is damaged: its SHA-256 is another; bring the old files back" in error
+    weights.write_bytes(before)
+    options = tmp_path / "run" / "config.yaml"
+    options.write_text(options.read_text().replace("max_items: 5", "max_items: 4"))
+    assert "the options in" in run(capsys, "evaluate", "--run", tmp_path / "run")[2]
+
+
+def test_a_misspelt_entry_of_model_options_is_said(tmp_path, flags, capsys):
+    misspelt = json.dumps({**TINY, "n_emb": 8})
+    code, _, error = run(capsys, "train", *flags, "--model-options", misspelt, "--out", tmp_path / "run", "--json")
+    assert code == 0
+    assert (
+        error == "prefixmem train: warning: model_options: n_emb is no entry of a gpt2 configuration; n_embd is near\n"
+    )
 
 
 def test_runs_that_cannot_be_evaluated(tmp_path, flags, capsys):

@@ -156,7 +156,7 @@ DEEP = 200_000
         ('{"format": NaN}', "NaN is no number of JSON"),
         ('{"format": "prefixmem", "format_version": true}', "format version True"),
         ('{"format": "prefixmem", "format_version": 1.0}', "format version 1.0"),
-        ("9" * 10_000, "it is not JSON"),
+        ("9" * 10_000, "it is not as expected"),
     ],
 )
 def test_json_that_is_not_as_it_should_be(saved, text, message):

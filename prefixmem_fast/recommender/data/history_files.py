@@ -135,6 +135,8 @@ def _user(user: Any, where: str) -> str:
         user = int(user)
     if isinstance(user, bool) or not isinstance(user, (str, int)):
         raise ValueError(f"{where}: user {shown(user)} is neither a name nor a whole number")
+    if "\0" in str(user):
+        raise ValueError(f"{where}: user {shown(user)} has a null character in it; a name was expected")
     return str(user)
 
 

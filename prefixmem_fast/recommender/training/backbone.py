@@ -14,7 +14,7 @@ from ..._inputs import shown
 from ...sid import Catalogue, SIDVocabulary
 from ...sid.formats import KNOWN_FORMATS, TokenFormat
 from .config import RunConfig
-from .model_checks import check_causal, check_past, check_reachable
+from .model_checks import check_causal, check_entries, check_past, check_reachable
 
 # Small enough for a CPU; model_options changes their entries.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -77,14 +77,18 @@ def build_backbone(
         }
         description = {**description, **ids, **(config.model_options or {})}
         kind = description.pop("model_type")
+        check_entries(config, kind)
         try:
             model_config = AutoConfig.for_model(kind, **description)
             check_past(config, model_config)
             model = _class_of(model_config).from_config(model_config)
-        except (TypeError, ValueError, KeyError) as error:
+        except NotImplementedError:
+            raise
+        except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
             raise ValueError(f"model = {config.model!r}: transformers refuses its configuration: {error}") from None
     else:
         model_config = AutoConfig.from_pretrained(pretrained, **(config.model_options or {}))
+        check_entries(config, model_config.model_type)
         check_past(config, model_config)
         model = _class_of(model_config).from_pretrained(pretrained, config=model_config)
         tokenizer = load_tokenizer(config.tokenizer or pretrained)

@@ -26,6 +26,11 @@ SPLITS = ("leave-two-out", "time")
 ROW_OPTIMIZERS = ("adagrad", "adam", "lazy-adam", "sgd")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
+_MOST = {
+    **dict.fromkeys(("steps", "accumulation", "warmup_steps", "log_every", "eval_every", "patience"), (1 << 31) - 1),
+    **dict.fromkeys(("max_items", "max_text_tokens", "batch_size", "memory_dim", "sid_width"), 1 << 20),
+    **dict.fromkeys(("pack", "sid_layers"), 1 << 12),
+}
 _SECTIONS = {"synthetic": "data", "model": "model", "encoder": "encoder", "steps": "training"}  # by their first option
 
 
@@ -107,6 +112,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         for field, kinds in _kinds().items():
             value = _plain(getattr(self, field.name))
+            if isinstance(value, int) and abs(value) >= 1 << 64:
+                raise ValueError(f"{field.name} = {shown(value)} is too large a number")
             if float in kinds and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
             if list[str] in kinds and isinstance(value, str):
@@ -115,6 +122,8 @@ class RunConfig:
                 quoted = isinstance(value, bool) and str in kinds
                 hint = "; YAML reads no, off, yes and on as booleans unless they are quoted" if quoted else ""
                 raise TypeError(f"{field.name} = {shown(value)}; {_described(kinds)} was expected{hint}")
+            if value in ("", []):
+                raise ValueError(f"{field.name} is empty; leave it out, or give {_described(kinds)}")
             choices = field.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{field.name} = {shown(value)}; allowed are {', '.join(choices)}")
@@ -153,6 +162,11 @@ class RunConfig:
             _at_least(self, name, 0)
         if self.seed >= 1 << 32:
             raise ValueError(f"seed = {self.seed}; give less than 2^32, as numpy's generators take")
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} = {getattr(self, name)}; give {most} or less")
+        if self.active_levels is not None and min(self.active_levels) < 1:
+            raise ValueError(f"active_levels = {self.active_levels}; levels count from 1")
         if self.muon_lr is not None:
             _at_least(self, "muon_lr", 0)
         if self.eval_users is not None:
@@ -273,7 +287,10 @@ def write_options(config: RunConfig, file: Path, inputs: dict[str, Any] | None =
 
     dumper = _with_exponents(yaml.SafeDumper)
     values = {**config.to_dict(), **({_INPUTS: inputs} if inputs else {})}
-    write_text(file, yaml.dump(values, Dumper=dumper, sort_keys=False, allow_unicode=True))
+    text = yaml.dump(values, Dumper=dumper, sort_keys=False, allow_unicode=True)
+    if yaml.load(text, _with_exponents(yaml.SafeLoader)) != values:  # a name with a line break of Unicode in it
+        text = yaml.dump(values, Dumper=dumper, sort_keys=False)
+    write_text(file, text)
 
 
 def _with_exponents(kind: type) -> type:

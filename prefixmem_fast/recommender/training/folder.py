@@ -35,10 +35,12 @@ class RunFolder:
         path: absolute.
         kind: "train", or "pretrain" and its method.
         run: identifies the run among others, wherever its folder is moved to.
+        options: a digest of its options, kept with what is saved; None where they do not matter.
     """
 
     def __init__(self, path: Path, kind: str, run: str, lock: int | None = None) -> None:
         self.path, self.kind, self.run, self._lock = path, kind, run, lock
+        self.options: str | None = None
 
     @classmethod
     def start(cls, path: str | Path, kind: str) -> RunFolder:
@@ -86,7 +88,7 @@ class RunFolder:
         file = Path(path).resolve() / MARKER
         if not file.is_file():
             raise FileNotFoundError(f"{path} holds no run: {MARKER} is not there; give a folder of prefixmem train")
-        values = _marks(file)
+        values = marks_of(file.parent)
         if not isinstance(values.get("kind"), str):
             raise ValueError(f"{file} is damaged; it does not say what started the run")
         return cls(file.parent, values["kind"], values["run"])
@@ -116,13 +118,15 @@ class RunFolder:
             self._remove(folder)
         if os.path.lexists(folder):
             raise ValueError(f"{folder} is there, and this run has not written it; move it away and resume the run")
-        folder.mkdir()
-        self._mark(folder, {})
+        unmarked = self._unfinished(folder.name)
+        unmarked.mkdir()
+        self._mark(unmarked, {"step": step})
+        os.rename(unmarked, folder)  # a kill leaves no folder of that name without a mark
 
     def end_checkpoint(self, step: int) -> None:
         """Say that a checkpoint is whole."""
         folder = self.path / f"checkpoint-{step}"
-        self._mark(folder, {"files": digests_of(folder)})
+        self._mark(folder, {"step": step, "files": digests_of(folder)})
 
     def rotate(self, best: str | None, keep: int = 2) -> None:
         """Remove all checkpoints of this run but the newest `keep`, and the best one."""
@@ -138,6 +142,7 @@ class RunFolder:
         """
         problems = []
         for folder in self._checkpoints():
+            self.check_options(folder)
             problem = self.problem_of(folder)
             if problem is None:
                 if problems:
@@ -148,10 +153,20 @@ class RunFolder:
             raise ValueError(f"{'; '.join(problems)}; no sound checkpoint is left, so start again in another folder")
         return None
 
+    def check_options(self, saved: Path) -> None:
+        """Hold the options against those with which a checkpoint or the product was saved.
+
+        Raises:
+            ValueError: they are others.
+        """
+        before = marks_of(saved).get("options")
+        if None not in (before, self.options) and before != self.options:
+            raise ValueError(f"the options in {self.path} have changed since {saved} was saved; give the old ones")
+
     def problem_of(self, checkpoint: Path) -> str | None:
-        """What is wrong with the files of a checkpoint, or None."""
+        """What is wrong with the files of a checkpoint, or of the product, or None."""
         try:
-            expected = _marks(checkpoint / MARKER).get("files")
+            expected = marks_of(checkpoint).get("files")
         except (OSError, ValueError) as error:
             return str(error)
         if expected is None:
@@ -166,8 +181,11 @@ class RunFolder:
                 return f"{file} is damaged: its SHA-256 is another"
         return None
 
-    def place(self, name: str, save: Callable[[Path], object]) -> None:
+    def place(self, name: str, save: Callable[[Path], object], **more: str) -> None:
         """Have `save(folder)` write a folder, which gets its name when it is whole.
+
+        Args:
+            more: is kept in its mark.
 
         Raises:
             ValueError: something has that name.
@@ -176,6 +194,11 @@ class RunFolder:
         if os.path.lexists(target):
             raise ValueError(f"{target} is there already; move it away and resume the run")
         save(temporary)
+        self._mark(temporary, {"files": digests_of(temporary), **more})
+        mode = (temporary / MARKER).stat().st_mode & 0o777  # safetensors writes for the owner alone
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
         flush_folder(temporary)
         os.rename(temporary, target)
         flush(self.path)
@@ -183,11 +206,12 @@ class RunFolder:
     def remove_unfinished(self) -> None:
         """Remove what a kill has left of a checkpoint, or of the final model, while it was being saved."""
         for folder in self.path.glob("checkpoint-*"):
-            if self._owns(folder) and "files" not in _marks(folder / MARKER):
+            if self._owns(folder) and "files" not in marks_of(folder):
                 shutil.rmtree(folder)
         for folder in self.path.glob(self._unfinished("*").name):
             shutil.rmtree(folder)
-        remove_leftovers(self.path, r"config\.yaml|curves\.json")
+        for folder in (self.path, *self._checkpoints()):
+            remove_leftovers(folder, r"config\.yaml|curves\.json|run\.json")
 
     def _unfinished(self, name: str) -> Path:
         return self.path / f".{name}-{self.run}"
@@ -195,23 +219,25 @@ class RunFolder:
     def _checkpoints(self) -> list[Path]:
         """Those of this run, whole when they were written; the newest first."""
         own = [folder for folder in self.path.glob("checkpoint-*") if self._owns(folder)]
-        own = [folder for folder in own if "files" in _marks(folder / MARKER)]
+        own = [folder for folder in own if "files" in marks_of(folder)]
         return sorted(own, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
 
     def _owns(self, folder: Path) -> bool:
-        if not re.fullmatch("checkpoint-[0-9]+", folder.name) or folder.is_symlink() or not folder.is_dir():
+        if not folder.name.startswith("checkpoint-") or folder.is_symlink() or not folder.is_dir():
             return False
         try:
-            return _marks(folder / MARKER)["run"] == self.run
+            marks = marks_of(folder)
         except (OSError, ValueError):
             return False
+        return marks["run"] == self.run and folder.name == f"checkpoint-{marks.get('step')}"  # and is no copy
 
     def _mark(self, folder: Path, more: dict[str, Any]) -> None:
-        write_text(folder / MARKER, json.dumps({"format": _FORMAT, "run": self.run, **more}, indent=1) + "\n")
+        marks = {"format": _FORMAT, "run": self.run, "options": self.options, **more}
+        write_text(folder / MARKER, json.dumps(marks, indent=1) + "\n")
 
     def _remove(self, folder: Path) -> None:
         """Remove what the run has written into a checkpoint; what others have put there stays, with the folder."""
-        files = _marks(folder / MARKER).get("files")
+        files = marks_of(folder).get("files")
         if files is None:
             shutil.rmtree(folder)
             return
@@ -236,7 +262,12 @@ def check_new(path: str | Path) -> None:
     if not str(path):
         raise ValueError("out = '' names no folder; give one for the run")
     folder = Path(path)
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"out = {str(path)!r} has bytes that are no text in its name; give another folder") from None
     if (folder / MARKER).is_file():
+        RunFolder.read(folder)  # or says what is wrong with it
         raise ValueError(f"out = {path} holds a run already; --resume goes on with it, or give another folder")
     if folder.is_dir():
         held = sorted(file.name for file in folder.iterdir())
@@ -268,8 +299,15 @@ def digests_of(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _marks(file: Path) -> dict[str, Any]:
-    """What a mark says. It may come from elsewhere, and files that it names are removed: none lies outside."""
+def marks_of(folder: Path) -> dict[str, Any]:
+    """What the mark in a folder says: that of another user perhaps, so that no file that it names lies outside.
+
+    Raises:
+        OSError, ValueError: there is none, or it is damaged.
+    """
+    file = folder / MARKER
+    if file.is_file() and not file.stat().st_size:
+        raise ValueError(f"{file} is empty: the run was killed as it started; remove the folder, and start it again")
     try:
         values = read_json(file)
     except ValueError as error:

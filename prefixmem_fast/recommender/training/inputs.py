@@ -103,7 +103,7 @@ def _find(name: str, entry: dict[str, str], given: str | None, out: Path) -> str
     )
     other = {}
     for place in places:
-        if os.path.exists(place):
+        if _can_be_read(place):
             digest = _digest(place)
             if digest == entry["sha256"]:
                 return place
@@ -125,7 +125,12 @@ def _places(config: RunConfig, name: str) -> list[str]:
     if isinstance(value, str) and name == "model" and value in PRESETS:
         return []
     values = value if isinstance(value, list) else [value]
-    return [place for place in values if isinstance(place, str) and os.path.exists(place)]
+    return [place for place in values if isinstance(place, str) and _can_be_read(place)]
+
+
+def _can_be_read(place: str) -> bool:
+    """Whether it is a file or a folder, and no pipe or device."""
+    return os.path.isfile(place) or os.path.isdir(place)
 
 
 def _entry(place: str, out: Path) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +102,17 @@ def check_causal(config: RunConfig, model: nn.Module, limit: int | None) -> None
             f"model = {shown(config.model)}: {model.config.model_type} sees the tokens after a position (it is "
             f"bidirectional) and would read what it is to predict; give a causal LM such as gpt2 or qwen3{way}"
         )
+
+
+def check_entries(config: RunConfig, model_type: str) -> None:
+    """Warn of entries of model_options that a configuration of this type has not; transformers ignores them."""
+    from transformers import CONFIG_MAPPING
+
+    if not config.model_options or model_type not in CONFIG_MAPPING:
+        return
+    known = CONFIG_MAPPING[model_type]()
+    for name in config.model_options:
+        if not hasattr(known, name):
+            near = difflib.get_close_matches(name, vars(known), n=1)
+            hint = f"; {near[0]} is near" if near else ""
+            warnings.warn(f"model_options: {name} is no entry of a {model_type} configuration{hint}", stacklevel=2)

@@ -35,7 +35,7 @@ from ..data.batches import causal_batch, source_target_batch
 from .config import CONFIG, RunConfig, read_run
 from .folder import CLASSIFICATION, ENCODER, MODEL, TRAIN, RunFolder, command_of
 from .inputs import DATA, located
-from .session import Session, process_count
+from .session import Session, options_digest, process_count
 
 
 @dataclass
@@ -194,6 +194,11 @@ def load_run(folder: str | Path) -> Run:
             f"{folder} goes on with it"
         )
     options, inputs = read_run(folder / CONFIG)
+    marked.options = options_digest(options)
+    marked.check_options(folder / MODEL)
+    problem = marked.problem_of(folder / MODEL)
+    if problem is not None:
+        raise ValueError(f"run {folder}: {problem}; bring the old files back, or train anew")
     config = located(RunConfig(**options), inputs, folder, DATA)
     data = load_data(config)
     model, tokenizer = load_model(folder / MODEL), load_tokenizer(str(folder / MODEL))

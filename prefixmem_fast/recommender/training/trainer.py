@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..._progress import on_a_terminal, say
 from ...encoder import PrefixMem, SIDTransformer
 from ..data import Examples, Tokens
 from ..evaluation.teacher_forcing import teacher_forced
@@ -59,7 +59,7 @@ class RecommenderTrainer(Trainer):
         self.add_callback(_PlaceOfBest(folder.path))
         self.add_callback(_LastLoss())
         if not quiet:
-            self.add_callback(_Progress() if sys.stderr.isatty() else _Lines())
+            self.add_callback(_Progress() if on_a_terminal() else _Lines())
         if config.patience:
             self.add_callback(EarlyStoppingCallback(config.patience))
 
@@ -214,10 +214,8 @@ class _Lines(TrainerCallback):
         if state.is_world_process_zero:
             losses = [row["loss"] for row in state.log_history if "loss" in row]
             training = f"training loss {losses[-1]:.3f}, " if losses else ""
-            line = (
-                f"step {state.global_step} of {state.max_steps}: {training}validation loss {metrics['eval_loss']:.3f}"
-            )
-            print(line, file=sys.stderr, flush=True)
+            step = f"step {state.global_step} of {state.max_steps}"
+            say(f"{step}: {training}validation loss {metrics['eval_loss']:.3f}")
 
 
 class _PlaceOfBest(TrainerCallback):

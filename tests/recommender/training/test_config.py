@@ -378,7 +378,7 @@ class TestValues:
             ({"synthetic": False}, "items and interactions are needed, or synthetic"),
             ({"synthetic": False, "items": "i.json"}, "items and interactions are needed, or synthetic"),
             ({"synthetic": False, "interactions": ["h.json"]}, "items and interactions are needed, or synthetic"),
-            ({"synthetic": False, "items": "i.json", "interactions": []}, "items and interactions are needed"),
+            ({"synthetic": False, "items": "i.json", "interactions": []}, "interactions is empty; leave it out"),
         ],
     )
     def test_that_do_not_fit(self, changes, message):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -86,7 +87,7 @@ class TestResume:
     @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": "prefixmem run", "run": 3}', "[" * 100_000])
     def test_a_damaged_mark(self, tmp_path, content):
         (tmp_path / MARKER).write_text(content)
-        with pytest.raises(ValueError, match=r"run\.json is (not of prefixmem|damaged)"):
+        with pytest.raises(ValueError, match=r"run\.json is (not of prefixmem|damaged|empty)"):
             RunFolder.resume(tmp_path, "train")
 
     def test_no_run(self, tmp_path):
@@ -211,6 +212,50 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match=rf"{problem}; .*checkpoint-2 lacks model; no sound checkpoint is left"):
             run.last_checkpoint()
 
+    def test_a_kill_before_a_checkpoint_is_marked_is_no_obstacle(self, run, monkeypatch):
+        def killed(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "_mark", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run.begin_checkpoint(2)
+        run.remove_unfinished()
+        assert [file.name for file in run.path.iterdir()] == [MARKER]
+        write(run, 2)
+
+    @pytest.mark.parametrize("name", ["checkpoint-04", "checkpoint-1", "checkpoint-999", "checkpoint-4.old"])
+    def test_a_copy_of_a_checkpoint_is_another_owners(self, run, name):
+        shutil.copytree(write(run, 4), run.path / name)
+        for step in (6, 8, 10):
+            write(run, step)
+        run.rotate(best=None)
+        run.remove_unfinished()
+        assert (run.path / name / "model").is_file()
+        assert run.last_checkpoint().name == "checkpoint-10"
+        assert not (run.path / "checkpoint-4").exists()
+        assert (run.path / "checkpoint-8").exists()
+
+    def test_leftovers_in_checkpoints_go(self, run):
+        whole = write(run, 2)
+        run.begin_checkpoint(4)
+        temporary = []
+        from prefixmem_fast._files import write_file
+
+        def killed(path):
+            temporary.append(Path(path).parent.name)
+            raise KeyboardInterrupt
+
+        for folder, file in ((run.path, "curves.json"), (whole, MARKER)):
+            with pytest.raises(KeyboardInterrupt):
+                write_file(folder / file, killed)
+            (folder / temporary[-1]).mkdir()  # as a kill would have left it
+            (folder / temporary[-1] / file).touch()
+        run.remove_unfinished()
+        assert sorted(file.name for file in run.path.iterdir()) == ["checkpoint-2", MARKER]
+        assert run.problem_of(whole) is None
+        assert temporary[-1] not in {file.name for file in whole.iterdir()}
+
     def test_none_yet(self, run):
         assert run.last_checkpoint() is None
 
@@ -224,11 +269,16 @@ def test_a_folder_gets_its_name_when_it_is_whole(run):
     with pytest.raises(KeyboardInterrupt):
         run.place("model", killed)
     assert not (run.path / "model").exists()
-    (run.path / ".curves.json.0123abcd").mkdir()  # as a kill while a file is written leaves it
-    (run.path / ".curves.json.0123abcd" / "curves.json").touch()
     run.remove_unfinished()
     assert [file.name for file in run.path.iterdir()] == [MARKER]
-    run.place("model", lambda folder: folder.mkdir())
+
+    def save(folder):
+        folder.mkdir()
+        (folder / "weights").touch(mode=0o600)
+
+    run.place("model", save)
+    assert run.problem_of(run.path / "model") is None
+    assert (run.path / "model" / "weights").stat().st_mode & 0o777 == (run.path / MARKER).stat().st_mode & 0o666
     (run.path / "model" / "notes").touch()
     with pytest.raises(ValueError, match="model is there already; move it away"):
         run.place("model", lambda folder: folder.mkdir())
