@@ -132,22 +132,27 @@ class Rows:
 
 
 def find_in_model(key: str, folder: Path) -> tuple[Path, str]:
-    """The file of a model saved by transformers that holds a tensor, and its key there."""
-    index = folder / "model.safetensors.index.json"
+    """The file of a model saved by transformers that holds a tensor, and its key there.
+
+    In the order of transformers, which reads no index beside a model.safetensors, and leaves an old one there.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files, name = {}, None
     try:
-        if os.path.lexists(index):
+        if single.is_file() or not os.path.lexists(index):
+            with _opened(single) as opened:
+                files = dict.fromkeys(opened.keys(), single.name)
+            name = _name_of(key, files)
+        if name is None and os.path.lexists(index):
             stored = read_json(index)
             files = stored.get("weight_map") if isinstance(stored, dict) else None
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
                 raise ValueError(f"{index.name} has no weight_map of names of files")
-        else:
-            with _opened(folder / "model.safetensors") as opened:
-                files = dict.fromkeys(opened.keys(), "model.safetensors")
+            name = _name_of(key, files)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} holds no model.safetensors, and the encoder's weights lie in it") from None
     except ValueError as error:
         raise CheckpointError(f"the model's files in {folder} are damaged or cut: {error}") from None
-    name = next((name for name in files if name == key or name.endswith("." + key)), None)
     if name is None:
         raise CheckpointError(
             f"the model's files in {folder} hold no {key}; was the model saved with the encoder on it?"
@@ -157,4 +162,11 @@ def find_in_model(key: str, folder: Path) -> tuple[Path, str]:
             f"{index} names the file {short(files[name])} for {short(name)}, which is not the bare name of a file in "
             "its folder; save the model again"
         )
+    if not os.path.exists(folder / files[name]):
+        raise CheckpointError(f"{index} names {files[name]} for {short(name)}, which is not there; save it again")
     return folder / files[name], name
+
+
+def _name_of(key: str, names: Iterable[str]) -> str | None:
+    """Which of a model's names is that of the encoder's tensor."""
+    return next((name for name in names if name == key or name.endswith("." + key)), None)

@@ -223,7 +223,7 @@ def _entries_in_model(names: list[str], folder: Path) -> dict[str, dict[str, Any
     """The entries of tensors as a model's files hold them; None where these cannot be read."""
     try:
         return {name: entry_of(chunks_in(*find_in_model(f"{FOLDER}.{name}", folder))) for name in names}
-    except CheckpointError:
+    except (CheckpointError, FileNotFoundError):
         return None
 
 

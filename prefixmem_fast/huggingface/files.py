@@ -68,11 +68,31 @@ class _SaveModel(_Method):
         """The model's save_pretrained, and beside it what attaches the encoder again."""
         if options.get("push_to_hub"):
             raise ValueError("push_to_hub=True would leave the encoder's folder out; call model.push_to_hub() instead")
+        single, index = (Path(save_directory) / f"model.safetensors{end}" for end in ("", ".index.json"))
+        before = _status(single), _status(index)
         result = self._original("save_pretrained", save_directory, is_main_process=is_main_process, **options)
         if is_main_process:
             readable = options.get("safe_serialization", True) is not False and options.get("variant") is None
-            self._save(save_directory, weights=not readable)
+            one, many = (_status(file) not in (None, old) for file, old in zip((single, index), before, strict=True))
+            hidden = many and not one and single.is_file()
+            # Files of an earlier save hold the encoder of then.
+            self._save(save_directory, weights=not readable or hidden or not (one or many))
+            if hidden:
+                warnings.warn(
+                    f"{single} is of an earlier save, and transformers reads it before the files that it has just "
+                    "written beside it: remove it",
+                    stacklevel=2,
+                )
         return result
+
+
+def _status(file: Path) -> tuple[int, ...] | None:
+    """What a write into a file changes; None where none is there."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class _SaveAdapters(_Method):

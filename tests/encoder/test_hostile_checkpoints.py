@@ -126,6 +126,8 @@ def test_a_pipe_for_a_models_index(tmp_path):
     model = attach(tiny_model(), encoder(), vocabulary())
     model.save_pretrained(tmp_path)
     pipe(tmp_path / "model.safetensors.index.json")
+    PrefixMem.from_pretrained(tmp_path)  # nobody reads an index beside the file
+    (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="it is no regular file"):
         PrefixMem.from_pretrained(tmp_path)
 
@@ -288,6 +290,7 @@ def test_a_transformer_of_a_billion_layers(tmp_path):
 def test_a_malformed_index_of_a_model(tmp_path, index, message):
     model = attach(tiny_model(), encoder(), vocabulary())
     model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match=message):
         PrefixMem.from_pretrained(tmp_path)

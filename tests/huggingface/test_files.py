@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from prefixmem_fast import CheckpointError, PrefixMem, SIDVocabulary, attach, detach
+from prefixmem_fast.encoder.saving import save_encoder
 from tests.helpers.models import FAMILIES, call, encoder, prompts, tiny_model, vocabulary
 
 
@@ -47,6 +48,69 @@ def test_shards(tmp_path):
     assert (tmp_path / "model.safetensors.index.json").is_file()
     found = attach_saved(type(model).from_pretrained(tmp_path).eval(), tmp_path)
     assert torch.equal(found(**prompts()).logits, model(**prompts()).logits)
+
+
+@pytest.mark.parametrize("shards", ["gone", "kept"])
+def test_one_file_beside_the_index_of_shards_before(tmp_path, shards):
+    """transformers removes the shards and leaves their index, which it does not read any more."""
+    model = attach(tiny_model(), encoder(), vocabulary())
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    old = {path: path.read_bytes() for path in tmp_path.glob("model-*")}
+    torch.nn.init.normal_(model.prefixmem.memory.weight)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    if shards == "kept":  # as other releases, or a copy into the folder
+        for path, content in old.items():
+            path.write_bytes(content)
+        save_encoder(model.prefixmem, tmp_path / "prefixmem", vocabulary(), weights=False)
+    assert [path.name for path in (tmp_path / "prefixmem").iterdir()] == ["config.json"]
+    found = attach_saved(type(model).from_pretrained(tmp_path).eval(), tmp_path)
+    assert torch.equal(found.prefixmem.memory.weight, model.prefixmem.memory.weight)
+    assert torch.equal(found(**prompts()).logits, model(**prompts()).logits)
+
+
+def test_a_new_file_beside_old_shards_is_not_passed_over(tmp_path):
+    """The encoder of the shards was loaded beside the model of the file, without a word."""
+    model = attach(tiny_model(), encoder(), vocabulary())
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    save_another(tmp_path)
+    with pytest.raises(CheckpointError, match=r"not the one that config.json was saved with"):
+        PrefixMem.from_pretrained(tmp_path)
+
+
+def test_shards_beside_the_one_file_of_a_save_before(tmp_path):
+    """transformers leaves that file, and reads it: the encoder is that of the last save all the same."""
+    model = attach(tiny_model(), encoder(), vocabulary())
+    model.save_pretrained(tmp_path)
+    torch.nn.init.normal_(model.prefixmem.memory.weight)
+    with pytest.warns(UserWarning, match=r"model.safetensors is of an earlier save, .*: remove it"):
+        model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert torch.equal(PrefixMem.from_pretrained(tmp_path).memory.weight, model.prefixmem.memory.weight)
+    (tmp_path / "model.safetensors").unlink()
+    found = attach_saved(type(model).from_pretrained(tmp_path).eval(), tmp_path)
+    assert torch.equal(found(**prompts()).logits, model(**prompts()).logits)
+
+
+@pytest.mark.parametrize("size", ["10KB", "2GB"])
+def test_a_save_that_leaves_the_models_files(tmp_path, monkeypatch, size):
+    """As one of adapters alone: the files of a save before hold the encoder of then."""
+    model = attach(tiny_model(), encoder(), vocabulary())
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    monkeypatch.setattr(type(model), "save_pretrained", lambda *args, **options: None)
+    torch.nn.init.normal_(model.prefixmem.memory.weight)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PrefixMem.from_pretrained(tmp_path).memory.weight, model.prefixmem.memory.weight)
+
+
+def test_a_missing_shard(tmp_path):
+    model = attach(tiny_model(), encoder(), vocabulary())
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    names = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    (tmp_path / names["prefixmem.memory.weight"]).unlink()
+    with pytest.raises(CheckpointError, match=r"index.json names model-.* which is not there; save it again"):
+        PrefixMem.from_pretrained(tmp_path)
+    save_encoder(model.prefixmem, tmp_path / "prefixmem", vocabulary(), weights=False)  # with its own weights, then
+    assert torch.equal(PrefixMem.from_pretrained(tmp_path).memory.weight, model.prefixmem.memory.weight)
 
 
 def test_without_the_encoder_nothing_is_written(tmp_path):
@@ -115,7 +179,10 @@ def save_another(folder):
         ),
         (lambda d: (d / "model.safetensors").write_bytes(b"x" * 50), "model's files in .* are damaged or cut"),
         (
-            lambda d: (d / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b"}})),
+            lambda d: (
+                (d / "model.safetensors").unlink(),
+                (d / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b"}})),
+            ),
             r"hold no prefixmem.memory.weight; was the model saved with the encoder on it\?",
         ),
         (
