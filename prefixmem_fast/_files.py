@@ -24,9 +24,10 @@ def write_file(file: Path, write: Callable[[str], object]) -> None:
     """Have `write(path)` fill a file in a temporary folder beside `file`, then rename it.
 
     A reader sees the old file or the new, after a loss of power too. A process that is killed leaves the folder
-    ``.NAME.xxxxxxxx``, and in it whatever `write` made.
+    ``.NAME.tmp-xxxxxxxx``, and in it whatever `write` made. An error comes before the rename alone; where the folder
+    cannot be flushed after it, the file is in place all the same.
     """
-    folder = tempfile.mkdtemp(dir=file.parent, prefix=f".{file.name}.")
+    folder = tempfile.mkdtemp(dir=file.parent, prefix=f".{file.name}.tmp-")
     try:
         temporary = Path(folder) / file.name
         temporary.touch()
@@ -52,7 +53,7 @@ def remove_leftovers(folder: Path, names: str) -> None:
         names: a regular expression of the files' names.
     """
     for name in os.listdir(folder):
-        match, path = re.fullmatch(rf"\.({names})\.[a-z0-9_]{{8}}", name), folder / name
+        match, path = re.fullmatch(rf"\.({names})\.tmp-[a-z0-9_]{{8}}", name), folder / name
         if match is None or path.is_symlink() or not path.is_dir():
             continue
         for inner in os.listdir(path):

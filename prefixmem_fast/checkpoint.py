@@ -44,6 +44,7 @@ from ._weights import (
 
 FORMAT_VERSION = 1
 _VOCABULARY = "sid_vocabulary.json"
+_ENCODER, _TABLE = "prefixmem", "prefixmem vocabulary"  # the formats of config.json and sid_vocabulary.json
 _READS = 20  # of a folder that others save into meanwhile
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -92,8 +93,7 @@ def _save(
     weights: bool,
     alone: bool,
 ) -> None:
-    if os.path.lexists(path / CONFIG) and not _is_ours(path / CONFIG):
-        raise ValueError(f"{path / CONFIG} belongs to something else, a model perhaps; give a folder of its own")
+    _check_replaceable(path / CONFIG, _ENCODER)
     if alone:
         remove_leftovers(path, rf"{WEIGHTS}|config\.json")
     before, replaced = _weights_in(path), _files_named(path)
@@ -125,9 +125,7 @@ def read(path: str | Path) -> tuple[Path, dict[str, Any]]:
         CheckpointError: config.json is damaged, or of another version.
     """
     folder = _folder(path)
-    stored = _read_json(folder / CONFIG, "prefixmem")
-    _check_stored(folder / CONFIG, stored)
-    return folder, stored
+    return folder, _stored_in(folder)
 
 
 def read_with(path: str | Path, load: Callable[[Path, dict[str, Any]], _Result]) -> _Result:
@@ -196,16 +194,23 @@ def copy_tensors(
 
 
 def save_vocabulary(vocabulary: dict[str, Any], path: str | Path) -> None:
+    """Write a vocabulary into a folder.
+
+    Raises:
+        ValueError: the folder's sid_vocabulary.json is of something else, or the vocabulary does not fit a file.
+        OSError: the folder cannot be written; what was in it is left as it was.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    _write_json(path / _VOCABULARY, "prefixmem vocabulary", {"vocabulary": vocabulary})
+    _check_replaceable(path / _VOCABULARY, _TABLE)
+    _write_json(path / _VOCABULARY, _TABLE, {"vocabulary": vocabulary})
 
 
 def read_vocabulary(path: str | Path) -> tuple[Path, dict[str, Any]]:
     """The file that holds the vocabulary of a folder, alone or with an encoder, and the vocabulary."""
     file = Path(path) / _VOCABULARY
     if os.path.lexists(file):
-        stored = _read_json(file, "prefixmem vocabulary")
+        stored = _read_json(file, _TABLE)
     else:
         folder, stored = read(path)
         file = folder / CONFIG
@@ -306,6 +311,13 @@ def _folder(path: str | Path) -> Path:
     return folder
 
 
+def _stored_in(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder, and of no other."""
+    stored = _read_json(folder / CONFIG, _ENCODER)
+    _check_stored(folder / CONFIG, stored)
+    return stored
+
+
 def _json(file: Path) -> Any:
     try:
         return read_json(file)
@@ -382,22 +394,41 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _is_ours(file: Path) -> bool:
-    """Whether a config.json is one of an encoder, sound or damaged."""
+def _check_replaceable(file: Path, kind: str) -> None:
+    """Refuse to write over a file that is not certainly of the package."""
+    if os.path.lexists(file) and not _is_ours(file, kind):
+        raise ValueError(
+            f"{file} belongs to something else, a model perhaps; give a folder of its own, or move the file away"
+        )
+
+
+def _is_ours(file: Path, kind: str) -> bool:
+    """Whether a file is one of `_write_json`, sound, or damaged behind its first line."""
     try:
         size_of(file)
     except (OSError, ValueError):
         return False
     try:
-        return read_json(file).get("format") == "prefixmem"
-    except (AttributeError, ValueError):
-        return bool(_weights_in(file.parent))
+        stored = read_json(file)
+    except ValueError:
+        with open(file, "rb") as opened:
+            return f'"format": "{kind}"'.encode() in opened.read(200)
+    return isinstance(stored, dict) and stored.get("format") == kind
+
+
+def _identity(file: Path) -> tuple[int, ...] | None:
+    """What tells a file, or a link, from another that is put in its place; None where none is there."""
+    try:
+        found = os.lstat(file)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _files_named(folder: Path) -> set[str]:
     """The weights files that the config.json of a folder names; none where it is damaged."""
     try:
-        return _parts_of(read(folder)[1]["tensors"])
+        return _parts_of(_stored_in(folder)["tensors"])
     except (OSError, CheckpointError):
         return set()
 

@@ -139,6 +139,49 @@ def test_a_config_that_is_a_pipe_or_a_folder_is_not_replaced(tmp_path):
     assert (tmp_path / "config.json").is_fifo()
 
 
+FOREIGN = [
+    b"",
+    b"[1, 2]",
+    b"null",
+    b'"prefixmem"',
+    b'{"model_type": "qwen3"}',
+    b'{"model_type": "qwen3"',
+    b"learning_rate: 3e-4\nformat: prefixmem\n",
+    bytes(range(256)) * 9,
+    b'{"notes": "' + b"x" * 300 + b'", "format": "prefixmem"',
+]
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_foreign_config_is_not_replaced(tmp_path, content):
+    """A file of weights beside it had save_pretrained take it for a damaged one of its own."""
+    (tmp_path / "config.json").write_bytes(content)
+    (tmp_path / "memory-0123456789ab.safetensors").write_bytes(b"of the user")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"config.json belongs to something else, .* or move the file away"):
+        encoder().save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", [*FOREIGN, b'{"format": "prefixmem", "format_version": 1}'])
+def test_a_foreign_vocabulary_is_not_replaced(tmp_path, content):
+    (tmp_path / "sid_vocabulary.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"sid_vocabulary.json belongs to something else"):
+        vocabulary().save_pretrained(tmp_path)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [content]
+
+
+def test_damaged_files_of_its_own_are_replaced(saved):
+    vocabulary().save_pretrained(saved)
+    for name in ("config.json", "sid_vocabulary.json"):
+        content = (saved / name).read_bytes()
+        (saved / name).write_bytes(content[: len(content) // 2])
+    encoder(std=2.0).save_pretrained(saved)
+    vocabulary().save_pretrained(saved)
+    PrefixMem.from_pretrained(saved)
+    assert SIDVocabulary.from_pretrained(saved) == vocabulary()
+
+
 def test_text_files_have_a_largest_size(saved):
     with open(saved / "config.json", "r+b") as file:
         file.truncate(1 << 40)  # takes no room on the disk
@@ -343,28 +386,32 @@ def test_memory_that_is_not_there_is_said(saved, monkeypatch):
 def test_what_a_killed_save_has_left_goes_with_the_next(saved):
     stale = saved / "memory-0123456789ab-00001-of-00002.safetensors"
     stale.write_text("a shard that nothing names")
-    folder = saved / ".memory-0123456789ab.safetensors.abcd1234"
+    folder = saved / ".memory-0123456789ab.safetensors.tmp-abcd1234"
     folder.mkdir()
     (folder / "memory-0123456789ab.safetensors").write_text("cut")
     (folder / ".tmpAb3dE6").write_text("cut")
-    foreign = saved / ".config.json.abcd1234"
+    foreign = saved / ".config.json.tmp-abcd1234"
     foreign.mkdir()
     (foreign / "notes.txt").write_text("of the user")
+    alike = saved / ".config.json.folder12"
+    alike.mkdir()
+    (alike / "config.json").write_text("of the user")
     kept = [
         "memory-of-me.safetensors",
         "memory-0123456789ab.safetensors.bak",
         ".tmpAb3dE6",
-        ".memory-x.safetensors.abcd1234",
+        ".memory-x.safetensors.tmp-abcd1234",
     ]
     for name in kept:
         (saved / name).write_text("of the user")
-    link = saved / ".memory-0123456789ab.safetensors.linklink"
+    link = saved / ".memory-0123456789ab.safetensors.tmp-linklink"
     link.symlink_to(foreign)
-    (foreign / link.name.removeprefix(".").removesuffix(".linklink")).write_text("of the user")
+    (foreign / link.name.removeprefix(".").removesuffix(".tmp-linklink")).write_text("of the user")
     encoder(std=2.0).save_pretrained(saved)
     left = {path.name for path in saved.iterdir()}
-    assert len(left - {"config.json", foreign.name, link.name, *kept}) == 1
-    assert {foreign.name, link.name, *kept} <= left
+    assert len(left - {"config.json", foreign.name, alike.name, link.name, *kept}) == 1
+    assert {foreign.name, alike.name, link.name, *kept} <= left
+    assert (alike / "config.json").read_text() == "of the user"
     assert len(list(foreign.iterdir())) == 2
 
 
