@@ -9,6 +9,8 @@ import re
 import shutil
 import stat
 import tempfile
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +19,8 @@ from typing import Any
 
 from ._inputs import unique_keys
 
+LOCK_SECONDS = 60.0  # the longest wait for others who write into a folder
+LOCK_QUIET_SECONDS = 5.0  # of it, before a warning
 MOST_TEXT_BYTES = 1 << 28  # of a JSON file: a vocabulary of a million tokens takes some 40 MB
 
 
@@ -125,7 +129,11 @@ def _constant(name: str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """One process or thread at a time; another one waits. False where the system has no such lock for a folder."""
+    """One process or thread at a time; another one waits. False where the system has no such lock for a folder.
+
+    Raises:
+        TimeoutError: somebody else has held the folder for `LOCK_SECONDS`.
+    """
     try:
         import fcntl
 
@@ -134,11 +142,28 @@ def locked(folder: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            held = True
-        except OSError:  # some network file systems
-            held = False
+        start, warned = time.monotonic(), False
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+                break
+            except BlockingIOError:
+                waited = time.monotonic() - start
+            except OSError:  # some network file systems
+                held = False
+                break
+            if waited >= LOCK_SECONDS:
+                raise TimeoutError(
+                    f"another process holds {folder}: it could not be written into for {LOCK_SECONDS:g} s; wait for "
+                    "that process or end it, and try again"
+                )
+            if waited >= LOCK_QUIET_SECONDS and not warned:
+                warned = True
+                warnings.warn(
+                    f"another process holds {folder}; waiting until {LOCK_SECONDS:g} s have passed", stacklevel=3
+                )
+            time.sleep(0.02)
         try:
             yield held
         finally:

@@ -71,12 +71,12 @@ def save(
             written all the same.
 
     Of the folder's files, this removes those alone whose names are of its own pattern. Processes that save into one
-    folder wait for one another, where the system has locks.
+    folder wait for one another, a minute at most, where the system has locks.
 
     Raises:
         ValueError: `max_shard_size` is no size, the folder's config.json is of something else, or the vocabulary does
             not fit a file.
-        OSError: the folder cannot be written; what was in it is left as it was.
+        OSError: the folder cannot be written, or others hold it for too long; what was in it is left as it was.
     """
     limit = _bytes_of(max_shard_size)
     path.mkdir(parents=True, exist_ok=True)

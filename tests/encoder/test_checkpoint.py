@@ -14,6 +14,7 @@ from prefixmem_fast import (
     PrefixMem,
     PrefixMemConfig,
     SIDVocabulary,
+    _files,
     checkpoint,
 )
 from prefixmem_fast._files import write_file
@@ -251,6 +252,46 @@ def test_two_writers_leave_one_of_the_two(tmp_path, monkeypatch):
     assert events == ["first", "second"]
     assert torch.equal(PrefixMem.from_pretrained(tmp_path).out_proj.weight, second.out_proj.weight)
     assert len(weights(tmp_path)) == 1
+
+
+_HOLD = """
+import fcntl, os, sys, time
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_that_another_process_holds(tmp_path, monkeypatch):
+    """The save waited for ever without a word."""
+    monkeypatch.setattr(_files, "LOCK_SECONDS", 0.3, raising=False)
+    monkeypatch.setattr(_files, "LOCK_QUIET_SECONDS", 0.1, raising=False)
+    one = encoder()
+    one.save_pretrained(tmp_path)
+    before = files(tmp_path)
+    command = [sys.executable, "-c", _HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        try:
+            holder.stdout.readline()
+            torch.nn.init.normal_(one.memory.weight)
+            failed = []
+
+            def save():
+                with pytest.raises(OSError, match="another process holds") as error, pytest.warns() as found:
+                    one.save_pretrained(tmp_path)
+                failed.extend([str(error.value), *(str(warning.message) for warning in found)])
+
+            thread = threading.Thread(target=save, daemon=True)
+            thread.start()
+            thread.join(20)
+            assert failed, "it waits"
+            assert f"another process holds {tmp_path}: it could not be written into for 0.3 s" in failed[0]
+            assert failed[1:] == [f"another process holds {tmp_path}; waiting until 0.3 s have passed"]
+            assert files(tmp_path) == before
+        finally:
+            holder.kill()
+    one.save_pretrained(tmp_path)
+    assert torch.equal(PrefixMem.from_pretrained(tmp_path).memory.weight, one.memory.weight)
 
 
 def test_unverified_loading_trusts_the_content(tmp_path):
