@@ -12,7 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ def write_file(file: Path, write: Callable[[str], object]) -> None:
         os.replace(temporary, file)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    flush(file.parent)
+    with suppress(OSError):
+        flush(file.parent)
 
 
 def write_text(file: Path, text: str) -> None:

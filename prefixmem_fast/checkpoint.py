@@ -19,6 +19,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, TypeVar
@@ -96,25 +97,27 @@ def _save(
     _check_replaceable(path / CONFIG, _ENCODER)
     if alone:
         remove_leftovers(path, rf"{WEIGHTS}|config\.json")
-    before, replaced = _weights_in(path), _files_named(path)
+    before, replaced, old = _weights_in(path), _files_named(path), _identity(path / CONFIG)
     entries = None if weights else _entries_in_model(list(tensors), path.parent)
     written: list[Path] = []
     try:
         if entries is None:
             entries = {name: entry_of(chunks_of(tensor)) for name, tensor in tensors.items()}
             for file, rows in _shards(tensors, entries, limit):
-                _write_tensors(path / file, rows)
                 written.append(path / file)
+                _write_tensors(path / file, rows)
         values = {"encoder": config, "vocabulary": vocabulary, "tensors": entries}
-        _write_json(path / CONFIG, "prefixmem", {"package_version": __version__, **values})
+        _write_json(path / CONFIG, _ENCODER, {"package_version": __version__, **values})
     except BaseException:
-        for file in written:
-            if file.name not in before:
-                file.unlink(missing_ok=True)
+        if _identity(path / CONFIG) == old:  # a config.json that is new names the new files, however late the failure
+            for file in written:
+                if file.name not in before:
+                    file.unlink(missing_ok=True)
         raise
     # Where nobody else can be saving, a file that config.json does not name is one that a killed process has left.
     for name in (_weights_in(path) if alone else replaced) - _parts_of(entries):
-        (path / name).unlink(missing_ok=True)
+        with suppress(OSError):  # the encoder is saved; the next save tries again
+            (path / name).unlink()
 
 
 def read(path: str | Path) -> tuple[Path, dict[str, Any]]:

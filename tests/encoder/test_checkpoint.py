@@ -45,7 +45,18 @@ def test_saved_and_loaded(tmp_path, dtype):
     assert SIDVocabulary.from_pretrained(tmp_path).names == vocabulary().names
     assert PrefixMem.from_pretrained(tmp_path, dtype=torch.float32).memory.weight.dtype == torch.float32
     assert len(weights(tmp_path)) == 1
-    assert (tmp_path / "config.json").stat().st_mode & 0o777 == 0o666 & ~_umask()
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~_umask()}
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o027, 0o077])
+def test_modes_follow_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        encoder().save_pretrained(tmp_path, max_shard_size=1500)
+        vocabulary().save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~mask}
 
 
 def test_a_file_has_the_mode_of_a_new_one_however_it_was_written(tmp_path):
@@ -143,6 +154,80 @@ def test_interrupted_while_writing(tmp_path, monkeypatch, fails):
     with pytest.raises(KeyboardInterrupt):
         one.save_pretrained(tmp_path, max_shard_size=1500)
     assert files(tmp_path) == before
+
+
+FAILURES = [OSError("of the folder's flush"), KeyboardInterrupt()]
+
+
+@pytest.mark.parametrize("function", ["open", "fsync", "close"])
+@pytest.mark.parametrize("failure", FAILURES, ids=["error", "interrupt"])
+@pytest.mark.parametrize("size", ["2GB", 1500])
+def test_a_failure_after_the_rename_of_the_config_keeps_the_encoder(tmp_path, monkeypatch, function, failure, size):
+    """The files that config.json named already were removed, and those of the encoder before with the next save."""
+    one, renamed = encoder(), []
+    one.save_pretrained(tmp_path, vocabulary(), max_shard_size=size)
+    torch.nn.init.normal_(one.memory.weight)
+    replace, original = os.replace, getattr(os, function)
+
+    def note(source, target):
+        replace(source, target)
+        renamed.append(Path(target).name)
+
+    def fail(*args, **options):
+        result = original(*args, **options)
+        flushing = any(name in ("flush", "suppress") for name in _callers())
+        if renamed[-1:] == ["config.json"] and flushing:
+            renamed.append("")
+            raise failure
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", note)
+        patch.setattr(os, function, fail)
+        if isinstance(failure, OSError):
+            one.save_pretrained(tmp_path, max_shard_size=size)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                one.save_pretrained(tmp_path, max_shard_size=size)
+    assert renamed[-1] == "", "nothing failed"
+    assert torch.equal(PrefixMem.from_pretrained(tmp_path).memory.weight, one.memory.weight)
+    one.save_pretrained(tmp_path)
+    assert torch.equal(PrefixMem.from_pretrained(tmp_path).memory.weight, one.memory.weight)
+    assert len(weights(tmp_path)) == 1
+
+
+def _callers():
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_code.co_name
+        frame = frame.f_back
+
+
+def test_an_interrupt_between_the_rename_and_the_return_of_it(tmp_path, monkeypatch):
+    one, replace = encoder(), os.replace
+    one.save_pretrained(tmp_path)
+    torch.nn.init.normal_(one.memory.weight)
+
+    def interrupted(source, target):
+        replace(source, target)
+        if Path(target).name == "config.json":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one.save_pretrained(tmp_path)
+    assert torch.equal(PrefixMem.from_pretrained(tmp_path).memory.weight, one.memory.weight)
+
+
+def test_an_old_file_that_cannot_be_removed_is_no_failure(tmp_path):
+    one = encoder()
+    one.save_pretrained(tmp_path)
+    (tmp_path / "memory-0123456789ab.safetensors").mkdir()
+    torch.nn.init.normal_(one.memory.weight)
+    one.save_pretrained(tmp_path)
+    assert torch.equal(PrefixMem.from_pretrained(tmp_path).memory.weight, one.memory.weight)
+    assert len(weights(tmp_path)) == 2
 
 
 def test_the_same_content_saved_again_and_interrupted_loses_nothing(tmp_path, monkeypatch):
