@@ -12,6 +12,7 @@ import torch
 from prefixmem_fast.cli import COMMANDS, main
 from prefixmem_fast.operation import BackendError
 from prefixmem_fast.recommender.training.trainer import DivergedError
+from tests.helpers.cases import slow
 from tests.helpers.runs import write_files
 
 
@@ -189,9 +190,17 @@ def test_a_reader_that_leaves(command):
     assert subprocess.run(["bash", "-c", program], capture_output=True, text=True).stderr == ""
 
 
-@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "2>/dev/full"])
-def test_a_command_works_without_its_streams(streams):
-    program = f"{sys.executable} -m prefixmem_fast.cli verify --backend reference --cases 1 {streams}"
+@pytest.mark.parametrize(
+    ("command", "streams"),
+    [
+        ("info", ">&- 2>&-"),
+        slow("info", ">&-"),
+        slow("verify --backend reference --cases 1", "2>&-"),
+        slow("verify --backend reference --cases 1", "2>/dev/full"),
+    ],
+)
+def test_a_command_works_without_its_streams(command, streams):
+    program = f"{sys.executable} -m prefixmem_fast.cli {command} {streams}"
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -426,6 +426,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_readers_while_two_processes_save(tmp_path):
     savers = [
         subprocess.Popen([sys.executable, "-c", _SAVE, str(tmp_path), std], stdout=subprocess.PIPE)
@@ -436,11 +437,8 @@ def test_readers_while_two_processes_save(tmp_path):
             saver.stdout.readline()
         while not (tmp_path / "config.json").exists():
             time.sleep(0.01)
-        end, reads = time.monotonic() + 5, 0
-        while time.monotonic() < end:
+        for _ in range(30):
             PrefixMem.from_pretrained(tmp_path)
-            reads += 1
-        assert reads > 5
     finally:
         for saver in savers:
             saver.kill()

@@ -20,6 +20,7 @@ from prefixmem_fast.recommender.training import classification, trainer
 from prefixmem_fast.recommender.training import run as runs
 from prefixmem_fast.recommender.training.folder import MARKER
 from prefixmem_fast.recommender.training.trainer import DivergedError
+from tests.helpers.cases import mostly_slow
 from tests.helpers.runs import TINY_T5, options
 
 train = runs.train
@@ -113,8 +114,14 @@ def last_seen(out):
     return max((int(path.parent.name[11:]) for path in marks), default=0)
 
 
-@pytest.mark.parametrize("damage", ["optimizer.pt", "rng_state.pth", "model.safetensors", "prefixmem/config.json"])
-@pytest.mark.parametrize("cut", [True, False], ids=["cut", "missing"])
+@pytest.mark.parametrize(
+    ("damage", "cut"),
+    mostly_slow(
+        lambda damage, cut: (damage == "optimizer.pt") == cut and damage != "model.safetensors",
+        ["optimizer.pt", "rng_state.pth", "model.safetensors", "prefixmem/config.json"],
+        [True, False],
+    ),
+)
 def test_a_damaged_checkpoint_is_named_and_the_curves_stay(tmp_path, damage, cut):
     config = options(tmp_path, steps=8, eval_every=2, memory_dropout=0.5)
     whole = train(config, tmp_path / "whole", quiet=True)
