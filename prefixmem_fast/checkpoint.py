@@ -381,13 +381,14 @@ def _check_stored(file: Path, stored: dict[str, Any]) -> None:
         shape = entry.get("shape")
         if not isinstance(shape, list) or not shape or not all(_is_count(n) for n in shape):
             refuse(f"{call}['shape']", shape, "a list of sizes")
-        if not isinstance(entry.get("sha256"), str):
-            refuse(f"{call}['sha256']", entry.get("sha256"), "a digest")
+        if not re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))):
+            refuse(f"{call}['sha256']", entry.get("sha256"), "a digest of 64 hexadecimal digits")
         parts = entry.get("parts", [])
         if not isinstance(parts, list):
             refuse(f"{call}['parts']", parts, "a list")
         for part in parts:
-            if not isinstance(part, dict) or not isinstance(part.get("key"), str) or not _is_count(part.get("rows")):
+            key = part.get("key") if isinstance(part, dict) else None
+            if not isinstance(key, str) or not key.isprintable() or not _is_count(part.get("rows")):
                 refuse(f"a part of {call}", part, "a file, a key and a number of rows")
             if not isinstance(part.get("file"), str) or not re.fullmatch(WEIGHTS, part["file"]):
                 refuse(f"the file of a part of {call}", part.get("file"), "the bare name of a memory-….safetensors")

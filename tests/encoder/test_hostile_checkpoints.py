@@ -52,7 +52,7 @@ def test_a_part_is_a_bare_name_of_the_folder(saved, name):
     inside = saved / "a"
     inside.write_text("of the user")
     part = {"file": name.format(str(victim)[1:]), "key": "x", "rows": 0}
-    extra = {"dtype": "float32", "shape": [0], "sha256": "", "parts": [part]}
+    extra = {"dtype": "float32", "shape": [0], "sha256": "0" * 64, "parts": [part]}
     edit(saved / "config.json", lambda values: values["tensors"].update(x=extra))
     with pytest.raises(CheckpointError, match=r"config.json is malformed: the file of a part of tensors\['x'\]"):
         PrefixMem.from_pretrained(saved)
@@ -230,6 +230,7 @@ def test_json_that_is_not_as_it_should_be(saved, text, message):
         (lambda v: entry(v).update(shape=[True, 4]), r"is \[True, 4\], not a list of sizes"),
         (lambda v: entry(v).update(shape=["8", 4]), "not a list of sizes"),
         (lambda v: entry(v).pop("sha256"), "not a digest"),
+        (lambda v: entry(v).update(sha256="\ud800"), "not a digest"),
         (lambda v: entry(v).update(parts={}), "is {}, not a list"),
         (lambda v: entry(v)["parts"][0].pop("key"), "a part of tensors"),
         (lambda v: entry(v)["parts"][0].update(rows="8"), "a part of tensors"),
