@@ -29,6 +29,9 @@ _NAMES_OF_SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16",
 class CheckpointError(ValueError):
     """A checkpoint is damaged, or is not what it is asked to be."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message.encode(errors="backslashreplace").decode())  # it may hold what a damaged file holds
+
 
 def entry_of(chunks: Iterable[Tensor]) -> dict[str, Any]:
     """What config.json says of a tensor, whose rows come in chunks."""

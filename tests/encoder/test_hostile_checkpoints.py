@@ -427,6 +427,13 @@ while True:
 """
 
 
+def test_what_a_damaged_file_holds_can_be_printed(saved):
+    edit(saved / "config.json", lambda values: values["encoder"]["spec"].update(total_rows="\ud800"))
+    with pytest.raises(CheckpointError, match=r"gives total_rows = \\ud800") as found:
+        PrefixMem.from_pretrained(saved)
+    str(found.value).encode()
+
+
 @pytest.mark.slow
 def test_readers_while_two_processes_save(tmp_path):
     savers = [

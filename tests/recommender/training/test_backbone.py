@@ -62,6 +62,7 @@ class TestCausality:
 
 
 def test_a_model_without_keys_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", minversion="5", reason="in transformers 4 the model says so, not its config")
     from transformers import AutoModelForCausalLM
 
     def make(*given, **options):
