@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=3,
         help="runs of each revision, in turns; a verdict takes three (default: %(default)s)",
     )
-    add("traffic", _traffic, "Count the bytes of each kernel in Triton's interpreter, in five minutes or more.")
+    add("traffic", _traffic, "Count the bytes of each kernel in Triton's interpreter, in minutes.")
     scale.add_arguments(add("scale", scale.run, "What a catalogue costs in rows, bytes and devices, by formulas."))
     summary, form = quality.__doc__.splitlines()[0], argparse.RawDescriptionHelpFormatter
     action = actions.add_parser("quality", help=summary, description=quality.__doc__, formatter_class=form)

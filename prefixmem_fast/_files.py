@@ -21,7 +21,7 @@ from ._inputs import unique_keys
 
 LOCK_SECONDS = 60.0  # the longest wait for others who write into a folder
 LOCK_QUIET_SECONDS = 5.0  # of it, before a warning
-MOST_TEXT_BYTES = 1 << 28  # of a JSON file: a vocabulary of a million tokens takes some 40 MB
+MOST_TEXT_BYTES = 1 << 28  # of a JSON file: a vocabulary of millions of tokens fits
 
 
 def write_file(file: Path, write: Callable[[str], object]) -> None:
