@@ -161,81 +161,57 @@ def test_the_norm_of_a_spent_gradient(mode, backend):
     optimizer.step()
 
 
+def trainer_of(model, folder, lr=1e-4, **arguments):
+    """transformers' Trainer on a CPU, over batches of 8 of 48 SIDs."""
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=8,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **arguments,
+    )
+    rows = [{"codes": row} for row in codes(48)]
+    return transformers.Trainer(model, settings, train_dataset=rows, optimizers=(for_model(model, lr), None))
+
+
 @pytest.mark.parametrize("grad", ["dense", "sparse", "fused"])
 def test_hugging_face_trainer(grad, tmp_path):
     """Trains, saves, stops and goes on to the same weights: what Trainer asks of an optimizer."""
-    transformers = pytest.importorskip("transformers")
-    rows = [{"codes": row} for row in codes(48)]
-
-    def trainer(model, steps):
-        arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=steps,
-            per_device_train_batch_size=8,
-            save_steps=3,
-            logging_steps=2,
-            max_grad_norm=0 if grad == "fused" else 0.5,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            gradient_accumulation_steps=1 if grad == "fused" else 2,
-            lr_scheduler_type="linear",
-        )
-        return transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(for_model(model, 0.01), None))
-
+    arguments = {
+        "max_steps": 6,
+        "save_steps": 3,
+        "logging_steps": 2,
+        "max_grad_norm": 0 if grad == "fused" else 0.5,
+        "gradient_accumulation_steps": 1 if grad == "fused" else 2,
+        "lr_scheduler_type": "linear",
+    }
     whole = model_with(grad)
-    first = trainer(whole, 6)
+    first = trainer_of(whole, tmp_path, 0.01, **arguments)
     first.train()
     losses = [entry["loss"] for entry in first.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert first.optimizer.param_groups[0]["lr"] == 0, "the linear schedule has reached the encoder's group"
 
     resumed = model_with(grad)
-    trainer(resumed, 6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    trainer_of(resumed, tmp_path, 0.01, **arguments).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for name, value in resumed.state_dict().items():
         assert torch.equal(value, whole.state_dict()[name]), name
 
 
 def test_trainer_clipping_is_refused_by_fused_at_the_first_step(tmp_path):
     """Whatever the norm: Trainer's default of 1 failed at the first large one, perhaps after hours."""
-    transformers = pytest.importorskip("transformers")
-    model = model_with("fused")
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=8,
-        max_grad_norm=1e9,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        save_strategy="no",
-    )
-    rows = [{"codes": row} for row in codes(48)]
-    trainer = transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(for_model(model), None))
+    trainer = trainer_of(model_with("fused"), tmp_path, max_steps=2, max_grad_norm=1e9, save_strategy="no")
     with pytest.raises(RuntimeError, match=r"cannot be clipped.*max_grad_norm=0"):
         trainer.train()
     assert trainer.state.global_step == 0
 
 
 def test_trainer_accumulation_is_refused_by_fused(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    model = model_with("fused")
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,
-        max_grad_norm=0,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        save_strategy="no",
-    )
-    rows = [{"codes": row} for row in codes(48)]
-    trainer = transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(for_model(model), None))
+    arguments = {"max_steps": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0, "save_strategy": "no"}
+    trainer = trainer_of(model_with("fused"), tmp_path, **arguments)
     with pytest.raises(RuntimeError, match=r'cannot be accumulated.*use grad="sparse"'):
         trainer.train()
 

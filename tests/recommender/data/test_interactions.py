@@ -607,3 +607,12 @@ class TestExamples:
             assert as_tuples(examples.sample(4, seed)) == chosen
         assert len({tuple(as_tuples(examples.sample(3, seed))) for seed in range(20)}) > 5
         assert len(examples.sample(0)) == 0
+
+
+def test_a_null_character_and_a_byte_order_mark(tmp_path, catalogue):
+    file = tmp_path / "histories.json"
+    file.write_text('\ufeff{"a": ["10", "x"]}', encoding="utf-8")
+    assert load_interactions(file, catalogue).users == ["a"]
+    file.write_text('{"a\\u0000": ["10", "x"]}', encoding="utf-8")
+    with pytest.raises(ValueError, match="has a null character in it; a name was expected"):
+        load_interactions(file, catalogue)

@@ -61,6 +61,12 @@ class TestCausality:
         build(options(tmp_path, model_options={**TINY, "n_positions": 4}))
 
 
+@pytest.mark.parametrize("entries", [{"n_embd": -1}, {"n_head": 0}, {"n_head": 3}])
+def test_sizes_that_no_model_has(tmp_path, entries):
+    with pytest.raises(ValueError, match=r"model = 'decoder': transformers refuses its configuration"):
+        build(options(tmp_path, model_options={**TINY, **entries}))
+
+
 def test_a_model_without_keys_is_refused_before_it_is_made(tmp_path, monkeypatch):
     pytest.importorskip("transformers", minversion="5", reason="in transformers 4 the model says so, not its config")
     from transformers import AutoModelForCausalLM

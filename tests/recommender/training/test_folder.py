@@ -1,7 +1,9 @@
 """The folder of a run: who may work in it, and what is removed from it."""
 
+import errno
 import json
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 
@@ -48,6 +50,10 @@ class TestStart:
         with pytest.raises(ValueError, match="holds a run already; --resume"):
             RunFolder.start(run.path, "train")
 
+    def test_a_name_of_bytes_that_are_no_text(self, tmp_path):
+        with pytest.raises(ValueError, match="has bytes that are no text in its name"):
+            check_new(tmp_path / "run-\udcff")
+
     def test_an_empty_folder_and_a_link_to_one_will_do(self, tmp_path):
         (tmp_path / "empty").mkdir()
         (tmp_path / "link").symlink_to("empty")
@@ -89,6 +95,20 @@ class TestResume:
         (tmp_path / MARKER).write_text(content)
         with pytest.raises(ValueError, match=r"run\.json is (not of prefixmem|damaged|empty)"):
             RunFolder.resume(tmp_path, "train")
+
+    def test_a_mark_that_is_a_pipe_is_not_waited_for(self, run):
+        checkpoint = write(run, 2)
+        (checkpoint / MARKER).unlink()
+        os.mkfifo(checkpoint / MARKER)
+        assert run.last_checkpoint() is None
+
+    def test_a_file_system_without_locks_is_said(self, tmp_path, monkeypatch):
+        def refuse(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr("fcntl.flock", refuse)
+        with pytest.warns(UserWarning, match="cannot be locked .*; start no other process in it"):
+            RunFolder.start(tmp_path / "out", "train").close()
 
     def test_no_run(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"holds no run: run\.json is not there"):

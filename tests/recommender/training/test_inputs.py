@@ -1,5 +1,6 @@
 """The files of a run: found from any directory, and refused with other contents."""
 
+import os
 import shutil
 
 import pytest
@@ -158,3 +159,18 @@ def test_inputs_of_another_form(tmp_path, inputs):
     write_options(RunConfig(synthetic=True), tmp_path / CONFIG, inputs)
     with pytest.raises(ValueError, match="inputs is not what a run has written there"):
         read_run(tmp_path / CONFIG)
+
+
+def test_a_pipe_or_a_device_is_not_read(project):
+    inputs = inputs_of(config(), project / "run")
+    os.mkfifo(project / "pipe")
+    for place in ("/dev/zero", str(project / "pipe")):
+        hostile = {"items": [{**inputs["items"][0], "path": place, "absolute": place, "from_run": place}]}
+        with pytest.raises(FileNotFoundError, match=f"items is at none of {place}"):
+            located(config().replace(items=place), hostile, project / "run", ("items",))
+
+
+def test_a_name_with_a_line_break_of_unicode_goes_through_the_file(tmp_path):
+    options = RunConfig(items="a\x85b.json", interactions=["c\u2028d.csv"])
+    write_options(options, tmp_path / CONFIG)
+    assert RunConfig(**read_run(tmp_path / CONFIG)[0]) == options
