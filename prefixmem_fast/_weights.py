@@ -8,19 +8,17 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._dtypes import TABLE_DTYPES
 from ._files import read_json, size_of
+from ._inputs import shown
 
 CONFIG = "config.json"
 FOLDER = "prefixmem"  # the encoder's folder beside a model
 WEIGHTS = r"memory-[0-9a-f]{12}(-[0-9]{5,}-of-[0-9]{5,})?\.safetensors"  # the names of an encoder's own files
-DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in TABLE_DTYPES)
 SAVE_AGAIN = "save the encoder again, or take another copy of the checkpoint"
 _CHUNK_BYTES = 64 << 20
 _NAMES_OF_SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
@@ -99,7 +97,7 @@ class Rows:
             found, (count, *width) = self._header(file, key)
             if found != dtype or width != shape[1:]:
                 raise CheckpointError(
-                    f"{file} holds {short(key)} as {found}, rows of {width}; {CONFIG} says {dtype} {short(shape)}"
+                    f"{file} holds {shown(key)} as {found}, rows of {width}; {CONFIG} says {dtype} {shown(shape)}"
                 )
             rows += count
         if rows != shape[0] or sum(part["rows"] for part in parts) not in (0, rows):
@@ -162,11 +160,11 @@ def find_in_model(key: str, folder: Path) -> tuple[Path, str]:
         )
     if not re.fullmatch(r"[^/\\:]+", files[name]) or files[name].startswith("..") or not files[name].isprintable():
         raise CheckpointError(
-            f"{index} names the file {short(files[name])} for {short(name)}, which is not the bare name of a file in "
+            f"{index} names the file {shown(files[name])} for {shown(name)}, which is not the bare name of a file in "
             "its folder; save the model again"
         )
     if not os.path.exists(folder / files[name]):
-        raise CheckpointError(f"{index} names {files[name]} for {short(name)}, which is not there; save it again")
+        raise CheckpointError(f"{index} names {files[name]} for {shown(name)}, which is not there; save it again")
     return folder / files[name], name
 
 

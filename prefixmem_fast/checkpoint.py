@@ -21,17 +21,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ._choices import DTYPES
 from ._files import MOST_TEXT_BYTES, locked, read_json, remove_leftovers, size_of, write_file, write_text
+from ._inputs import shown
 from ._version import __version__
 from ._weights import (
     CONFIG,
-    DTYPES,
     FOLDER,
     SAVE_AGAIN,
     WEIGHTS,
@@ -159,7 +159,7 @@ def check_tensors(shapes: Mapping[str, Sequence[int]], folder: Path, stored: Map
     for name, shape in shapes.items():
         entry = stored["tensors"].get(name)
         if entry is None or entry["shape"] != list(shape):
-            problem = "is missing" if entry is None else f"has shape {short(entry['shape'])}"
+            problem = "is missing" if entry is None else f"has shape {shown(entry['shape'])}"
             raise CheckpointError(f"{folder / CONFIG}: {name} {problem}; the config needs {list(shape)}")
         sources[name] = Rows(name, entry, folder)
     return sources
@@ -220,7 +220,7 @@ def read_vocabulary(path: str | Path) -> tuple[Path, dict[str, Any]]:
     if stored.get("vocabulary") is None:
         raise CheckpointError(f"{file} holds no vocabulary; the encoder was saved without one")
     if not isinstance(stored["vocabulary"], dict):
-        raise CheckpointError(f"{file} is malformed: vocabulary is {short(stored['vocabulary'])}; {SAVE_AGAIN}")
+        raise CheckpointError(f"{file} is malformed: vocabulary is {shown(stored['vocabulary'])}; {SAVE_AGAIN}")
     return file, stored["vocabulary"]
 
 
@@ -331,7 +331,7 @@ def _json(file: Path) -> Any:
 def _read_json(file: Path, kind: str) -> dict[str, Any]:
     stored = _json(file)
     if not isinstance(stored, dict) or stored.get("format") != kind:
-        found = short(stored.get("format") if isinstance(stored, dict) else type(stored).__name__)
+        found = shown(stored.get("format") if isinstance(stored, dict) else type(stored).__name__)
         raise CheckpointError(
             f"{file} is not of prefixmem_fast (its format is {found}), and {file.parent / FOLDER} is not there; "
             "was the model saved with the encoder on it?"
@@ -354,14 +354,14 @@ def _read_json(file: Path, kind: str) -> dict[str, Any]:
 
 def _plain(value: Any) -> str:
     """A value in a message: a short word as it is."""
-    return value if isinstance(value, str) and value.isprintable() and len(value) <= 64 else short(value)
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= 64 else shown(value)
 
 
 def _check_stored(file: Path, stored: dict[str, Any]) -> None:
     """Refuse a config.json whose entries are not what `save` writes."""
 
     def refuse(what: str, value: Any, allowed: str) -> None:
-        raise CheckpointError(f"{file} is malformed: {what} is {short(value)}, not {allowed}; {SAVE_AGAIN}")
+        raise CheckpointError(f"{file} is malformed: {what} is {shown(value)}, not {allowed}; {SAVE_AGAIN}")
 
     encoder, vocabulary, tensors = (stored.get(name) for name in ("encoder", "vocabulary", "tensors"))
     if not isinstance(encoder, dict):
@@ -373,7 +373,7 @@ def _check_stored(file: Path, stored: dict[str, Any]) -> None:
     if not isinstance(tensors, dict) or not tensors:
         refuse("tensors", tensors, "a table of tensors")
     for name, entry in tensors.items():
-        call = f"tensors[{short(name)}]"
+        call = f"tensors[{shown(name)}]"
         if not isinstance(entry, dict):
             refuse(call, entry, "a table")
         if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..recommender.training.folder import ENCODER
     from ..recommender.training.session import is_first_process
 
     config = config_of(options, **_DEFAULTS[options.method])
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print(json.dumps(report, indent=2) if options.json else summary(report, options.out))
     if not options.json:
-        print(f"prefixmem train --encoder {out / 'encoder'} ... starts from it")
+        print(f"prefixmem train --encoder {out / ENCODER} ... starts from it")
     return 0
 
 

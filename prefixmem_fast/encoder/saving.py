@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
+from .._inputs import clipped
 from ..checkpoint import CONFIG, CheckpointError
 from ..sid import SIDVocabulary
 
@@ -115,7 +116,7 @@ def _config_of(
         if getattr(config, "layers", 0) > len(stored["tensors"]):
             raise ValueError(f"layers = {config.layers}, but there are {len(stored['tensors'])} tensors")
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: {str(error)[:2000]}") from error
+        raise CheckpointError(f"{folder / CONFIG}: {clipped(error, 2000)}") from error
     return config, fresh
 
 

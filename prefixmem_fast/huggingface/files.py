@@ -39,16 +39,16 @@ def leave_files(model: nn.Module, base: nn.Module) -> None:
 
 
 class _Method:
-    """A method of one model, held weakly; a copy of the model gets its own."""
+    """A method of one model, held weakly, with further arguments; a copy of the model gets its own."""
 
-    def __init__(self, model: nn.Module, base: nn.Module) -> None:
-        self._model, self._base = weakref.ref(model), weakref.ref(base)
+    def __init__(self, model: Any, base: nn.Module, *more: str) -> None:
+        self._model, self._base, self._more = weakref.ref(model), weakref.ref(base), more
 
     def __reduce__(self) -> Any:
-        return type(self), (self._model(), self._base())
+        return type(self), (self._model(), self._base(), *self._more)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return type(self)(*(memo.get(id(ref()), ref()) for ref in (self._model, self._base)))
+        return type(self)(*(memo.get(id(ref()), ref()) for ref in (self._model, self._base)), *self._more)
 
     def _original(self, name: str, *args: Any, **options: Any) -> Any:
         model = self._model()
@@ -141,20 +141,11 @@ class _WatchConfigs(_Method):
 class _SaveConfig(_Method):
     """The save_pretrained of an adapter's config, and the adapter's copy of the encoder beside it."""
 
-    def __init__(self, model: Any, base: nn.Module, adapter: str) -> None:
-        super().__init__(model, base)
-        self._adapter = adapter
-
-    def __reduce__(self) -> Any:
-        return type(self), (self._model(), self._base(), self._adapter)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return type(self)(*(memo.get(id(ref()), ref()) for ref in (self._model, self._base)), self._adapter)
-
     def __call__(self, save_directory: str | Path, **options: Any) -> Any:
         result = self._original("save_pretrained", save_directory, **options)
         attachment = getattr(self._base(), "prefixmem_attachment", None)
         encoders = getattr(getattr(attachment, "encoder", None), "modules_to_save", {})
-        if self._adapter in encoders:
-            save_encoder(encoders[self._adapter], Path(save_directory) / FOLDER, attachment.vocabulary)
+        (adapter,) = self._more
+        if adapter in encoders:
+            save_encoder(encoders[adapter], Path(save_directory) / FOLDER, attachment.vocabulary)
         return result

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, checkpoint
+from .._inputs import clipped
 from ..addressing.spec import MOST_LEVELS
 from ..addressing.token_stream import token_entries
 from .formats import KNOWN_FORMATS, TokenFormat, recognise
@@ -334,7 +335,7 @@ class SIDVocabulary:
         try:
             vocabulary = cls.from_dict(values)
         except (TypeError, ValueError, RecursionError) as error:
-            raise checkpoint.CheckpointError(f"{file}: {str(error)[:2000]}") from error
+            raise checkpoint.CheckpointError(f"{file}: {clipped(error, 2000)}") from error
         if tokenizer is not None:
             vocabulary.check_tokenizer(tokenizer)
         return vocabulary

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ class RunFolder:
             ValueError: something else has its name.
         """
         folder = self.path / f"checkpoint-{step}"
-        if self._owns(folder):
+        if folder in dict(self._own()):
             self._remove(folder)
         if os.path.lexists(folder):
             raise ValueError(f"{folder} is there, and this run has not written it; move it away and resume the run")
@@ -205,8 +205,8 @@ class RunFolder:
 
     def remove_unfinished(self) -> None:
         """Remove what a kill has left of a checkpoint, or of the final model, while it was being saved."""
-        for folder in self.path.glob("checkpoint-*"):
-            if self._owns(folder) and "files" not in marks_of(folder):
+        for folder, marks in self._own():
+            if "files" not in marks:
                 shutil.rmtree(folder)
         for folder in self.path.glob(self._unfinished("*").name):
             shutil.rmtree(folder)
@@ -218,18 +218,20 @@ class RunFolder:
 
     def _checkpoints(self) -> list[Path]:
         """Those of this run, whole when they were written; the newest first."""
-        own = [folder for folder in self.path.glob("checkpoint-*") if self._owns(folder)]
-        own = [folder for folder in own if "files" in marks_of(folder)]
-        return sorted(own, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
+        whole = [folder for folder, marks in self._own() if "files" in marks]
+        return sorted(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
 
-    def _owns(self, folder: Path) -> bool:
-        if not folder.name.startswith("checkpoint-") or folder.is_symlink() or not folder.is_dir():
-            return False
-        try:
-            marks = marks_of(folder)
-        except (OSError, ValueError):
-            return False
-        return marks["run"] == self.run and folder.name == f"checkpoint-{marks.get('step')}"  # and is no copy
+    def _own(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """The checkpoints of this run, whole or not, with their marks."""
+        for folder in [*self.path.glob("checkpoint-*")]:
+            if folder.is_symlink() or not folder.is_dir():
+                continue
+            try:
+                marks = marks_of(folder)
+            except (OSError, ValueError):
+                continue
+            if marks["run"] == self.run and folder.name == f"checkpoint-{marks.get('step')}":  # and is no copy
+                yield folder, marks
 
     def _mark(self, folder: Path, more: dict[str, Any]) -> None:
         marks = {"format": _FORMAT, "run": self.run, "options": self.options, **more}

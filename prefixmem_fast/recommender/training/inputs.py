@@ -91,8 +91,9 @@ def located(config: RunConfig, inputs: dict[str, Any], out: Path, names: Sequenc
     for name in names:
         entries = [entry for entry in inputs.get(name, []) if "sha256" in entry]
         if entries:
-            places = _places(config, name) if len(_places(config, name)) == len(entries) else [None] * len(entries)
-            found = [_find(name, entry, given, out) for entry, given in zip(entries, places, strict=True)]
+            given = _places(config, name)
+            places = given if len(given) == len(entries) else [None] * len(entries)
+            found = [_find(name, entry, place, out) for entry, place in zip(entries, places, strict=True)]
             changes[name] = found if name == "interactions" else found[0]
     return config.replace(**changes)
 

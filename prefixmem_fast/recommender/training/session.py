@@ -41,9 +41,10 @@ class Session:
         self._folder: RunFolder | None = None
         check_outside(config, self._out)
         if not resume:
-            if is_first_process():
+            self._inputs = {}
+            if is_first_process():  # which writes them
                 check_new(out)
-            self._inputs = inputs_of(config, self._out)
+                self._inputs = inputs_of(config, self._out)
             return
         self._folder = RunFolder.resume(out, kind) if is_first_process() else RunFolder.read(out)
         try:
