@@ -288,6 +288,10 @@ def test_modules_to_save_saves_what_attaches_the_encoder_again(tmp_path, copied)
     text = (tmp_path / "adapter_config.json").read_text()
     assert "save_pretrained" not in text
     pickle.loads(pickle.dumps(model))
+    config = copy.deepcopy(model.peft_config["other"])  # it names the same adapter
+    config.save_pretrained(tmp_path / "config")
+    saved = PrefixMem.from_pretrained(tmp_path / "config")
+    assert torch.equal(saved.memory.weight, copies["other"].memory.weight)
     base = model.get_base_model()
     detach(model)
     assert not base._state_dict_pre_hooks
