@@ -1,7 +1,9 @@
 """Launchers of the sorting backward: the same sums to a dense gradient, to a list of touched rows, or into an update.
 
-    prefix, full mode    sort the codes -> rows of the runs -> sort and mark rows that runs share -> sum and write
+    prefix, full mode    sort the codes -> claim the rows of the runs, and mark those that runs share -> sum and write
                          -> merge the shared ones
+    the same, crowded    where the batch is large beside the table, or the rows are to be listed: sort the rows of the
+                         runs instead of claiming them
     suffix mode          rows of all terms -> sort -> sum and write
 
 Shapes depend on the batch's shape alone and nothing is read back to the host, so all of it can be captured in a CUDA
@@ -11,39 +13,18 @@ graph. The same input gives the same bits.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from prefixmem_fast._dtypes import accumulator
 from prefixmem_fast.addressing import AddressSpec, TokenStream
 
 from .rows import pair_rows, token_codes
-from .sorted_prefixes import most_sids, sort_plan_of, sort_prefixes, sum_prefixes
+from .shared_rows import make_claims, mark_claims, mark_sorted, merge_rows
+from .sorted_codes import most_sids, sort_plan_of, sort_prefixes
+from .sorted_prefixes import sum_prefixes
 from .sorted_rows import sum_terms, sum_values, terms_of
-from .tiles import LAUNCH, blocks, zero_table
+from .tiles import zero_table
 from .update import STORE, Destination, Epilogue
-
-
-@triton.jit(do_not_specialize=["E"])
-def mark_shared_kernel(p_rows, p_order, p_ranks, p_slots, p_keys, E, BE: tl.constexpr):
-    """Rows [E], sorted, -1 for none, of runs order[e] -> slots [E] of the runs: -1 where another run has the same row,
-    else the rank of the row (0 without ranks); and keys [E] to merge by: the row or its rank where shared, else -1."""
-    o_e = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
-    m_e = o_e < E
-    b_row = tl.load(p_rows + o_e, mask=m_e, other=-1)  # [BE]
-    m_row = m_e & (b_row >= 0)
-    m_before = m_row & (o_e > 0)
-    m_shared = m_before & (tl.load(p_rows + o_e - 1, mask=m_before, other=-1) == b_row)
-    m_after = m_row & (o_e + 1 < E)
-    m_shared = m_shared | (m_after & (tl.load(p_rows + o_e + 1, mask=m_after, other=-1) == b_row))
-    b_key, b_slot = b_row, tl.zeros_like(b_row)
-    if p_ranks is not None:
-        b_key = tl.load(p_ranks + o_e, mask=m_row, other=0).to(b_row.dtype)  # [BE]
-        b_slot = b_key
-    b_run = tl.load(p_order + o_e, mask=m_row, other=0)  # [BE]
-    tl.store(p_slots + b_run, tl.where(m_shared, -1, b_slot).to(tl.int32), mask=m_row)  # [BE]
-    tl.store(p_keys + o_e, tl.where(m_shared, b_key, -1), mask=m_e)  # [BE]
 
 
 def dense(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec) -> Tensor:
@@ -80,6 +61,7 @@ def update_sparse(
     """Update the rows int64 ``[E]`` of a sparse gradient ``[E, w]``; entries of one row are summed first."""
     if rows.numel():
         rows, order = torch.sort(rows, stable=True)
+        epilogue = _fitting(epilogue, destination)
         sum_values(rows, order, values, accumulator(values.dtype), destination, epilogue, squares)
 
 
@@ -101,25 +83,36 @@ def _sum_prefixes_of(grad, codes, n_tokens, spec, destination, epilogue, squares
     ranked = destination is None
     plan = sort_plan_of(spec, ranked)
     W, dtype = grad.shape[-1] // spec.heads, accumulator(grad.dtype)
-    if not most_sids(codes, n_tokens, spec) or not plan.orders:
+    most, checked = most_sids(codes, n_tokens, spec), plan.n_checked
+    if not most or not plan.orders:
         return _empty(grad, W) if ranked else None
-    prefixes = sort_prefixes(codes, n_tokens, spec, plan, _row_dtype(spec))
-    slots = shared = touched = None
-    if plan.n_checked:
-        rows, runs = torch.sort(prefixes.rows, stable=True)
-        entries = rows.numel()
+    slots = most * checked * spec.heads
+    chained = slots > 0 and not crowded(slots, spec)
+    claims = make_claims(slots, grad.device) if chained else None
+    prefixes = sort_prefixes(codes, n_tokens, spec, plan, None if ranked else claims)
+    keys = touched = runs = None
+    if chained and not ranked:
+        mark_claims(prefixes.targets, claims, checked)
+    elif slots:
+        rows, runs = torch.sort(prefixes.targets[:, :checked].reshape(-1), stable=True)
         ranks = None
         if ranked:
             ranks, *touched = _rank(rows, W, dtype)
             destination = Destination(touched[1])
-        slots = torch.empty((entries,), dtype=torch.int32, device=grad.device)
-        keys = torch.empty_like(rows)
-        mark_shared_kernel[(blocks(entries, 512),)](rows, runs, ranks, slots, keys, entries, 512, **LAUNCH)
-        shared = torch.empty((entries, W), dtype=dtype, device=grad.device)
-    sum_prefixes(grad, codes, n_tokens, prefixes, slots, shared, destination, epilogue, spec, plan, squares)
-    if plan.n_checked:
-        sum_values(keys, runs, shared, dtype, destination, epilogue, squares)
+        keys = mark_sorted(rows, runs, ranks, prefixes.targets, claims, checked)
+    epilogue = _fitting(epilogue, destination)
+    aside = torch.empty((slots, W), dtype=dtype, device=grad.device)
+    sum_prefixes(grad, prefixes, aside, destination, epilogue, spec, plan, squares)
+    if chained:
+        merge_rows(prefixes.targets, claims, aside, destination, epilogue, checked, squares)
+    elif slots:
+        sum_values(keys, runs, aside, dtype, destination, epilogue, squares)
     return touched
+
+
+def crowded(slots: int, spec: AddressSpec) -> bool:
+    """Whether so many runs may meet in so few rows that chains would be long."""
+    return 4 * slots > spec.total_rows
 
 
 def _sum_suffixes_of(grad, codes, n_tokens, spec, destination, epilogue, squares):
@@ -132,6 +125,7 @@ def _sum_suffixes_of(grad, codes, n_tokens, spec, destination, epilogue, squares
     if destination is None:
         ranks, *touched = _rank(keys, W, dtype)
         keys, destination = torch.where(keys >= 0, ranks, -1), Destination(touched[1])
+    epilogue = _fitting(epilogue, destination)
     sum_terms(keys, order, grad, n_tokens, dtype, destination, epilogue, spec, squares)
     return touched
 
@@ -149,6 +143,10 @@ def _rank(rows: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor,
 
 def _empty(grad: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return grad.new_empty((0,), dtype=torch.int64), grad.new_empty((0, width))
+
+
+def _fitting(epilogue: Epilogue, destination: Destination) -> Epilogue:
+    return epilogue._replace(small=destination.table.numel() < 1 << 31)
 
 
 def _row_dtype(spec: AddressSpec) -> torch.dtype:

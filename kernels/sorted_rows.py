@@ -22,7 +22,7 @@ from prefixmem_fast.addressing import AddressSpec
 
 from .address import Address, address_of
 from .tiles import blocks, roomy_launch
-from .update import STORE, Destination, Epilogue, store_squares, with_squares, write_rows
+from .update import STORE, Destination, Epilogue, load_numbers, load_rows, store_squares, with_squares, write_rows
 
 BLOCK = 32  # entries a block
 
@@ -117,7 +117,8 @@ def sum_rows_kernel(
     b_key, b_last = b_first, b_first
     b_sum = tl.zeros([BB, BW], ACC)
     b_lead = tl.zeros([BB, BW], ACC)
-    b_squares = tl.zeros([BB, BW], ACC)
+    b_squares = tl.zeros([BB, 1], ACC)
+    numbers = load_numbers(destination, ACC, epilogue)
     i = 0
     n_walk = tl.minimum(BLOCK, E - tl.program_id(0) * (BB * BLOCK))
     while i < n_walk:
@@ -134,9 +135,10 @@ def sum_rows_kernel(
         b_next = tl.load(p_keys + o_e + 1, mask=o_e + 1 < E, other=-1).to(tl.int64)  # [BB]
         m_same = m_e & (b_next == b_key)
         m_end = m_e & (b_next != b_key)
-        write_rows(destination, b_key[:, None], b_sum[:, None, :], (m_end & ~m_open)[:, None], o_w, W, epilogue)
-        if destination.squares is not None:
-            b_squares += tl.where((m_end & ~m_open)[:, None], b_sum * b_sum, 0.0)
+        m_row = (m_end & ~m_open)[:, None]
+        b_read = load_rows(destination, b_key[:, None], m_row, o_w, W, epilogue)
+        b_new = write_rows(destination, numbers, b_read, b_key[:, None], b_sum[:, None, :], m_row, o_w, W, epilogue)
+        b_squares += tl.where(m_row, b_new, 0.0)
         b_lead = tl.where((m_end & m_open)[:, None], b_sum, b_lead)
         b_sum = tl.where(m_end[:, None], 0.0, b_sum)
         m_open = m_open & m_same

@@ -18,11 +18,23 @@ from prefixmem_fast.addressing import AddressSpec
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-def roomy_launch(num_warps: int) -> dict[str, int | bool]:
-    """Options for kernels that keep many sums: ptxas would rather spill a few registers than lose a warp's place."""
+@lru_cache(maxsize=16)
+def _target_of(device: int | str) -> tuple[str, int]:
+    """Backend and lanes a warp of a device; asking the driver takes microseconds."""
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend, target.warp_size
+
+
+def target() -> tuple[str, int]:
+    """Backend, "cuda" or "hip", and lanes a warp of the current device."""
+    return ("cuda", 32) if interpreting() else _target_of(triton.runtime.driver.active.get_current_device())
+
+
+def roomy_launch(num_warps: int, registers: int = 255) -> dict[str, int | bool]:
+    """Options for kernels that keep many values: ptxas would rather spill a few registers, or wait for a load early,
+    than lose a warp's place."""
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
-    cuda = interpreting() or triton.runtime.driver.active.get_current_target().backend == "cuda"
-    return {**options, "maxnreg": 255} if cuda else options
+    return {**options, "maxnreg": registers} if target()[0] == "cuda" else options
 
 
 class Tile(NamedTuple):

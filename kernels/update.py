@@ -1,11 +1,14 @@
 """What becomes of a row's summed gradient: stored, or spent on an update of the row. Every backward kernel ends here.
 
 The updates are those of `prefixmem_fast/operation/rules.py`, in registers: the row and its state are read once and
-written once.
+written once. What is read (`load_rows`) and what is done with it (`write_rows`) stand apart, so that a kernel can read
+a turn ahead of its sums.
 """
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,20 +18,23 @@ from torch import Tensor
 
 
 class Destination(NamedTuple):
-    """Run-time arguments: a table of sums, or the weight with its optimizer's state and numbers."""
+    """Run-time arguments: a table of sums, or the weight with its optimizer's state and numbers.
+
+    Numbers are floats whatever their value: Triton would compile a kernel anew for an integer of another size.
+    """
 
     table: Tensor  # [R, W]
     first_moment: Tensor | None = None  # first moment [R, W]
     second_moment: Tensor | None = None  # second moment or sum, [R] or [R, W]
-    step: Tensor | None = None  # int64, for the random bits
-    correction1: Tensor | None = None
-    correction2: Tensor | None = None
+    step: Tensor | None = None  # int64: for the corrections and the random bits
     lr: Tensor | float = 0.0
     weight_decay: float = 0.0
     eps: float = 0.0
     beta1: float = 0.0
     beta2: float = 0.0
-    seed: int = 0  # mixed already
+    log_beta1: tuple[float, float] = (0.0, 0.0)  # ln beta as a float32 and what is left of it
+    log_beta2: tuple[float, float] = (0.0, 0.0)
+    seed: tuple[float, float] = (0.0, 0.0)  # lower and upper 16 bits, mixed already
     squares: Tensor | None = None  # sum of the squared gradient, one a program
 
 
@@ -39,9 +45,25 @@ class Epilogue(NamedTuple):
     decays: bool = False
     scheduled: bool = False  # lr is read from memory
     rounds: bool = False  # stochastically, to bfloat16
+    small: bool = False  # offsets into the table fit 32 bits
 
 
 STORE = Epilogue()
+
+
+@lru_cache(maxsize=64)
+def logarithm(beta: float) -> tuple[float, float]:
+    """ln beta as the nearest float32 and the rest."""
+    if beta == 0:
+        return float("-inf"), 0.0
+    whole = math.log(beta)
+    upper = torch.tensor(whole, dtype=torch.float32).item()
+    return upper, whole - upper
+
+
+def halves(word: int) -> tuple[float, float]:
+    """The lower and the upper 16 bits of 32, as floats."""
+    return float(word & 0xFFFF), float(word >> 16)
 
 
 def with_squares(
@@ -55,6 +77,37 @@ def with_squares(
 
 
 @triton.jit
+def correction_of(b_step, log_beta, ACC: tl.constexpr):
+    """1 - beta^t of Adam, without the cancellation that a small t brings in float32."""
+    b_x = b_step * log_beta[0] + b_step * log_beta[1]
+    if ACC == tl.float64:
+        b_correction = 1 - tl.exp(b_x)
+    else:
+        b_series = 1 + b_x / 6 * (1 + b_x / 7)
+        b_series = 1 + b_x / 2 * (1 + b_x / 3 * (1 + b_x / 4 * (1 + b_x / 5 * b_series)))
+        b_correction = tl.where(b_x > -0.5, -b_x * b_series, 1 - tl.exp(b_x))
+    return b_correction
+
+
+@triton.jit
+def load_numbers(destination, ACC: tl.constexpr, epilogue: tl.constexpr):
+    """The numbers of a step, once a program: lr, what corrects both moments, the key of the random bits."""
+    lr, unbias1, unbias2, key = destination.lr, 1.0, 1.0, 0
+    if epilogue.scheduled:
+        lr = tl.load(destination.lr).to(ACC)
+    if epilogue.rule == "row_adam" or epilogue.rule == "lazy_adam":
+        b_step = tl.load(destination.step).to(ACC)
+        unbias1 = 1 / correction_of(b_step, destination.log_beta1, ACC)
+        unbias2 = 1 / correction_of(b_step, destination.log_beta2, ACC)
+    if epilogue.rounds:
+        b_step = (tl.load(destination.step) & 0xFFFFFFFF).to(tl.uint32)
+        b_seed = (b_step * 0).to(tl.float32)
+        b_seed = (b_seed + destination.seed[0]).to(tl.uint32) + ((b_seed + destination.seed[1]).to(tl.uint32) << 16)
+        key = mix(b_seed ^ b_step)
+    return lr, unbias1, unbias2, key
+
+
+@triton.jit
 def mix(b):
     """See `prefixmem_fast/operation/rounding.py`; b is uint32."""
     b = b ^ (b >> 16)
@@ -65,68 +118,82 @@ def mix(b):
 
 
 @triton.jit
-def round_stochastically(b, b_row, o_w, p_step, seed):
+def round_stochastically(b, b_row, o_w, key):
     """float32 [BB, BH, BW] of rows [BB, BH] to bfloat16."""
-    b_key = (tl.zeros_like(b_row) + seed).to(tl.uint32)
-    b_key = mix(b_key ^ (tl.load(p_step) & 0xFFFFFFFF).to(tl.uint32))
-    b_key = mix(b_key ^ (b_row & 0xFFFFFFFF).to(tl.uint32))
-    b_key = mix(b_key ^ (b_row >> 32).to(tl.uint32))
+    b_key = mix(key ^ b_row.to(tl.uint32))
+    b_key = mix(b_key ^ (b_row.to(tl.int64) >> 32).to(tl.uint32))
     b_pair = (o_w // 2 + 1).to(tl.uint32) * 0x9E3779B9
     b_word = mix(b_key[:, :, None] + b_pair[None, None, :])
     b_random = tl.where((o_w % 2 == 0)[None, None, :], b_word & 0xFFFF, b_word >> 16).to(tl.int32)
     b_bits = b.to(tl.int32, bitcast=True)
-    m_finite = (b_bits & 0x7F800000) != 0x7F800000
-    b_bits = tl.where(m_finite, b_bits + b_random, b_bits)
+    # Infinity keeps its bits under any addition of 16 bits; those of NaN may be all ones, and are left alone.
+    b_bits = tl.where(b == b, b_bits + b_random, b_bits)
     return (b_bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def write_rows(destination, b_row, b_sum, m_row, o_w, W: tl.constexpr, epilogue: tl.constexpr):
-    """Sums [BB, BH, BW] of rows [BB, BH] where m_row; the tile holds whole rows unless they are only stored."""
+def elements(b_row, m_row, o_w, W: tl.constexpr, epilogue: tl.constexpr):
+    """Offsets [BB, BH, BW] of the elements of rows [BB, BH], and their mask."""
+    if not epilogue.small:
+        b_row = b_row.to(tl.int64)
+    return (b_row * W)[:, :, None] + o_w[None, None, :], m_row[:, :, None] & (o_w < W)[None, None, :]
+
+
+@triton.jit
+def load_rows(destination, b_row, m_row, o_w, W: tl.constexpr, epilogue: tl.constexpr):
+    """What an update reads of rows [BB, BH] where m_row, as it is stored: the row, the second and the first moment."""
+    o_e, m_e = elements(b_row, m_row, o_w, W, epilogue)
+    b_read = ()
+    if epilogue.rule != "store":
+        b_read = b_read + (tl.load(destination.table + o_e, mask=m_e, other=0.0),)  # [BB, BH, BW]
+        if epilogue.rule == "row_adagrad" or epilogue.rule == "row_adam":
+            b_read = b_read + (tl.load(destination.second_moment + b_row, mask=m_row, other=0.0),)  # [BB, BH]
+        elif epilogue.rule == "lazy_adam":
+            b_read = b_read + (tl.load(destination.second_moment + o_e, mask=m_e, other=0.0),)  # [BB, BH, BW]
+        if destination.first_moment is not None:
+            b_read = b_read + (tl.load(destination.first_moment + o_e, mask=m_e, other=0.0),)  # [BB, BH, BW]
+    return b_read
+
+
+@triton.jit
+def write_rows(destination, numbers, b_read, b_row, b_sum, m_row, o_w, W: tl.constexpr, epilogue: tl.constexpr):
+    """Sums [BB, BH, BW] of rows [BB, BH] where m_row, with what `load_rows` has read of them. Returns the sums of the
+    squared gradient [BB, BH]. A tile holds whole rows unless they are only stored."""
     p_table = destination.table
-    o_e = (b_row * W)[:, :, None] + o_w[None, None, :]
-    m_e = m_row[:, :, None] & (o_w < W)[None, None, :]
+    o_e, m_e = elements(b_row, m_row, o_w, W, epilogue)
+    b_squares = tl.sum(b_sum * b_sum, 2)
     if epilogue.rule == "store":
         tl.store(p_table + o_e, b_sum.to(p_table.dtype.element_ty), mask=m_e)  # [BB, BH, BW]
     else:
-        if epilogue.scheduled:
-            lr = tl.load(destination.lr).to(b_sum.dtype)
-        else:
-            lr = destination.lr
-        b_w = tl.load(p_table + o_e, mask=m_e, other=0.0).to(b_sum.dtype)  # [BB, BH, BW]
+        lr = numbers[0]
+        b_w = b_read[0].to(b_sum.dtype)
         if epilogue.decays:
             b_w = b_w * (1 - lr * destination.weight_decay)
         if epilogue.rule == "sgd":
             b_w = b_w - lr * b_sum
         elif epilogue.rule == "row_adagrad":
-            p_total = destination.second_moment + b_row
-            b_total = tl.load(p_total, mask=m_row, other=0.0) + tl.sum(b_sum * b_sum, 2) / W  # [BB, BH]
-            tl.store(p_total, b_total, mask=m_row)  # [BB, BH]
+            b_total = b_read[1] + b_squares / W
+            tl.store(destination.second_moment + b_row, b_total, mask=m_row)  # [BB, BH]
             b_w = b_w - (lr / (tl.sqrt(b_total) + destination.eps))[:, :, None] * b_sum
         else:
             b_mean = b_sum
             if destination.first_moment is not None:
-                b_first = tl.load(destination.first_moment + o_e, mask=m_e, other=0.0)  # [BB, BH, BW]
-                b_first = destination.beta1 * b_first + (1 - destination.beta1) * b_sum
+                b_first = destination.beta1 * b_read[2] + (1 - destination.beta1) * b_sum
                 tl.store(destination.first_moment + o_e, b_first, mask=m_e)  # [BB, BH, BW]
-                b_mean = b_first / tl.load(destination.correction1)
-            correction = tl.load(destination.correction2)
+                b_mean = b_first * numbers[1]
             if epilogue.rule == "row_adam":
-                p_second = destination.second_moment + b_row
-                b_second = tl.load(p_second, mask=m_row, other=0.0)  # [BB, BH]
-                b_second = destination.beta2 * b_second + (1 - destination.beta2) * (tl.sum(b_sum * b_sum, 2) / W)
-                tl.store(p_second, b_second, mask=m_row)  # [BB, BH]
-                b_w = b_w - (lr / (tl.sqrt(b_second / correction) + destination.eps))[:, :, None] * b_mean
+                b_second = destination.beta2 * b_read[1] + (1 - destination.beta2) * (b_squares / W)
+                tl.store(destination.second_moment + b_row, b_second, mask=m_row)  # [BB, BH]
+                b_w = b_w - (lr / (tl.sqrt(b_second * numbers[2]) + destination.eps))[:, :, None] * b_mean
             else:
-                p_second = destination.second_moment + o_e
-                b_second = tl.load(p_second, mask=m_e, other=0.0)  # [BB, BH, BW]
-                b_second = destination.beta2 * b_second + (1 - destination.beta2) * (b_sum * b_sum)
-                tl.store(p_second, b_second, mask=m_e)  # [BB, BH, BW]
-                b_w = b_w - lr / (tl.sqrt(b_second / correction) + destination.eps) * b_mean
+                b_second = destination.beta2 * b_read[1] + (1 - destination.beta2) * (b_sum * b_sum)
+                tl.store(destination.second_moment + o_e, b_second, mask=m_e)  # [BB, BH, BW]
+                b_w = b_w - lr / (tl.sqrt(b_second * numbers[2]) + destination.eps) * b_mean
         if epilogue.rounds:
-            tl.store(p_table + o_e, round_stochastically(b_w, b_row, o_w, destination.step, destination.seed), mask=m_e)
+            tl.store(p_table + o_e, round_stochastically(b_w, b_row, o_w, numbers[3]), mask=m_e)
         else:
             tl.store(p_table + o_e, b_w.to(p_table.dtype.element_ty), mask=m_e)  # [BB, BH, BW]
+    return b_squares
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..addressing import AddressSpec, TokenStream
 from ..kernels import atomic_backward, decode, rows, sorted_backward
 from ..kernels import forward as forward_kernels
-from ..kernels.update import Destination, Epilogue
+from ..kernels.update import Destination, Epilogue, halves, logarithm
 from .interface import PrefixState, RowSums
 from .rounding import mix_seed
 from .rules import RowUpdate
@@ -79,14 +79,14 @@ def _epilogue_of(update: RowUpdate) -> tuple[Destination, Epilogue]:
         table=update.weight,
         first_moment=first_moment,
         second_moment=second_moment,
-        step=update.step if stochastic else None,
-        correction1=hyper.correction1 if adam else None,
-        correction2=hyper.correction2 if adam else None,
-        lr=hyper.lr,
+        step=update.step if stochastic or adam else None,
+        lr=hyper.lr if isinstance(hyper.lr, Tensor) else float(hyper.lr),
         weight_decay=float(hyper.weight_decay),
         eps=float(hyper.eps),
         beta1=float(hyper.beta1),
         beta2=float(hyper.beta2),
-        seed=mix_seed(update.seed) if stochastic else 0,
+        log_beta1=logarithm(float(hyper.beta1)),
+        log_beta2=logarithm(float(hyper.beta2)),
+        seed=halves(mix_seed(update.seed)) if stochastic else (0.0, 0.0),
     )
     return destination, Epilogue(update.rule, hyper.weight_decay != 0, isinstance(hyper.lr, Tensor), stochastic)

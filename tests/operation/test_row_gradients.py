@@ -102,7 +102,7 @@ def test_a_hot_prefix_over_many_blocks(mode, block, addressing, monkeypatch):
 def test_sorts_are_lexicographic_and_stable(largest):
     """In one key of 63 bits or in several; colliding rows would be merged, and hide a wrong order."""
     from prefixmem_fast.addressing.addresses import cut_prefix
-    from prefixmem_fast.kernels import sorted_prefixes
+    from prefixmem_fast.kernels import sorted_codes
     from prefixmem_fast.operation import cpu
 
     spec = AddressSpec((largest,) * 4, table_rows=7, addressing="hash")
@@ -111,11 +111,11 @@ def test_sorts_are_lexicographic_and_stable(largest):
     cut, _ = cut_prefix(codes, spec)
     expected = torch.from_numpy(np.lexsort(cut.numpy().T[::-1]))
     assert torch.equal(cpu._argsort_prefixes(cut, spec), expected)
-    found = sorted_prefixes.sort_prefixes(codes, None, spec, sorted_prefixes.sort_plan_of(spec, False), torch.int64)
-    assert torch.equal(found.order, expected)
-    sorted_codes = cut[expected]
+    found = sorted_codes.sort_prefixes(codes, None, spec, sorted_codes.sort_plan_of(spec), None)
+    assert torch.equal(found.sids.long(), expected)
+    in_order = cut[expected]
     for i in range(1, 200):
-        differing = (sorted_codes[i] != sorted_codes[i - 1]).nonzero().flatten()
+        differing = (in_order[i] != in_order[i - 1]).nonzero().flatten()
         assert found.differs[i] == (differing[0] + 1 if len(differing) else 5)
 
 

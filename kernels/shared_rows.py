@@ -1,0 +1,264 @@
+"""Rows that two prefixes of one batch share, because their hashes collide: found, and their sums merged.
+
+Each touched row must be updated once, so a run must know whether another one has its row. Every run claims its row in a
+filter of bits; a bit that is claimed twice marks all its runs as shared, a few of them for nothing. A shared run's
+target becomes -2 - row, its sum is put aside at its slot, and it enters a chain: the shared runs whose rows fall into one
+bucket. `merge_rows` adds the runs of one row in the order of their slots, whatever the order in which the chain was
+built, so the same input gives the same bits.
+
+A slot is the index of a run among [M, checked orders, H]: its last place, its order, its head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import LAUNCH, blocks
+from .tokens import rank_tokens, ranked_tokens
+from .update import STORE, Destination, Epilogue, load_numbers, load_rows, store_squares, with_squares, write_rows
+
+BITS_A_RUN = 16  # of the filter: one run in 16 is marked for nothing
+RUNS_A_BUCKET = 4
+
+
+class Claims(NamedTuple):
+    """The filter and the chains of one batch; bits and buckets are powers of two."""
+
+    once: Tensor  # int32 [bits / 32]: claimed
+    twice: Tensor  # int32 [bits / 32]: claimed again
+    heads: Tensor  # int32 [buckets]: 1 + the slot that entered a bucket's chain last, 0 for none
+    links: Tensor  # int32 [slots]: the same of the slot that entered before this one
+
+
+def make_claims(slots: int, device: torch.device) -> Claims:
+    words = max(triton.next_power_of_2(slots) * BITS_A_RUN // 32, 4)
+    buckets = max(triton.next_power_of_2(slots) // RUNS_A_BUCKET, 4)
+    zeros = torch.zeros((2 * words + buckets,), dtype=torch.int32, device=device)
+    links = torch.empty((slots,), dtype=torch.int32, device=device)
+    return Claims(zeros[:words], zeros[words : 2 * words], zeros[2 * words :], links)
+
+
+@triton.jit
+def bit_of(b_row, n_bits):
+    """The word of a row's bit in the filter, and the bit within it."""
+    b_bit = (b_row & (n_bits - 1)).to(tl.int32)
+    return b_bit >> 5, b_bit & 31
+
+
+@triton.jit
+def claim(p_once, p_twice, n_bits, b_row, m_row):
+    """Claim rows where m_row. Whoever comes second marks the bit, whichever of the two that is."""
+    b_word, b_bit = bit_of(b_row, n_bits)
+    b_mask = tl.full(b_row.shape, 1, tl.int32) << b_bit
+    b_before = tl.atomic_or(p_once + b_word, b_mask, mask=m_row, sem="relaxed")
+    m_again = m_row & ((b_before & b_mask) != 0)
+    tl.atomic_or(p_twice + b_word, b_mask, mask=m_again, sem="relaxed")
+
+
+@triton.jit
+def target_of(p_targets, b_slot, CHECKED: tl.constexpr, TARGETS: tl.constexpr):
+    """Pointers to the targets of slots; a place has CHECKED slots and TARGETS targets, those of slots first."""
+    return p_targets + b_slot // CHECKED * TARGETS + b_slot % CHECKED
+
+
+@triton.jit
+def enter_chain(p_heads, p_links, n_buckets, b_slot, b_row, m_slot):
+    p_head = p_heads + (b_row & (n_buckets - 1))
+    b_before = tl.atomic_xchg(p_head, (b_slot + 1).to(tl.int32), mask=m_slot, sem="relaxed")
+    tl.store(p_links + b_slot, b_before, mask=m_slot)
+
+
+@triton.jit(do_not_specialize=["S", "n_bits", "n_buckets"])
+def mark_claims_kernel(
+    p_targets,
+    p_twice,
+    p_heads,
+    p_links,
+    S,
+    n_bits,
+    n_buckets,
+    CHECKED: tl.constexpr,
+    TARGETS: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """Targets of slots [S] become -2 - row where the row's bit was claimed twice. Grid: tiles of BS slots."""
+    o_s = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
+    p_target = target_of(p_targets, o_s, CHECKED, TARGETS)
+    b_row = tl.load(p_target, mask=o_s < S, other=-1)  # [BS]
+    b_word, b_bit = bit_of(b_row, n_bits)
+    b_twice = tl.load(p_twice + b_word, mask=b_row >= 0, other=0)  # [BS]
+    m_shared = (b_row >= 0) & (((b_twice >> b_bit) & 1) != 0)
+    enter_chain(p_heads, p_links, n_buckets, o_s, b_row, m_shared)
+    tl.debug_barrier()  # targets are read and written
+    tl.store(p_target, -2 - b_row, mask=m_shared)  # [BS]
+
+
+@triton.jit(do_not_specialize=["S", "n_buckets"])
+def mark_sorted_kernel(
+    p_rows,
+    p_order,
+    p_ranks,
+    p_targets,
+    p_heads,
+    p_links,
+    p_keys,
+    S,
+    n_buckets,
+    CHECKED: tl.constexpr,
+    TARGETS: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """Sorted rows [S], -1 for none, of the slots order[s] -> targets: where two slots share a row -2 - row, or in its
+    place -2 - rank. The shared ones enter chains, or else are listed: keys [S], -1 elsewhere. Grid: tiles of BS."""
+    o_s = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
+    m_s = o_s < S
+    b_row = tl.load(p_rows + o_s, mask=m_s, other=-1)  # [BS]
+    m_row = b_row >= 0
+    m_before = m_row & (o_s > 0)
+    m_shared = m_before & (tl.load(p_rows + o_s - 1, mask=m_before, other=-1) == b_row)
+    m_after = m_row & (o_s + 1 < S)
+    m_shared = m_shared | (m_after & (tl.load(p_rows + o_s + 1, mask=m_after, other=-1) == b_row))
+    b_key = b_row
+    if p_ranks is not None:
+        b_key = tl.load(p_ranks + o_s, mask=m_row, other=0).to(b_row.dtype)  # [BS]
+    b_slot = tl.load(p_order + o_s, mask=m_row, other=0)  # [BS]
+    b_target = tl.where(m_shared, -2 - b_key, b_key)
+    tl.store(target_of(p_targets, b_slot, CHECKED, TARGETS), b_target, mask=m_row)  # [BS]
+    if p_keys is not None:
+        tl.store(p_keys + o_s, tl.where(m_shared, b_key, -1), mask=m_s)  # [BS]
+    else:
+        enter_chain(p_heads, p_links, n_buckets, b_slot, b_key, m_shared)
+
+
+@triton.jit
+def next_slot(
+    p_targets, p_heads, p_links, n_buckets, b_target, b_after, m_m, CHECKED: tl.constexpr, TARGETS: tl.constexpr
+):
+    """The first slot behind b_after [BM] of the row that b_target names; 2^31 - 1 where there is none."""
+    b_next = tl.full(b_after.shape, 0x7FFFFFFF, tl.int32)
+    b_link = tl.load(p_heads + ((-2 - b_target) & (n_buckets - 1)), mask=m_m, other=0)  # [BM]
+    while tl.max(b_link, 0) > 0:
+        m_link = b_link > 0
+        b_slot = tl.where(m_link, b_link - 1, 0)
+        b_other = tl.load(target_of(p_targets, b_slot.to(tl.int64), CHECKED, TARGETS), mask=m_link, other=-1)  # [BM]
+        m_link = m_link & (b_other == b_target) & (b_slot > b_after)
+        b_next = tl.where(m_link, tl.minimum(b_next, b_slot), b_next)
+        b_link = tl.load(p_links + b_slot, mask=b_link > 0, other=0)  # [BM]
+    return b_next
+
+
+@triton.jit(do_not_specialize=["S", "n_buckets"])
+def merge_rows_kernel(
+    p_targets,
+    p_heads,
+    p_links,
+    p_aside,
+    destination,
+    S,
+    n_buckets,
+    W: tl.constexpr,
+    CHECKED: tl.constexpr,
+    TARGETS: tl.constexpr,
+    epilogue: tl.constexpr,
+    BS: tl.constexpr,
+    BM: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """Sum what shared runs put aside [S, W], and write their rows: the lane of a row's first slot does it. Grid: (tiles
+    of BS slots, column tiles)."""
+    ACC: tl.constexpr = p_aside.dtype.element_ty
+    o_s = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
+    o_w = tl.program_id(1) * BW + tl.arange(0, BW)
+    m_w = o_w < W
+    b_targets = tl.load(target_of(p_targets, o_s, CHECKED, TARGETS), mask=o_s < S, other=-1)  # [BS]
+    m_shared = b_targets <= -2
+    b_rank, n_shared = rank_tokens(m_shared)
+    numbers = load_numbers(destination, ACC, epilogue)
+    b_squares = tl.zeros([BM, 1], ACC)
+    i_rank = 0
+    while i_rank < n_shared:
+        o_rank = i_rank + tl.arange(0, BM)
+        m_m = o_rank < n_shared
+        b_slot = ranked_tokens(m_shared, b_rank, o_s, o_rank)
+        b_target = tl.load(target_of(p_targets, b_slot, CHECKED, TARGETS), mask=m_m, other=-2)  # [BM]
+        b_next = next_slot(
+            p_targets, p_heads, p_links, n_buckets, b_target, tl.full([BM], -1, tl.int32), m_m, CHECKED, TARGETS
+        )
+        m_first = m_m & (b_next == b_slot)
+        m_more = m_first
+        b_sum = tl.zeros([BM, BW], ACC)
+        while tl.max(m_more.to(tl.int32), 0) > 0:
+            p_value = p_aside + (b_next.to(tl.int64) * W)[:, None] + o_w[None, :]
+            b_sum += tl.load(p_value, mask=m_more[:, None] & m_w[None, :], other=0.0)  # [BM, BW]
+            b_next = next_slot(p_targets, p_heads, p_links, n_buckets, b_target, b_next, m_more, CHECKED, TARGETS)
+            m_more = m_more & (b_next < 0x7FFFFFFF)
+        b_row, m_row = (-2 - b_target)[:, None], m_first[:, None]
+        b_read = load_rows(destination, b_row, m_row, o_w, W, epilogue)
+        b_new = write_rows(destination, numbers, b_read, b_row, b_sum[:, None, :], m_row, o_w, W, epilogue)
+        b_squares += tl.where(m_row, b_new, 0.0)
+        i_rank += BM
+    store_squares(destination, b_squares)
+
+
+def mark_claims(targets: Tensor, claims: Claims, checked: int) -> None:
+    """Mark the shared ones of targets ``[M, orders, H]``, whose first `checked` orders have claimed their rows."""
+    S = len(claims.links)
+    n_bits, n_buckets = 32 * len(claims.once), len(claims.heads)
+    slots, per_place = checked * targets.shape[2], targets[0].numel()
+    mark_claims_kernel[(blocks(S, 512),)](
+        targets, claims.twice, claims.heads, claims.links, S, n_bits, n_buckets, slots, per_place, 512, **LAUNCH
+    )
+
+
+def mark_sorted(
+    rows: Tensor, order: Tensor, ranks: Tensor | None, targets: Tensor, claims: Claims | None, checked: int
+) -> Tensor | None:
+    """The same of slots sorted by row; with `ranks` a target is a row's rank. Without chains the keys of all slots are
+    returned, -1 for those that are not shared."""
+    S = len(rows)
+    keys = torch.empty_like(rows) if claims is None else None
+    heads, links, n_buckets = (None, None, 1) if claims is None else (claims.heads, claims.links, len(claims.heads))
+    slots, per_place = checked * targets.shape[2], targets[0].numel()
+    mark_sorted_kernel[(blocks(S, 512),)](
+        rows, order, ranks, targets, heads, links, keys, S, n_buckets, slots, per_place, 512, **LAUNCH
+    )
+    return keys
+
+
+def merge_rows(
+    targets: Tensor,
+    claims: Claims,
+    aside: Tensor,
+    destination: Destination,
+    epilogue: Epilogue,
+    checked: int,
+    squares: list[Tensor] | None,
+) -> None:
+    """Sum and write the rows of the slots that are marked; their sums are in `aside` ``[S, w]``."""
+    S, W = len(claims.links), aside.shape[1]
+    BW = triton.next_power_of_2(W)
+    BW = min(BW, 256) if epilogue == STORE else BW
+    BS, BM = 256, min(max(1024 // BW, 1), 8)
+    grid = (blocks(S, BS), blocks(W, BW))
+    merge_rows_kernel[grid](
+        targets,
+        claims.heads,
+        claims.links,
+        aside,
+        with_squares(destination, squares, grid[0] * grid[1], aside.dtype),
+        S,
+        len(claims.heads),
+        W,
+        checked * targets.shape[2],
+        targets[0].numel(),
+        epilogue,
+        BS,
+        BM,
+        BW,
+        **LAUNCH,
+    )
