@@ -2,11 +2,11 @@
 
 Each touched row must be updated once, so a run must know whether another one has its row. Every run claims its row in a
 filter of bits; a bit that is claimed twice marks all its runs as shared, a few of them for nothing. A shared run's
-target becomes -2 - row, its sum is put aside at its slot, and it enters a chain: the shared runs whose rows fall into one
+target becomes -2 - row, its sum is put aside at its slot, and it enters a chain: shared runs whose rows fall into one
 bucket. `merge_rows` adds the runs of one row in the order of their slots, whatever the order in which the chain was
-built, so the same input gives the same bits.
+built, so the same input gives the same bits. The runs of orders with few prefixes are treated as shared ones always.
 
-A slot is the index of a run among [M, checked orders, H]: its last place, its order, its head.
+A slot is the index of a run among [M, orders that may be put aside, H]: its last place, its order, its head.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .aside import take_aside
 from .tiles import LAUNCH, blocks
 from .tokens import rank_tokens, ranked_tokens
 from .update import STORE, Destination, Epilogue, load_numbers, load_rows, store_squares, with_squares, write_rows
 
-BITS_A_RUN = 16  # of the filter: one run in 16 is marked for nothing
+BITS_A_RUN = 32  # of the filter: one run in 32 is marked for nothing
 RUNS_A_BUCKET = 4
 
 
@@ -61,9 +62,9 @@ def claim(p_once, p_twice, n_bits, b_row, m_row):
 
 
 @triton.jit
-def target_of(p_targets, b_slot, CHECKED: tl.constexpr, TARGETS: tl.constexpr):
-    """Pointers to the targets of slots; a place has CHECKED slots and TARGETS targets, those of slots first."""
-    return p_targets + b_slot // CHECKED * TARGETS + b_slot % CHECKED
+def target_of(p_targets, b_slot, SLOTS: tl.constexpr, TARGETS: tl.constexpr):
+    """Pointers to the targets of slots; a place has SLOTS slots and TARGETS targets, those of the slots first."""
+    return p_targets + b_slot // SLOTS * TARGETS + b_slot % SLOTS
 
 
 @triton.jit
@@ -82,16 +83,19 @@ def mark_claims_kernel(
     S,
     n_bits,
     n_buckets,
-    CHECKED: tl.constexpr,
+    CLAIMED: tl.constexpr,
+    SLOTS: tl.constexpr,
     TARGETS: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Targets of slots [S] become -2 - row where the row's bit was claimed twice. Grid: tiles of BS slots."""
+    """Targets of slots [S] become -2 - row where the row's bit was claimed twice, and behind the CLAIMED first slots of
+    each place. Grid: tiles of BS slots."""
     o_s = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
-    p_target = target_of(p_targets, o_s, CHECKED, TARGETS)
+    p_target = target_of(p_targets, o_s, SLOTS, TARGETS)
     b_row = tl.load(p_target, mask=o_s < S, other=-1)  # [BS]
     b_word, b_bit = bit_of(b_row, n_bits)
-    b_twice = tl.load(p_twice + b_word, mask=b_row >= 0, other=0)  # [BS]
+    m_claimed = (b_row >= 0) & (o_s % SLOTS < CLAIMED)
+    b_twice = tl.load(p_twice + b_word, mask=m_claimed, other=-1)  # [BS]
     m_shared = (b_row >= 0) & (((b_twice >> b_bit) & 1) != 0)
     enter_chain(p_heads, p_links, n_buckets, o_s, b_row, m_shared)
     tl.debug_barrier()  # targets are read and written
@@ -109,7 +113,8 @@ def mark_sorted_kernel(
     p_keys,
     S,
     n_buckets,
-    CHECKED: tl.constexpr,
+    CLAIMED: tl.constexpr,
+    SLOTS: tl.constexpr,
     TARGETS: tl.constexpr,
     BS: tl.constexpr,
 ):
@@ -127,8 +132,9 @@ def mark_sorted_kernel(
     if p_ranks is not None:
         b_key = tl.load(p_ranks + o_s, mask=m_row, other=0).to(b_row.dtype)  # [BS]
     b_slot = tl.load(p_order + o_s, mask=m_row, other=0)  # [BS]
+    m_shared = m_shared | (m_row & (b_slot % SLOTS >= CLAIMED))
     b_target = tl.where(m_shared, -2 - b_key, b_key)
-    tl.store(target_of(p_targets, b_slot, CHECKED, TARGETS), b_target, mask=m_row)  # [BS]
+    tl.store(target_of(p_targets, b_slot, SLOTS, TARGETS), b_target, mask=m_row)  # [BS]
     if p_keys is not None:
         tl.store(p_keys + o_s, tl.where(m_shared, b_key, -1), mask=m_s)  # [BS]
     else:
@@ -137,7 +143,7 @@ def mark_sorted_kernel(
 
 @triton.jit
 def next_slot(
-    p_targets, p_heads, p_links, n_buckets, b_target, b_after, m_m, CHECKED: tl.constexpr, TARGETS: tl.constexpr
+    p_targets, p_heads, p_links, n_buckets, b_target, b_after, m_m, SLOTS: tl.constexpr, TARGETS: tl.constexpr
 ):
     """The first slot behind b_after [BM] of the row that b_target names; 2^31 - 1 where there is none."""
     b_next = tl.full(b_after.shape, 0x7FFFFFFF, tl.int32)
@@ -145,7 +151,7 @@ def next_slot(
     while tl.max(b_link, 0) > 0:
         m_link = b_link > 0
         b_slot = tl.where(m_link, b_link - 1, 0)
-        b_other = tl.load(target_of(p_targets, b_slot.to(tl.int64), CHECKED, TARGETS), mask=m_link, other=-1)  # [BM]
+        b_other = tl.load(target_of(p_targets, b_slot.to(tl.int64), SLOTS, TARGETS), mask=m_link, other=-1)  # [BM]
         m_link = m_link & (b_other == b_target) & (b_slot > b_after)
         b_next = tl.where(m_link, tl.minimum(b_next, b_slot), b_next)
         b_link = tl.load(p_links + b_slot, mask=b_link > 0, other=0)  # [BM]
@@ -162,7 +168,7 @@ def merge_rows_kernel(
     S,
     n_buckets,
     W: tl.constexpr,
-    CHECKED: tl.constexpr,
+    SLOTS: tl.constexpr,
     TARGETS: tl.constexpr,
     epilogue: tl.constexpr,
     BS: tl.constexpr,
@@ -171,11 +177,11 @@ def merge_rows_kernel(
 ):
     """Sum what shared runs put aside [S, W], and write their rows: the lane of a row's first slot does it. Grid: (tiles
     of BS slots, column tiles)."""
-    ACC: tl.constexpr = p_aside.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if p_aside.dtype.element_ty == tl.float64 else tl.float32
     o_s = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
     o_w = tl.program_id(1) * BW + tl.arange(0, BW)
     m_w = o_w < W
-    b_targets = tl.load(target_of(p_targets, o_s, CHECKED, TARGETS), mask=o_s < S, other=-1)  # [BS]
+    b_targets = tl.load(target_of(p_targets, o_s, SLOTS, TARGETS), mask=o_s < S, other=-1)  # [BS]
     m_shared = b_targets <= -2
     b_rank, n_shared = rank_tokens(m_shared)
     numbers = load_numbers(destination, ACC, epilogue)
@@ -185,17 +191,17 @@ def merge_rows_kernel(
         o_rank = i_rank + tl.arange(0, BM)
         m_m = o_rank < n_shared
         b_slot = ranked_tokens(m_shared, b_rank, o_s, o_rank)
-        b_target = tl.load(target_of(p_targets, b_slot, CHECKED, TARGETS), mask=m_m, other=-2)  # [BM]
+        b_target = tl.load(target_of(p_targets, b_slot, SLOTS, TARGETS), mask=m_m, other=-2)  # [BM]
         b_next = next_slot(
-            p_targets, p_heads, p_links, n_buckets, b_target, tl.full([BM], -1, tl.int32), m_m, CHECKED, TARGETS
+            p_targets, p_heads, p_links, n_buckets, b_target, tl.full([BM], -1, tl.int32), m_m, SLOTS, TARGETS
         )
         m_first = m_m & (b_next == b_slot)
         m_more = m_first
         b_sum = tl.zeros([BM, BW], ACC)
         while tl.max(m_more.to(tl.int32), 0) > 0:
             p_value = p_aside + (b_next.to(tl.int64) * W)[:, None] + o_w[None, :]
-            b_sum += tl.load(p_value, mask=m_more[:, None] & m_w[None, :], other=0.0)  # [BM, BW]
-            b_next = next_slot(p_targets, p_heads, p_links, n_buckets, b_target, b_next, m_more, CHECKED, TARGETS)
+            b_sum += take_aside(p_value, m_more[:, None] & m_w[None, :], S.to(tl.int64) * W)  # [BM, BW]
+            b_next = next_slot(p_targets, p_heads, p_links, n_buckets, b_target, b_next, m_more, SLOTS, TARGETS)
             m_more = m_more & (b_next < 0x7FFFFFFF)
         b_row, m_row = (-2 - b_target)[:, None], m_first[:, None]
         b_read = load_rows(destination, b_row, m_row, o_w, W, epilogue)
@@ -205,27 +211,32 @@ def merge_rows_kernel(
     store_squares(destination, b_squares)
 
 
-def mark_claims(targets: Tensor, claims: Claims, checked: int) -> None:
-    """Mark the shared ones of targets ``[M, orders, H]``, whose first `checked` orders have claimed their rows."""
-    S = len(claims.links)
-    n_bits, n_buckets = 32 * len(claims.once), len(claims.heads)
-    slots, per_place = checked * targets.shape[2], targets[0].numel()
+class Layout(NamedTuple):
+    """Of a place: targets whose rows are claimed, targets that may be put aside, targets."""
+
+    claimed: int
+    slots: int
+    targets: int
+
+
+def mark_claims(targets: Tensor, claims: Claims, layout: Layout) -> None:
+    """Mark the shared ones of targets ``[M, orders, H]``."""
+    S, n_bits, n_buckets = len(claims.links), 32 * len(claims.once), len(claims.heads)
     mark_claims_kernel[(blocks(S, 512),)](
-        targets, claims.twice, claims.heads, claims.links, S, n_bits, n_buckets, slots, per_place, 512, **LAUNCH
+        targets, claims.twice, claims.heads, claims.links, S, n_bits, n_buckets, *layout, 512, **LAUNCH
     )
 
 
 def mark_sorted(
-    rows: Tensor, order: Tensor, ranks: Tensor | None, targets: Tensor, claims: Claims | None, checked: int
+    rows: Tensor, order: Tensor, ranks: Tensor | None, targets: Tensor, claims: Claims | None, layout: Layout
 ) -> Tensor | None:
     """The same of slots sorted by row; with `ranks` a target is a row's rank. Without chains the keys of all slots are
     returned, -1 for those that are not shared."""
     S = len(rows)
     keys = torch.empty_like(rows) if claims is None else None
     heads, links, n_buckets = (None, None, 1) if claims is None else (claims.heads, claims.links, len(claims.heads))
-    slots, per_place = checked * targets.shape[2], targets[0].numel()
     mark_sorted_kernel[(blocks(S, 512),)](
-        rows, order, ranks, targets, heads, links, keys, S, n_buckets, slots, per_place, 512, **LAUNCH
+        rows, order, ranks, targets, heads, links, keys, S, n_buckets, *layout, 512, **LAUNCH
     )
     return keys
 
@@ -236,11 +247,12 @@ def merge_rows(
     aside: Tensor,
     destination: Destination,
     epilogue: Epilogue,
-    checked: int,
+    layout: Layout,
     squares: list[Tensor] | None,
 ) -> None:
-    """Sum and write the rows of the slots that are marked; their sums are in `aside` ``[S, w]``."""
-    S, W = len(claims.links), aside.shape[1]
+    """Sum and write the rows of the slots that are marked; their sums are in `aside` (see `room_for_sums`)."""
+    S, W = len(claims.links), aside.shape[-1]
+    dtype = torch.float64 if aside.dtype == torch.float64 else torch.float32
     BW = triton.next_power_of_2(W)
     BW = min(BW, 256) if epilogue == STORE else BW
     BS, BM = 256, min(max(1024 // BW, 1), 8)
@@ -250,12 +262,12 @@ def merge_rows(
         claims.heads,
         claims.links,
         aside,
-        with_squares(destination, squares, grid[0] * grid[1], aside.dtype),
+        with_squares(destination, squares, grid[0] * grid[1], dtype),
         S,
         len(claims.heads),
         W,
-        checked * targets.shape[2],
-        targets[0].numel(),
+        layout.slots,
+        layout.targets,
         epilogue,
         BS,
         BM,

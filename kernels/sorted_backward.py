@@ -18,8 +18,9 @@ from torch import Tensor
 from prefixmem_fast._dtypes import accumulator
 from prefixmem_fast.addressing import AddressSpec, TokenStream
 
+from .aside import room_for_sums
 from .rows import pair_rows, token_codes
-from .shared_rows import make_claims, mark_claims, mark_sorted, merge_rows
+from .shared_rows import Layout, make_claims, mark_claims, mark_sorted, merge_rows
 from .sorted_codes import most_sids, sort_plan_of, sort_prefixes
 from .sorted_prefixes import sum_prefixes
 from .sorted_rows import sum_terms, sum_values, terms_of
@@ -83,28 +84,29 @@ def _sum_prefixes_of(grad, codes, n_tokens, spec, destination, epilogue, squares
     ranked = destination is None
     plan = sort_plan_of(spec, ranked)
     W, dtype = grad.shape[-1] // spec.heads, accumulator(grad.dtype)
-    most, checked = most_sids(codes, n_tokens, spec), plan.n_checked
+    most = most_sids(codes, n_tokens, spec)
     if not most or not plan.orders:
         return _empty(grad, W) if ranked else None
-    slots = most * checked * spec.heads
-    chained = slots > 0 and not crowded(slots, spec)
+    layout = Layout(plan.n_claimed * spec.heads, plan.n_aside * spec.heads, len(plan.orders) * spec.heads)
+    slots = most * layout.slots
+    chained = slots > 0 and not crowded(most * layout.claimed, spec)
     claims = make_claims(slots, grad.device) if chained else None
     prefixes = sort_prefixes(codes, n_tokens, spec, plan, None if ranked else claims)
     keys = touched = runs = None
     if chained and not ranked:
-        mark_claims(prefixes.targets, claims, checked)
+        mark_claims(prefixes.targets, claims, layout)
     elif slots:
-        rows, runs = torch.sort(prefixes.targets[:, :checked].reshape(-1), stable=True)
+        rows, runs = torch.sort(prefixes.targets[:, : plan.n_aside].reshape(-1), stable=True)
         ranks = None
         if ranked:
             ranks, *touched = _rank(rows, W, dtype)
             destination = Destination(touched[1])
-        keys = mark_sorted(rows, runs, ranks, prefixes.targets, claims, checked)
+        keys = mark_sorted(rows, runs, ranks, prefixes.targets, claims, layout)
     epilogue = _fitting(epilogue, destination)
-    aside = torch.empty((slots, W), dtype=dtype, device=grad.device)
+    aside = room_for_sums(slots, W, grad.dtype, grad.device)
     sum_prefixes(grad, prefixes, aside, destination, epilogue, spec, plan, squares)
     if chained:
-        merge_rows(prefixes.targets, claims, aside, destination, epilogue, checked, squares)
+        merge_rows(prefixes.targets, claims, aside, destination, epilogue, layout, squares)
     elif slots:
         sum_values(keys, runs, aside, dtype, destination, epilogue, squares)
     return touched

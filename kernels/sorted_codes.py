@@ -7,6 +7,7 @@ a run of order n, the SIDs of one prefix, ends before place i where differs[i] <
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,12 +22,16 @@ from .address import address_of, load_sid_codes, order_rows
 from .shared_rows import Claims, claim
 from .tiles import LAUNCH, blocks
 
+# Prefixes of an order whose runs are long: few end, so they are put aside and not updated in every turn of the walk.
+FEW = 4096
+
 
 class SortPlan(NamedTuple):
     """Compile-time constants beside the address."""
 
-    orders: tuple[int, ...]  # that receive a gradient; first those in which two prefixes may share a row
-    n_checked: int  # how many these are
+    orders: tuple[int, ...]  # that receive a gradient, in this order:
+    n_claimed: int  # those in which two prefixes may share a row,
+    n_aside: int  # after them those of few prefixes, and then those of many whose rows are their own
     depth: int  # the largest of `orders`: codes that decide
     words: tuple[int, ...]  # which sort key holds the code of a position
     shifts: tuple[int, ...]  # and from which bit on
@@ -36,14 +41,15 @@ class SortPlan(NamedTuple):
 
 @lru_cache(maxsize=64)
 def sort_plan_of(spec: AddressSpec, ranked: bool = False) -> SortPlan:
-    """`ranked`: all rows are to be listed, so all orders are checked."""
+    """`ranked`: all rows are to be listed, so those that are not put aside are claimed."""
     if spec.mode == "prefix":
         orders = spec.orders_at(spec.active_levels[-1])
     else:
         orders = tuple(level for level in spec.active_levels if level <= spec.max_order)
     depth = max(orders, default=0)
-    hashed = tuple(n for n in orders if ranked or n not in spec.exact_orders)
-    exact = tuple(n for n in orders if n not in hashed)
+    few = tuple(n for n in orders if math.prod(spec.codebook_sizes[:n]) <= FEW)
+    claimed = tuple(n for n in orders if n not in few and (ranked or n not in spec.exact_orders))
+    own = tuple(n for n in orders if n not in few + claimed)
     sizes = [size.bit_length() for size in spec.codebook_sizes[:depth]]  # one number more, for an ended prefix
     words, shifts, word, left = [0] * depth, [0] * depth, -1, 0
     for position in reversed(range(depth)):  # the last code is the least significant; 63 bits a key
@@ -51,7 +57,16 @@ def sort_plan_of(spec: AddressSpec, ranked: bool = False) -> SortPlan:
             word, left = word + 1, 63
         words[position], shifts[position] = word, 63 - left
         left -= sizes[position]
-    return SortPlan(hashed + exact, len(hashed), depth, tuple(words), tuple(shifts), word + 1, sum(sizes) <= 31)
+    return SortPlan(
+        orders=claimed + few + own,
+        n_claimed=len(claimed),
+        n_aside=len(claimed + few),
+        depth=depth,
+        words=tuple(words),
+        shifts=tuple(shifts),
+        n_words=word + 1,
+        narrow=sum(sizes) <= 31,
+    )
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["p_codes", "p_first"])
@@ -127,7 +142,7 @@ def prefixes_kernel(
         b_row = tl.where((m_row & (b_differs <= plan.orders[j]))[:, None], b_row, -1)
         p_target = p_targets + (o_m * (J * H) + j * H)[:, None] + o_h[None, :]
         tl.store(p_target, b_row.to(p_targets.dtype.element_ty), mask=m_h)  # [BM, BH]
-        if j < plan.n_checked and p_once is not None:
+        if j < plan.n_claimed and p_once is not None:
             claim(p_once, p_twice, n_bits, b_row, m_h & (b_row >= 0))
 
 

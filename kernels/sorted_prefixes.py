@@ -2,7 +2,7 @@
 
 Equal counts of consecutive places make a block, whatever their prefixes, so a hot prefix costs no more than a cold one.
 A lane walks its block, reads each SID's gradient once and adds it to one running sum an order. Where a run ends, its
-row is written; the sum of a run that shares its row is put aside (see `shared_rows.py`). A run that reaches over an edge
+row is written; the sum of a run that shares its row is put aside (see `shared_rows.py`). A run that goes over an edge
 leaves a partial sum in each of its blocks: the block in which it begins adds them up, in their order. No atomics: the
 same input gives the same bits.
 
@@ -13,7 +13,6 @@ would make every turn wait for memory.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +21,7 @@ from prefixmem_fast._dtypes import accumulator
 from prefixmem_fast.addressing import AddressSpec
 
 from .address import address_of
+from .aside import put_aside, room_for_sums, take_aside
 from .sorted_codes import Prefixes, SortPlan
 from .tiles import blocks, column_tile, roomy_launch, target, tile_of
 from .update import STORE, Destination, Epilogue, load_numbers, load_rows, store_squares, with_squares, write_rows
@@ -32,8 +32,7 @@ LONGEST = 32  # places a block
 
 
 def block_of(sids: int) -> int:
-    """Places a block: enough programs to fill a large GPU twice, and no shorter than that asks for, as each block leaves
-    partial sums."""
+    """Places a block: short enough to fill a large GPU twice, no shorter, as each block leaves partial sums."""
     block = LONGEST
     while block > 4 and sids < 2400 * block:  # 132 multiprocessors of 9 warps
         block //= 2
@@ -63,7 +62,10 @@ def load_runs(destination, b_targets, o_w, W: tl.constexpr, plan: tl.constexpr, 
     """What the updates read of the runs that end at places: of every order what `load_rows` gives."""
     b_reads = ()
     for j in tl.static_range(len(plan.orders)):
-        b_reads = b_reads + (load_rows(destination, b_targets[j], b_targets[j] >= 0, o_w, W, epilogue),)
+        if j < plan.n_claimed or j >= plan.n_aside:
+            b_reads = b_reads + (load_rows(destination, b_targets[j], b_targets[j] >= 0, o_w, W, epilogue),)
+        else:
+            b_reads = b_reads + ((),)
     return b_reads
 
 
@@ -127,14 +129,14 @@ def sum_prefixes_kernel(
     """Sum the runs of every order over places [E]; write those that lie in one block. Grid: (tiles of BB blocks, column
     tiles).
 
-    aside [E, checked, H, W] receives the sums of runs that share their rows. edges [blocks, 2, orders, H, W] receives
+    aside [E, n_aside, H, W] receives the sums of runs that share their rows. edges [blocks, 2, orders, H, W] receives
     what a block has of the run that came over its left edge, and what it has of the run that goes over its right one.
     """
     H: tl.constexpr = address.heads
-    C: tl.constexpr = plan.n_checked
+    C: tl.constexpr = plan.n_aside
     J: tl.constexpr = len(plan.orders)
     D: tl.constexpr = H * W
-    ACC: tl.constexpr = p_edges.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if p_edges.dtype.element_ty == tl.float64 else tl.float32
     i_block = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
     o_h, o_w, o_d, m_d = column_tile(tl.program_id(1), H, W, BH, BW)
     o_first = i_block * BLOCK
@@ -144,10 +146,11 @@ def sum_prefixes_kernel(
         p_counts += o_first
     p_aside = p_aside + (o_first * (C * D))[:, None, None] + o_d
     p_edge = p_edges + (i_block * (2 * J * D))[:, None, None] + o_d
+    half_aside, half_edges = E.to(tl.int64) * (C * D), tl.cdiv(E, BLOCK).to(tl.int64) * (2 * J * D)
 
     numbers = load_numbers(destination, ACC, epilogue)
     b_sums = ()
-    for j in tl.static_range(J):
+    for _j in tl.static_range(J):
         b_sums = b_sums + (tl.zeros([BB, BH, BW], ACC),)
     b_squares = tl.zeros([BB, BH], ACC)
     b_least = tl.load(p_differs, mask=n_places > 0, other=1).to(tl.int32)  # [BB]
@@ -177,13 +180,14 @@ def sum_prefixes_kernel(
             b_sum, b_target = b_sums[j], b_targets[j]
             m_end = b_next <= plan.orders[j]
             m_open = b_least > plan.orders[j]
-            m_row = (b_target >= 0) & ~m_open[:, None]
-            b_new = write_rows(destination, numbers, b_reads[j], b_target, b_sum, m_row, o_w, W, epilogue)
-            b_squares += tl.where(m_row, b_new, 0.0)
+            if j < plan.n_claimed or j >= C:
+                m_row = (b_target >= 0) & ~m_open[:, None]
+                b_new = write_rows(destination, numbers, b_reads[j], b_target, b_sum, m_row, o_w, W, epilogue)
+                b_squares += tl.where(m_row, b_new, 0.0)
             if j < C:
                 m_shared = (b_target <= -2) & ~m_open[:, None]
-                tl.store(p_aside + (i * C + j) * D, b_sum, mask=m_shared[:, :, None] & m_d)  # [BB, BH, BW]
-            tl.store(p_edge + j * D, b_sum, mask=(m_end & m_open)[:, None, None] & m_d)  # [BB, BH, BW]
+                put_aside(p_aside + (i * C + j) * D, b_sum, m_shared[:, :, None] & m_d, half_aside)
+            put_aside(p_edge + j * D, b_sum, (m_end & m_open)[:, None, None] & m_d, half_edges)
             b_kept = b_kept + (tl.where(m_end[:, None, None], 0.0, b_sum),)
         b_sums = b_kept
         b_least = tl.minimum(b_least, b_next)
@@ -194,15 +198,29 @@ def sum_prefixes_kernel(
     b_end = tl.load(p_differs + n_places, mask=n_places > 0, other=1).to(tl.int32)  # [BB]
     for j in tl.static_range(J):  # a run that fills the whole block stays on the left
         m_on, m_open = b_end > plan.orders[j], b_least > plan.orders[j]
-        tl.store(p_edge + j * D, b_sums[j], mask=(m_on & m_open)[:, None, None] & m_d)  # [BB, BH, BW]
-        tl.store(p_edge + (J + j) * D, b_sums[j], mask=(m_on & ~m_open)[:, None, None] & m_d)  # [BB, BH, BW]
+        put_aside(p_edge + j * D, b_sums[j], (m_on & m_open)[:, None, None] & m_d, half_edges)
+        put_aside(p_edge + (J + j) * D, b_sums[j], (m_on & ~m_open)[:, None, None] & m_d, half_edges)
     store_squares(destination, b_squares)
 
 
 @triton.jit
-def sum_over_edges(p_differs, p_edges, i_block, E, BLOCK, b_sum, o_d, m_d, ORDER: tl.constexpr, STEP: tl.constexpr, BK: tl.constexpr, LONGEST: tl.constexpr):  # fmt: skip
-    """b_sum [1, BH, BW] plus what the blocks behind i_block have of its last run, BK of them at a time; and the place at
-    which the run ends. STEP is from one block's partial sums to the next's."""
+def sum_over_edges(
+    p_differs,
+    p_edges,
+    i_block,
+    E,
+    BLOCK,
+    half,
+    b_sum,
+    o_d,
+    m_d,
+    ORDER: tl.constexpr,
+    STEP: tl.constexpr,
+    BK: tl.constexpr,
+    LONGEST: tl.constexpr,
+):
+    """b_sum [1, BH, BW] plus what the blocks behind i_block have of its last run, BK of them at a time; and the place
+    at which the run ends. STEP is from the partial sums of one block to those of the next."""
     o_t = tl.arange(0, LONGEST)
     i_next = i_block + 1
     i_place = i_block * 0
@@ -217,7 +235,7 @@ def sum_over_edges(p_differs, p_edges, i_block, E, BLOCK, b_sum, o_d, m_d, ORDER
         b_ended = tl.cumsum(m_end.to(tl.int32), 0) - m_end.to(tl.int32)
         m_k = (o_k * BLOCK < E) & (b_ended == 0)
         p_edge = p_edges + (o_k * STEP)[:, None, None] + o_d
-        b_sum += tl.sum(tl.load(p_edge, mask=m_k[:, None, None] & m_d, other=0.0), 0)[None, :, :]  # [BK, BH, BW]
+        b_sum += tl.sum(take_aside(p_edge, m_k[:, None, None] & m_d, half), 0)[None, :, :]  # [BK, BH, BW]
         i_place = tl.min(b_place, 0)
         n_going = (i_place >= E).to(tl.int32)
         i_next += BK
@@ -244,14 +262,15 @@ def sum_edges_kernel(
 ):
     """Write the runs that reach over edges, each by the block in which it begins. Grid: (blocks, column tiles)."""
     H: tl.constexpr = address.heads
-    C: tl.constexpr = plan.n_checked
+    C: tl.constexpr = plan.n_aside
     J: tl.constexpr = len(plan.orders)
     D: tl.constexpr = H * W
-    ACC: tl.constexpr = p_edges.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if p_edges.dtype.element_ty == tl.float64 else tl.float32
     i_block = tl.program_id(0).to(tl.int64)
     o_h, o_w, o_d, m_d = column_tile(tl.program_id(1), H, W, BH, BW)
     o_t = tl.arange(0, LONGEST)
     o_first = i_block * BLOCK
+    half_edges = tl.num_programs(0).to(tl.int64) * (2 * J * D)
     b_inner = tl.load(p_differs + o_first + o_t, mask=(o_t < BLOCK) & (o_first + o_t < E), other=127).to(tl.int32)
     b_least = tl.min(
         b_inner, 0
@@ -261,19 +280,32 @@ def sum_edges_kernel(
     b_squares = tl.zeros([1, BH], ACC)
     for j in tl.static_range(J):
         if (b_end > plan.orders[j]) & (b_least <= plan.orders[j]):
-            b_sum = tl.load(p_edges + (i_block * (2 * J) + (J + j)) * D + o_d, mask=m_d, other=0.0)  # [1, BH, BW]
+            b_sum = take_aside(p_edges + (i_block * (2 * J) + (J + j)) * D + o_d, m_d, half_edges)  # [1, BH, BW]
             b_sum, i_place = sum_over_edges(
-                p_differs, p_edges + j * D, i_block, E, BLOCK, b_sum, o_d, m_d, plan.orders[j], 2 * J * D, BK, LONGEST
+                p_differs,
+                p_edges + j * D,
+                i_block,
+                E,
+                BLOCK,
+                half_edges,
+                b_sum,
+                o_d,
+                m_d,
+                plan.orders[j],
+                2 * J * D,
+                BK,
+                LONGEST,
             )
             p_target = p_targets + i_place * (J * H) + j * H + o_h
             b_target = tl.load(p_target, mask=o_h < H, other=-1)[None, :]  # [1, BH]
-            m_row = b_target >= 0
-            b_read = load_rows(destination, b_target, m_row, o_w, W, epilogue)
-            b_new = write_rows(destination, numbers, b_read, b_target, b_sum, m_row, o_w, W, epilogue)
-            b_squares += tl.where(m_row, b_new, 0.0)
+            if j < plan.n_claimed or j >= C:
+                m_row = b_target >= 0
+                b_read = load_rows(destination, b_target, m_row, o_w, W, epilogue)
+                b_new = write_rows(destination, numbers, b_read, b_target, b_sum, m_row, o_w, W, epilogue)
+                b_squares += tl.where(m_row, b_new, 0.0)
             if j < C:
                 p_sum = p_aside + (i_place * C + j) * D + o_d
-                tl.store(p_sum, b_sum, mask=(b_target <= -2)[:, :, None] & m_d)  # [1, BH, BW]
+                put_aside(p_sum, b_sum, (b_target <= -2)[:, :, None] & m_d, E.to(tl.int64) * (C * D))
     store_squares(destination, b_squares)
 
 
@@ -296,7 +328,7 @@ def sum_prefixes(
     warps = max(tile.BM * tile.BH * tile.BW * dtype.itemsize // warp, 1)
     block = block_of(E)
     n_blocks = blocks(E, block)
-    edges = torch.empty((n_blocks, 2, J, spec.heads, W), dtype=dtype, device=grad.device)
+    edges = room_for_sums(n_blocks * 2 * J * spec.heads, W, grad.dtype, grad.device)
     grid = (blocks(n_blocks, tile.BM), tile.columns)
     sum_prefixes_kernel[grid](
         *prefixes,
@@ -335,5 +367,5 @@ def sum_prefixes(
         max(tile.BM, 1),
         tile.BH,
         tile.BW,
-        **roomy_launch(4),
+        **roomy_launch(2),
     )

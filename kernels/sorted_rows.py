@@ -21,6 +21,7 @@ from torch import Tensor
 from prefixmem_fast.addressing import AddressSpec
 
 from .address import Address, address_of
+from .aside import take_aside
 from .tiles import blocks, roomy_launch
 from .update import STORE, Destination, Epilogue, load_numbers, load_rows, store_squares, with_squares, write_rows
 
@@ -131,7 +132,7 @@ def sum_rows_kernel(
             b_sum += term_gradient(p_grad, p_n_tokens, b_entry, m_e, o_w, m_w, W, ACC, terms, address)
         else:
             p_value = p_values + (b_entry * W)[:, None] + o_w[None, :]
-            b_sum += tl.load(p_value, mask=m_e[:, None] & m_w[None, :], other=0.0).to(ACC)  # [BB, BW]
+            b_sum += take_aside(p_value, m_e[:, None] & m_w[None, :], E.to(tl.int64) * W).to(ACC)  # [BB, BW]
         b_next = tl.load(p_keys + o_e + 1, mask=o_e + 1 < E, other=-1).to(tl.int64)  # [BB]
         m_same = m_e & (b_next == b_key)
         m_end = m_e & (b_next != b_key)
@@ -182,8 +183,9 @@ def sum_values(
     epilogue: Epilogue,
     squares: list[Tensor] | None,
 ) -> None:
-    """Sum and write the entries `order` ``[E]`` of keys ``[E]``, sorted; their values are in the list ``[V, w]``."""
-    _sum_sorted(keys, order, None, None, values, None, None, values.shape[1], dtype, destination, epilogue, squares)
+    """Sum and write the entries `order` ``[E]`` of keys ``[E]``, sorted; their values: a list ``[V, w]``, or what has
+    been put aside (see `aside.py`)."""
+    _sum_sorted(keys, order, None, None, values, None, None, values.shape[-1], dtype, destination, epilogue, squares)
 
 
 def _sum_sorted(

@@ -80,7 +80,7 @@ def with_squares(
 def correction_of(b_step, log_beta, ACC: tl.constexpr):
     """1 - beta^t of Adam, without the cancellation that a small t brings in float32."""
     b_x = b_step * log_beta[0] + b_step * log_beta[1]
-    if ACC == tl.float64:
+    if tl.float64 == ACC:
         b_correction = 1 - tl.exp(b_x)
     else:
         b_series = 1 + b_x / 6 * (1 + b_x / 7)
@@ -109,8 +109,12 @@ def load_numbers(destination, ACC: tl.constexpr, epilogue: tl.constexpr):
 
 @triton.jit
 def mix(b):
-    """See `prefixmem_fast/operation/rounding.py`; b is uint32."""
-    b = b ^ (b >> 16)
+    """See `prefixmem_fast/operation/rounding.py`, as `scatter`; b is uint32."""
+    return scatter(b ^ (b >> 16))
+
+
+@triton.jit
+def scatter(b):
     b = b * 0x21F0AAAD
     b = b ^ (b >> 15)
     b = b * 0xD35A2D97
@@ -120,14 +124,15 @@ def mix(b):
 @triton.jit
 def round_stochastically(b, b_row, o_w, key):
     """float32 [BB, BH, BW] of rows [BB, BH] to bfloat16."""
-    b_key = mix(key ^ b_row.to(tl.uint32))
-    b_key = mix(b_key ^ (b_row.to(tl.int64) >> 32).to(tl.uint32))
+    b_word = b_row.to(tl.uint32)
+    if b_row.dtype == tl.int64:
+        b_word = b_word + (b_row >> 32).to(tl.uint32) * 0x9E3779B9
+    b_key = mix(key ^ b_word)
     b_pair = (o_w // 2 + 1).to(tl.uint32) * 0x9E3779B9
-    b_word = mix(b_key[:, :, None] + b_pair[None, None, :])
+    b_word = scatter(b_key[:, :, None] + b_pair[None, None, :])
     b_random = tl.where((o_w % 2 == 0)[None, None, :], b_word & 0xFFFF, b_word >> 16).to(tl.int32)
-    b_bits = b.to(tl.int32, bitcast=True)
-    # Infinity keeps its bits under any addition of 16 bits; those of NaN may be all ones, and are left alone.
-    b_bits = tl.where(b == b, b_bits + b_random, b_bits)
+    # Infinity keeps its bits under any sum with 16 bits. The bits of NaN may be all ones, and then would run over.
+    b_bits = tl.minimum(b.to(tl.int32, bitcast=True), 0x7FFF0000) + b_random
     return (b_bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
@@ -174,7 +179,8 @@ def write_rows(destination, numbers, b_read, b_row, b_sum, m_row, o_w, W: tl.con
         elif epilogue.rule == "row_adagrad":
             b_total = b_read[1] + b_squares / W
             tl.store(destination.second_moment + b_row, b_total, mask=m_row)  # [BB, BH]
-            b_w = b_w - (lr / (tl.sqrt(b_total) + destination.eps))[:, :, None] * b_sum
+            b_rate = -lr / (tl.sqrt(b_total) + destination.eps)
+            b_w = tl.fma(b_rate[:, :, None], b_sum, b_w)
         else:
             b_mean = b_sum
             if destination.first_moment is not None:
@@ -184,7 +190,8 @@ def write_rows(destination, numbers, b_read, b_row, b_sum, m_row, o_w, W: tl.con
             if epilogue.rule == "row_adam":
                 b_second = destination.beta2 * b_read[1] + (1 - destination.beta2) * (b_squares / W)
                 tl.store(destination.second_moment + b_row, b_second, mask=m_row)  # [BB, BH]
-                b_w = b_w - (lr / (tl.sqrt(b_second * numbers[2]) + destination.eps))[:, :, None] * b_mean
+                b_rate = -lr / (tl.sqrt(b_second * numbers[2]) + destination.eps)
+                b_w = tl.fma(b_rate[:, :, None], b_mean, b_w)
             else:
                 b_second = destination.beta2 * b_read[1] + (1 - destination.beta2) * (b_sum * b_sum)
                 tl.store(destination.second_moment + o_e, b_second, mask=m_e)  # [BB, BH, BW]

@@ -28,7 +28,11 @@ def mix(x: Tensor) -> Tensor:
     x ^= x >> 16; x *= a; x ^= x >> 15; x *= b; x ^= x >> 15, unsigned and modulo 2^32; a and b from C. Wellons' search
     for such functions ("hash prospector").
     """
-    x = x ^ (x >> 16 & 0xFFFF)
+    return scatter(x ^ (x >> 16 & 0xFFFF))
+
+
+def scatter(x: Tensor) -> Tensor:
+    """`mix` without its first step, for an x whose bits are mixed already."""
     x = x * _signed(MULTIPLIERS[0])
     x = x ^ (x >> 15 & 0x1FFFF)
     x = x * _signed(MULTIPLIERS[1])
@@ -47,11 +51,10 @@ def random_bits(seed: int, step: Tensor, rows: Tensor, width: int) -> Tensor:
 
     One 32-bit word serves two columns: the lower half the even one, the upper half the odd one.
     """
-    key = torch.full_like(rows, _signed(mix_seed(seed)), dtype=torch.int32)
-    for word in (step, rows, rows >> 32):
-        key = mix(key ^ _low_word(word))
+    key = mix(_low_word(step) ^ _signed(mix_seed(seed)))
+    key = mix(key ^ (_low_word(rows) + _low_word(rows >> 32) * _signed(GOLDEN)))
     pair = torch.arange(1, (width + 1) // 2 + 1, dtype=torch.int32, device=rows.device)
-    words = mix(key[:, None] + pair * _signed(GOLDEN))
+    words = scatter(key[:, None] + pair * _signed(GOLDEN))
     return torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF], dim=2).flatten(1)[:, :width]
 
 
