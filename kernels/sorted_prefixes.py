@@ -27,7 +27,7 @@ from .tiles import blocks, column_tile, roomy_launch, target, tile_of
 from .update import STORE, Destination, Epilogue, load_numbers, load_rows, store_squares, with_squares, write_rows
 
 VALUES = 8  # of one running sum a thread: 16-byte reads of bfloat16
-EDGE = 16384  # bytes of partial sums that a program adds at a time
+EDGE = 8192  # bytes of partial sums that a program adds at a time
 LONGEST = 32  # places a block
 
 
@@ -211,10 +211,10 @@ def sum_over_edges(
     E,
     BLOCK,
     half,
+    order,
     b_sum,
     o_d,
     m_d,
-    ORDER: tl.constexpr,
     STEP: tl.constexpr,
     BK: tl.constexpr,
     LONGEST: tl.constexpr,
@@ -230,7 +230,7 @@ def sum_over_edges(
         o_place = (o_k * BLOCK)[:, None] + o_t[None, :]
         m_place = (o_t < BLOCK)[None, :] & (o_place < E)
         b_differs = tl.load(p_differs + o_place + 1, mask=m_place, other=127)  # [BK, LONGEST]
-        b_place = tl.min(tl.where(m_place & (b_differs <= ORDER), o_place, E), 1)  # where the run ends, E if it goes on
+        b_place = tl.min(tl.where(m_place & (b_differs <= order), o_place, E), 1)  # where the run ends, E if it goes on
         m_end = b_place < E
         b_ended = tl.cumsum(m_end.to(tl.int32), 0) - m_end.to(tl.int32)
         m_k = (o_k * BLOCK < E) & (b_ended == 0)
@@ -278,8 +278,12 @@ def sum_edges_kernel(
     b_end = tl.load(p_differs + o_first + BLOCK, mask=o_first + BLOCK < E, other=1).to(tl.int32)
     numbers = load_numbers(destination, ACC, epilogue)
     b_squares = tl.zeros([1, BH], ACC)
-    for j in tl.static_range(J):
-        if (b_end > plan.orders[j]) & (b_least <= plan.orders[j]):
+    j = 0
+    while j < J:  # not unrolled: seldom more than one order goes on
+        order = 0
+        for k in tl.static_range(J):
+            order = tl.where(j == k, plan.orders[k], order)
+        if (b_end > order) & (b_least <= order):
             b_sum = take_aside(p_edges + (i_block * (2 * J) + (J + j)) * D + o_d, m_d, half_edges)  # [1, BH, BW]
             b_sum, i_place = sum_over_edges(
                 p_differs,
@@ -288,24 +292,23 @@ def sum_edges_kernel(
                 E,
                 BLOCK,
                 half_edges,
+                order,
                 b_sum,
                 o_d,
                 m_d,
-                plan.orders[j],
                 2 * J * D,
                 BK,
                 LONGEST,
             )
             p_target = p_targets + i_place * (J * H) + j * H + o_h
             b_target = tl.load(p_target, mask=o_h < H, other=-1)[None, :]  # [1, BH]
-            if j < plan.n_claimed or j >= C:
-                m_row = b_target >= 0
-                b_read = load_rows(destination, b_target, m_row, o_w, W, epilogue)
-                b_new = write_rows(destination, numbers, b_read, b_target, b_sum, m_row, o_w, W, epilogue)
-                b_squares += tl.where(m_row, b_new, 0.0)
-            if j < C:
-                p_sum = p_aside + (i_place * C + j) * D + o_d
-                put_aside(p_sum, b_sum, (b_target <= -2)[:, :, None] & m_d, E.to(tl.int64) * (C * D))
+            m_row = b_target >= 0
+            b_read = load_rows(destination, b_target, m_row, o_w, W, epilogue)
+            b_new = write_rows(destination, numbers, b_read, b_target, b_sum, m_row, o_w, W, epilogue)
+            b_squares += tl.where(m_row, b_new, 0.0)
+            p_sum = p_aside + (i_place * C + j) * D + o_d
+            put_aside(p_sum, b_sum, (b_target <= -2)[:, :, None] & m_d, E.to(tl.int64) * (C * D))
+        j += 1
     store_squares(destination, b_squares)
 
 

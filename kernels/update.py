@@ -109,12 +109,8 @@ def load_numbers(destination, ACC: tl.constexpr, epilogue: tl.constexpr):
 
 @triton.jit
 def mix(b):
-    """See `prefixmem_fast/operation/rounding.py`, as `scatter`; b is uint32."""
-    return scatter(b ^ (b >> 16))
-
-
-@triton.jit
-def scatter(b):
+    """See `prefixmem_fast/operation/rounding.py`; b is uint32."""
+    b = b ^ (b >> 16)
     b = b * 0x21F0AAAD
     b = b ^ (b >> 15)
     b = b * 0xD35A2D97
@@ -128,9 +124,11 @@ def round_stochastically(b, b_row, o_w, key):
     if b_row.dtype == tl.int64:
         b_word = b_word + (b_row >> 32).to(tl.uint32) * 0x9E3779B9
     b_key = mix(key ^ b_word)
-    b_pair = (o_w // 2 + 1).to(tl.uint32) * 0x9E3779B9
-    b_word = scatter(b_key[:, :, None] + b_pair[None, None, :])
-    b_random = tl.where((o_w % 2 == 0)[None, None, :], b_word & 0xFFFF, b_word >> 16).to(tl.int32)
+    b_pair = ((o_w // 2 + 1).to(tl.uint32) * 0x9E3779B9 | 1)[None, None, :]
+    b_word = b_key[:, :, None] * b_pair
+    b_word = b_word ^ (b_word >> 15)
+    b_multiplier = tl.where(o_w % 2 == 0, 0x21F0AAAD, 0xD35A2D97).to(tl.uint32)[None, None, :]
+    b_random = (b_word * b_multiplier >> 16).to(tl.int32)
     # Infinity keeps its bits under any sum with 16 bits. The bits of NaN may be all ones, and then would run over.
     b_bits = tl.minimum(b.to(tl.int32, bitcast=True), 0x7FFF0000) + b_random
     return (b_bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)

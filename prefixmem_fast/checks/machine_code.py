@@ -109,7 +109,7 @@ def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 65_5
             meta(*(weight.shape if kind == "element" else weight.shape[:1]), dtype=wide)
             for kind in RULES[rule].state.values()
         ]
-        hyper = Hyper(0.1, 0.1, 1e-8, 0.9, 0.999, meta(dtype=wide), meta(dtype=wide))
+        hyper = Hyper(0.1, 0.0, 1e-8, 0.9, 0.999, meta(dtype=wide), meta(dtype=wide))
         return RowUpdate(weight, rule, state, meta(), hyper, 0 if dtype == torch.bfloat16 else None)
 
     sparse = torch.sparse_coo_tensor(

@@ -28,11 +28,7 @@ def mix(x: Tensor) -> Tensor:
     x ^= x >> 16; x *= a; x ^= x >> 15; x *= b; x ^= x >> 15, unsigned and modulo 2^32; a and b from C. Wellons' search
     for such functions ("hash prospector").
     """
-    return scatter(x ^ (x >> 16 & 0xFFFF))
-
-
-def scatter(x: Tensor) -> Tensor:
-    """`mix` without its first step, for an x whose bits are mixed already."""
+    x = x ^ (x >> 16 & 0xFFFF)
     x = x * _signed(MULTIPLIERS[0])
     x = x ^ (x >> 15 & 0x1FFFF)
     x = x * _signed(MULTIPLIERS[1])
@@ -49,13 +45,16 @@ def mix_seed(seed: int) -> int:
 def random_bits(seed: int, step: Tensor, rows: Tensor, width: int) -> Tensor:
     """int32 ``[U, width]`` in 0 .. 2^16 - 1, for rows ``[U]`` of the table and its step (a 0-dimensional tensor).
 
-    One 32-bit word serves two columns: the lower half the even one, the upper half the odd one.
+    One 32-bit word serves two columns: its product with the first multiplier gives the even one the upper 16 bits, that
+    with the second the odd one.
     """
     key = mix(_low_word(step) ^ _signed(mix_seed(seed)))
     key = mix(key ^ (_low_word(rows) + _low_word(rows >> 32) * _signed(GOLDEN)))
     pair = torch.arange(1, (width + 1) // 2 + 1, dtype=torch.int32, device=rows.device)
-    words = scatter(key[:, None] + pair * _signed(GOLDEN))
-    return torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF], dim=2).flatten(1)[:, :width]
+    words = key[:, None] * (pair * _signed(GOLDEN) | 1)
+    words = words ^ (words >> 15 & 0x1FFFF)
+    bits = [words * _signed(multiplier) >> 16 & 0xFFFF for multiplier in MULTIPLIERS]
+    return torch.stack(bits, dim=2).flatten(1)[:, :width]
 
 
 def _low_word(x: Tensor) -> Tensor:
