@@ -72,7 +72,7 @@ def scatter_level(
                     scatter_order(b_grad, p_total, b_codes, b_length, o_h, o_w, m_d, LEVEL, n, W, address)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["p_codes"])
 def prefix_memory_bwd_kernel(
     p_codes,
     p_grad,
@@ -103,7 +103,7 @@ def prefix_memory_bwd_kernel(
         scatter_level(b_sum, p_total, b_codes, b_length, o_h, o_w, m_d, l, W, address)
 
 
-@triton.jit(do_not_specialize=["T", "V"])
+@triton.jit(do_not_specialize=["T", "V"], do_not_specialize_on_alignment=["p_ids", "p_segments"])
 def token_memory_bwd_kernel(
     p_ids,
     p_table,

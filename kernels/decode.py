@@ -13,12 +13,12 @@ from torch import Tensor
 from prefixmem_fast.addressing import AddressSpec
 
 from .address import address_of, append_code
-from .forward import BUDGET, add_level
+from .forward import BUDGET, add_level, load_nested
 from .tiles import LAUNCH, blocks, column_tile, tile_of
 from .tokens import load_token
 
 
-@triton.jit(do_not_specialize=["B", "V"])
+@triton.jit(do_not_specialize=["B", "V"], do_not_specialize_on_alignment=["p_ids", "p_codes", "p_level"])
 def token_step_kernel(
     p_ids,
     p_table,
@@ -68,7 +68,8 @@ def token_step_kernel(
         if l <= LAST:
             b_codes, b_length = append_code(b_codes, b_length, b_new, l, address)
             b_here = tl.where(b_level == l, b_length, 0)  # other sequences read no row
-            b_next = add_level(b_sum, p_weight, b_codes, b_here, o_h, o_w, m_d, l, W, address)
+            b_nested = load_nested(p_weight, b_codes, b_here, o_h, o_w, m_d, l, l, W, address)
+            b_next = add_level(b_sum, b_nested, p_weight, b_codes, b_here, o_h, o_w, m_d, l, l, W, address)
             b_sum = tl.where((b_level == l)[:, None, None], b_next, b_sum)
             if address.slot_of_level[l - 1] >= 0:
                 m_active = m_active | (b_level == l)

@@ -13,24 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prefixmem_fast._dtypes import accumulator
 from prefixmem_fast.addressing import AddressSpec, TokenStream
 
 from .address import address_of, load_sid_codes, order_rows
-from .tiles import LAUNCH, blocks, column_tile, tile_of
-from .tokens import (
-    load_level,
-    load_token_codes,
-    rank_tokens,
-    ranked_tokens,
-    stands_at_active_level,
-    token_blocks,
-    token_tile,
-)
+from .tiles import blocks, column_tile, roomy_launch, tile_of
+from .tokens import last_codes, load_codes_before, token_tile
 
 
 @triton.jit
-def add_order(
-    b_sum,
+def load_order(
     p_weight,
     b_codes,
     b_length,
@@ -42,15 +34,38 @@ def add_order(
     W: tl.constexpr,
     address: tl.constexpr,
 ):
-    """b_sum [BM, BH, BW] plus the rows of one order."""
+    """Rows [BM, BH, BW] of one order, as they are stored."""
     b_row, m_row = order_rows(b_codes, b_length, o_h, LEVEL, ORDER, address)
     p_row = p_weight + (b_row * W)[:, :, None] + o_w[None, None, :]
-    return b_sum + tl.load(p_row, mask=m_row[:, None, None] & m_d, other=0.0).to(b_sum.dtype)  # [BM, BH, BW]
+    return tl.load(p_row, mask=m_row[:, None, None] & m_d, other=0.0)  # [BM, BH, BW]
+
+
+@triton.jit
+def load_nested(
+    p_weight,
+    b_codes,
+    b_length,
+    o_h,
+    o_w,
+    m_d,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    W: tl.constexpr,
+    address: tl.constexpr,
+):
+    """In prefix mode, the rows of every order that the levels FIRST .. LAST add: all of them, before one is summed."""
+    b_rows = ()
+    if address.mode == "prefix":
+        for n in tl.static_range(FIRST, LAST + 1):
+            if n <= address.orders:
+                b_rows = b_rows + (load_order(p_weight, b_codes, b_length, o_h, o_w, m_d, n, n, W, address),)
+    return b_rows
 
 
 @triton.jit
 def add_level(
     b_sum,
+    b_nested,
     p_weight,
     b_codes,
     b_length,
@@ -58,24 +73,29 @@ def add_level(
     o_w,
     m_d,
     LEVEL: tl.constexpr,
+    FIRST: tl.constexpr,
     W: tl.constexpr,
     address: tl.constexpr,
 ):
-    """S of a level from S of the level before: in prefix mode one order more, otherwise a sum of its own."""
+    """S of a level: in prefix mode S of the level before and one order more, of `load_nested` from FIRST on; otherwise
+    a sum of its own, whose rows are all loaded before one is summed."""
     N: tl.constexpr = address.orders
     if address.mode == "prefix":
         if LEVEL <= N:
-            b_sum = add_order(b_sum, p_weight, b_codes, b_length, o_h, o_w, m_d, LEVEL, LEVEL, W, address)
+            b_sum = b_sum + b_nested[LEVEL - FIRST].to(b_sum.dtype)
     else:
         if address.slot_of_level[LEVEL - 1] >= 0:
-            b_sum = tl.zeros_like(b_sum)
+            b_rows = ()
             for n in tl.static_range(1, N + 1):
                 if n == LEVEL or (n < LEVEL and address.mode == "suffix"):
-                    b_sum = add_order(b_sum, p_weight, b_codes, b_length, o_h, o_w, m_d, LEVEL, n, W, address)
+                    b_rows = b_rows + (load_order(p_weight, b_codes, b_length, o_h, o_w, m_d, LEVEL, n, W, address),)
+            b_sum = tl.zeros_like(b_sum)
+            for k in tl.static_range(len(b_rows)):
+                b_sum = b_sum + b_rows[k].to(b_sum.dtype)
     return b_sum
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["p_codes"])
 def prefix_memory_fwd_kernel(
     p_codes,
     p_weight,
@@ -97,15 +117,35 @@ def prefix_memory_fwd_kernel(
     o_h, o_w, o_d, m_d = column_tile(tl.program_id(1), H, W, BH, BW)
 
     b_codes, b_length = load_sid_codes(p_codes, o_m, m_m, LAST, address)
+    b_nested = load_nested(p_weight, b_codes, b_length, o_h, o_w, m_d, 1, LAST, W, address)
     b_sum = tl.zeros([BM, BH, BW], ACC)
     for l in tl.static_range(1, LAST + 1):
-        b_sum = add_level(b_sum, p_weight, b_codes, b_length, o_h, o_w, m_d, l, W, address)
+        b_sum = add_level(b_sum, b_nested, p_weight, b_codes, b_length, o_h, o_w, m_d, l, 1, W, address)
         if address.slot_of_level[l - 1] >= 0:
             p_level = p_out + ((o_m * A + address.slot_of_level[l - 1]) * (H * W))[:, None, None] + o_d
             tl.store(p_level, b_sum.to(p_out.dtype.element_ty), mask=m_m[:, None, None] & m_d)  # [BM, BH, BW]
 
 
-@triton.jit(do_not_specialize=["T", "V"])
+@triton.jit
+def load_token_rows(p_weight, b_level, b_codes, b_length, o_h, o_w, m_d, W: tl.constexpr, address: tl.constexpr):
+    """Rows of every order at tokens of levels [BM], as they are stored: a tuple of [BM, BH, BW]."""
+    LAST: tl.constexpr = address.last_active
+    b_rows = ()
+    for n in tl.static_range(1, address.orders + 1):
+        if n <= LAST:
+            if address.mode == "prefix":
+                b_rows = b_rows + (load_order(p_weight, b_codes, b_length, o_h, o_w, m_d, n, n, W, address),)
+            elif address.mode == "full":
+                b_here = tl.where(b_level == n, b_length, 0)
+                b_rows = b_rows + (load_order(p_weight, b_codes, b_here, o_h, o_w, m_d, n, n, W, address),)
+            else:
+                b_here = tl.where((b_level >= n) & (b_length == b_level), n, 0)
+                b_last = last_codes(b_level, b_codes, n, LAST)
+                b_rows = b_rows + (load_order(p_weight, b_last, b_here, o_h, o_w, m_d, n, n, W, address),)
+    return b_rows
+
+
+@triton.jit(do_not_specialize=["T", "V"], do_not_specialize_on_alignment=["p_ids", "p_segments"])
 def token_memory_fwd_kernel(
     p_ids,
     p_table,
@@ -116,57 +156,41 @@ def token_memory_fwd_kernel(
     V,
     W: tl.constexpr,
     address: tl.constexpr,
-    BT: tl.constexpr,
     BM: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """ids [B, T], table [V, 2] -> out [B, T, H * W]. Grid: (B * tiles of BT tokens of a row, column tiles).
+    """ids [B, T], table [V, 2] -> out [B, T, H * W]. Grid: (B * tiles of BM tokens of a row, column tiles).
 
-    A program owns the SIDs that begin in its tile and follows them past the tile's end. It compacts them, BM at a
-    time, so that lanes hold SIDs and not text. The other tokens of its tile it writes zero.
+    Every token by itself: it looks back for the codes before it, and reads the rows of all its orders. The rows that
+    the levels of one SID share come from the first-level cache, since its tokens stand side by side.
     """
     H: tl.constexpr = address.heads
-    LAST: tl.constexpr = address.last_active
     ACC: tl.constexpr = tl.float64 if p_weight.dtype.element_ty == tl.float64 else tl.float32
-    i_row, o_t = token_tile(T, BT)
+    i_row, o_t = token_tile(T, BM)
     p_ids, p_out = p_ids + i_row * T, p_out + i_row * T * (H * W)
     if p_segments is not None:
         p_segments += i_row * T
     o_h, o_w, o_d, m_d = column_tile(tl.program_id(1), H, W, BH, BW)
 
-    b_zero = tl.zeros([BM, BH, BW], p_out.dtype.element_ty)
-    m_zero = (o_t < T) & ~stands_at_active_level(p_ids, p_table, p_segments, o_t, o_t < T, V, address)
-    b_rank, n_zero = rank_tokens(m_zero)
-    i_rank = 0
-    while i_rank < n_zero:
-        o_rank = i_rank + tl.arange(0, BM)
-        o_zero = ranked_tokens(m_zero, b_rank, o_t, o_rank)
-        p_zero = p_out + (o_zero.to(tl.int64) * (H * W))[:, None, None] + o_d
-        tl.store(p_zero, b_zero, mask=(o_rank < n_zero)[:, None, None] & m_d)  # [BM, BH, BW]
-        i_rank += BM
-
-    b_level = load_level(p_ids, p_table, o_t, o_t < T, V)
-    m_first = b_level == 1
-    b_rank, n_first = rank_tokens(m_first)
-    i_rank = 0
-    while i_rank < n_first:
-        o_rank = i_rank + tl.arange(0, BM)
-        o_sid = ranked_tokens(m_first, b_rank, o_t, o_rank)
-        b_codes, b_length, b_n_tokens = load_token_codes(
-            p_ids, p_table, p_segments, o_sid, o_rank < n_first, T, V, address
-        )
-        b_sum = tl.zeros([BM, BH, BW], ACC)
-        for l in tl.static_range(1, LAST + 1):
-            b_sum = add_level(b_sum, p_weight, b_codes, b_length, o_h, o_w, m_d, l, W, address)
-            if address.slot_of_level[l - 1] >= 0:
-                p_level = p_out + ((o_sid + (l - 1)).to(tl.int64) * (H * W))[:, None, None] + o_d
-                tl.store(p_level, b_sum.to(p_out.dtype.element_ty), mask=(b_n_tokens >= l)[:, None, None] & m_d)
-        i_rank += BM
+    b_level, b_codes, b_length = load_codes_before(p_ids, p_table, p_segments, o_t, o_t < T, V, address)
+    b_rows = load_token_rows(p_weight, b_level, b_codes, b_length, o_h, o_w, m_d, W, address)
+    b_sum = tl.zeros([BM, BH, BW], ACC)
+    for k in tl.static_range(len(b_rows)):
+        b_sum = b_sum + b_rows[k].to(ACC)
+    p_token = p_out + (o_t.to(tl.int64) * (H * W))[:, None, None] + o_d
+    tl.store(p_token, b_sum.to(p_out.dtype.element_ty), mask=(o_t < T)[:, None, None] & m_d)  # [BM, BH, BW]
 
 
 # At 4 warps: 16 float32 sums a thread, two SIDs of 256 bfloat16 a warp.
 BUDGET = 8192
+
+
+def registers_for(spec: AddressSpec, dtype: torch.dtype) -> int:
+    """A limit that lets the rows of all orders be in flight at once. Without one ptxas sums as it loads, to save
+    registers that no further warp could use."""
+    row = BUDGET // accumulator(dtype).itemsize * dtype.itemsize // 128 // 4 * min(spec.max_order, spec.levels)
+    return 64 if row <= 32 else 128 if row <= 64 else 255
 
 
 def prefix_memory_fwd(codes: Tensor, weight: Tensor, spec: AddressSpec) -> Tensor:
@@ -175,8 +199,8 @@ def prefix_memory_fwd(codes: Tensor, weight: Tensor, spec: AddressSpec) -> Tenso
     out = torch.empty((M, len(spec.active_levels), spec.heads * W), dtype=weight.dtype, device=weight.device)
     if out.numel():
         tile = tile_of(spec.heads, W, weight.dtype, BUDGET)
-        grid = (blocks(M, tile.BM), tile.columns)
-        prefix_memory_fwd_kernel[grid](codes, weight, out, M, W, address_of(spec), tile.BM, tile.BH, tile.BW, **LAUNCH)
+        grid, launch = (blocks(M, tile.BM), tile.columns), roomy_launch(4, registers_for(spec, weight.dtype))
+        prefix_memory_fwd_kernel[grid](codes, weight, out, M, W, address_of(spec), tile.BM, tile.BH, tile.BW, **launch)
     return out
 
 
@@ -187,8 +211,7 @@ def token_memory_fwd(stream: TokenStream, weight: Tensor, spec: AddressSpec) -> 
     out = torch.empty((B, T, spec.heads * W), dtype=weight.dtype, device=weight.device)
     if out.numel():
         tile = tile_of(spec.heads, W, weight.dtype, BUDGET)
-        BT, BM = token_blocks(tile)
-        grid = (B * blocks(T, BT), tile.columns)
+        grid = (B * blocks(T, tile.BM), tile.columns)
         token_memory_fwd_kernel[grid](
             input_ids,
             token_table,
@@ -199,10 +222,9 @@ def token_memory_fwd(stream: TokenStream, weight: Tensor, spec: AddressSpec) -> 
             token_table.shape[0],
             W,
             address_of(spec),
-            BT,
-            BM,
+            tile.BM,
             tile.BH,
             tile.BW,
-            **LAUNCH,
+            **roomy_launch(4, registers_for(spec, weight.dtype)),
         )
     return out

@@ -35,7 +35,7 @@ def store_rows(p_rows, b_codes, b_length, o_m, m_m, PAIRS: tl.constexpr, BH: tl.
             tl.store(p_pair, tl.full(p_pair.shape, -1, p_rows.dtype.element_ty), mask=m_store)  # [BM, BH]
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["p_codes"])
 def prefix_rows_kernel(
     p_codes,
     p_rows,
@@ -52,7 +52,7 @@ def prefix_rows_kernel(
     store_rows(p_rows, b_codes, b_length, o_m, o_m < M, PAIRS, BH, address)
 
 
-@triton.jit(do_not_specialize=["T", "V"])
+@triton.jit(do_not_specialize=["T", "V"], do_not_specialize_on_alignment=["p_ids", "p_segments"])
 def token_codes_kernel(p_ids, p_table, p_segments, p_codes, p_n_tokens, T, V, address: tl.constexpr, BM: tl.constexpr):
     """ids [B, T] -> codes [B * T, L] of the SID that begins at each token, -1 past the last active level that has a
     token, and how many of its tokens follow one another [B * T]. Grid: B * tiles of BM tokens.

@@ -19,12 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .aside import take_aside
-from .tiles import LAUNCH, blocks
-from .tokens import rank_tokens, ranked_tokens
+from .tiles import LAUNCH, blocks, roomy_launch, row_tile
 from .update import STORE, Destination, Epilogue, load_numbers, load_rows, store_squares, with_squares, write_rows
 
 BITS_A_RUN = 32  # of the filter: one run in 32 is marked for nothing
 RUNS_A_BUCKET = 4
+MERGERS = 3072  # programs, as many as a large GPU holds at once
 
 
 class Claims(NamedTuple):
@@ -33,15 +33,17 @@ class Claims(NamedTuple):
     once: Tensor  # int32 [bits / 32]: claimed
     twice: Tensor  # int32 [bits / 32]: claimed again
     heads: Tensor  # int32 [buckets]: 1 + the slot that entered a bucket's chain last, 0 for none
+    count: Tensor  # int32 [1]: how many slots are shared
     links: Tensor  # int32 [slots]: the same of the slot that entered before this one
+    shared: Tensor  # int32 [slots]: the shared ones, as they came
 
 
 def make_claims(slots: int, device: torch.device) -> Claims:
     words = max(triton.next_power_of_2(slots) * BITS_A_RUN // 32, 4)
     buckets = max(triton.next_power_of_2(slots) // RUNS_A_BUCKET, 4)
-    zeros = torch.zeros((2 * words + buckets,), dtype=torch.int32, device=device)
-    links = torch.empty((slots,), dtype=torch.int32, device=device)
-    return Claims(zeros[:words], zeros[words : 2 * words], zeros[2 * words :], links)
+    zeros = torch.zeros((2 * words + buckets + 1,), dtype=torch.int32, device=device)
+    links, shared = torch.empty((2, slots), dtype=torch.int32, device=device)
+    return Claims(*zeros.split((words, words, buckets, 1)), links, shared)
 
 
 @triton.jit
@@ -68,10 +70,14 @@ def target_of(p_targets, b_slot, SLOTS: tl.constexpr, TARGETS: tl.constexpr):
 
 
 @triton.jit
-def enter_chain(p_heads, p_links, n_buckets, b_slot, b_row, m_slot):
+def enter_chains(p_heads, p_count, p_links, p_shared, n_buckets, b_slot, b_row, m_slot):
+    """Enter slots [BS] into the chains of their rows, and into the list."""
     p_head = p_heads + (b_row & (n_buckets - 1))
     b_before = tl.atomic_xchg(p_head, (b_slot + 1).to(tl.int32), mask=m_slot, sem="relaxed")
-    tl.store(p_links + b_slot, b_before, mask=m_slot)
+    tl.store(p_links + b_slot, b_before, mask=m_slot)  # [BS]
+    b_one = m_slot.to(tl.int32)
+    i_list = tl.atomic_add(p_count, tl.sum(b_one, 0), sem="relaxed")
+    tl.store(p_shared + (i_list + tl.cumsum(b_one, 0) - 1), b_slot.to(tl.int32), mask=m_slot)  # [BS]
 
 
 @triton.jit(do_not_specialize=["S", "n_bits", "n_buckets"])
@@ -79,7 +85,9 @@ def mark_claims_kernel(
     p_targets,
     p_twice,
     p_heads,
+    p_count,
     p_links,
+    p_shared,
     S,
     n_bits,
     n_buckets,
@@ -97,7 +105,7 @@ def mark_claims_kernel(
     m_claimed = (b_row >= 0) & (o_s % SLOTS < CLAIMED)
     b_twice = tl.load(p_twice + b_word, mask=m_claimed, other=-1)  # [BS]
     m_shared = (b_row >= 0) & (((b_twice >> b_bit) & 1) != 0)
-    enter_chain(p_heads, p_links, n_buckets, o_s, b_row, m_shared)
+    enter_chains(p_heads, p_count, p_links, p_shared, n_buckets, o_s, b_row, m_shared)
     tl.debug_barrier()  # targets are read and written
     tl.store(p_target, -2 - b_row, mask=m_shared)  # [BS]
 
@@ -109,7 +117,9 @@ def mark_sorted_kernel(
     p_ranks,
     p_targets,
     p_heads,
+    p_count,
     p_links,
+    p_shared,
     p_keys,
     S,
     n_buckets,
@@ -138,7 +148,7 @@ def mark_sorted_kernel(
     if p_keys is not None:
         tl.store(p_keys + o_s, tl.where(m_shared, b_key, -1), mask=m_s)  # [BS]
     else:
-        enter_chain(p_heads, p_links, n_buckets, b_slot, b_key, m_shared)
+        enter_chains(p_heads, p_count, p_links, p_shared, n_buckets, b_slot, b_key, m_shared)
 
 
 @triton.jit
@@ -162,7 +172,9 @@ def next_slot(
 def merge_rows_kernel(
     p_targets,
     p_heads,
+    p_count,
     p_links,
+    p_shared,
     p_aside,
     destination,
     S,
@@ -171,31 +183,29 @@ def merge_rows_kernel(
     SLOTS: tl.constexpr,
     TARGETS: tl.constexpr,
     epilogue: tl.constexpr,
-    BS: tl.constexpr,
     BM: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """Sum what shared runs put aside [S, W], and write their rows: the lane of a row's first slot does it. Grid: (tiles
-    of BS slots, column tiles)."""
+    """Sum what shared runs put aside [S, W], and write their rows: the lane of a row's first slot does it. Grid: (any
+    number of programs, which take BM slots of the list at a time in turns; column tiles)."""
     ACC: tl.constexpr = tl.float64 if p_aside.dtype.element_ty == tl.float64 else tl.float32
-    o_s = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
     o_w = tl.program_id(1) * BW + tl.arange(0, BW)
     m_w = o_w < W
-    b_targets = tl.load(target_of(p_targets, o_s, SLOTS, TARGETS), mask=o_s < S, other=-1)  # [BS]
-    m_shared = b_targets <= -2
-    b_rank, n_shared = rank_tokens(m_shared)
+    n_shared = tl.load(p_count)
     numbers = load_numbers(destination, ACC, epilogue)
     b_squares = tl.zeros([BM, 1], ACC)
-    i_rank = 0
-    while i_rank < n_shared:
-        o_rank = i_rank + tl.arange(0, BM)
-        m_m = o_rank < n_shared
-        b_slot = ranked_tokens(m_shared, b_rank, o_s, o_rank)
-        b_target = tl.load(target_of(p_targets, b_slot, SLOTS, TARGETS), mask=m_m, other=-2)  # [BM]
+    i_first = tl.program_id(0) * BM
+    while i_first < n_shared:
+        o_list = i_first + tl.arange(0, BM)
+        m_m = o_list < n_shared
+        b_slot = tl.load(p_shared + o_list, mask=m_m, other=0)  # [BM]
+        b_target = tl.load(target_of(p_targets, b_slot.to(tl.int64), SLOTS, TARGETS), mask=m_m, other=-2)  # [BM]
         b_next = next_slot(
             p_targets, p_heads, p_links, n_buckets, b_target, tl.full([BM], -1, tl.int32), m_m, SLOTS, TARGETS
         )
         m_first = m_m & (b_next == b_slot)
+        b_row, m_row = (-2 - b_target)[:, None], m_first[:, None]
+        b_read = load_rows(destination, b_row, m_row, o_w, W, epilogue)
         m_more = m_first
         b_sum = tl.zeros([BM, BW], ACC)
         while tl.max(m_more.to(tl.int32), 0) > 0:
@@ -203,11 +213,9 @@ def merge_rows_kernel(
             b_sum += take_aside(p_value, m_more[:, None] & m_w[None, :], S.to(tl.int64) * W)  # [BM, BW]
             b_next = next_slot(p_targets, p_heads, p_links, n_buckets, b_target, b_next, m_more, SLOTS, TARGETS)
             m_more = m_more & (b_next < 0x7FFFFFFF)
-        b_row, m_row = (-2 - b_target)[:, None], m_first[:, None]
-        b_read = load_rows(destination, b_row, m_row, o_w, W, epilogue)
         b_new = write_rows(destination, numbers, b_read, b_row, b_sum[:, None, :], m_row, o_w, W, epilogue)
         b_squares += tl.where(m_row, b_new, 0.0)
-        i_rank += BM
+        i_first += tl.num_programs(0) * BM
     store_squares(destination, b_squares)
 
 
@@ -222,9 +230,7 @@ class Layout(NamedTuple):
 def mark_claims(targets: Tensor, claims: Claims, layout: Layout) -> None:
     """Mark the shared ones of targets ``[M, orders, H]``."""
     S, n_bits, n_buckets = len(claims.links), 32 * len(claims.once), len(claims.heads)
-    mark_claims_kernel[(blocks(S, 512),)](
-        targets, claims.twice, claims.heads, claims.links, S, n_bits, n_buckets, *layout, 512, **LAUNCH
-    )
+    mark_claims_kernel[(blocks(S, 512),)](targets, *claims[1:], S, n_bits, n_buckets, *layout, 512, **LAUNCH)
 
 
 def mark_sorted(
@@ -234,9 +240,9 @@ def mark_sorted(
     returned, -1 for those that are not shared."""
     S = len(rows)
     keys = torch.empty_like(rows) if claims is None else None
-    heads, links, n_buckets = (None, None, 1) if claims is None else (claims.heads, claims.links, len(claims.heads))
+    chains, n_buckets = ((None,) * 4, 1) if claims is None else (claims[2:], len(claims.heads))
     mark_sorted_kernel[(blocks(S, 512),)](
-        rows, order, ranks, targets, heads, links, keys, S, n_buckets, *layout, 512, **LAUNCH
+        rows, order, ranks, targets, *chains, keys, S, n_buckets, *layout, 512, **LAUNCH
     )
     return keys
 
@@ -253,14 +259,11 @@ def merge_rows(
     """Sum and write the rows of the slots that are marked; their sums are in `aside` (see `room_for_sums`)."""
     S, W = len(claims.links), aside.shape[-1]
     dtype = torch.float64 if aside.dtype == torch.float64 else torch.float32
-    BW = triton.next_power_of_2(W)
-    BW = min(BW, 256) if epilogue == STORE else BW
-    BS, BM = 256, min(max(1024 // BW, 1), 8)
-    grid = (blocks(S, BS), blocks(W, BW))
+    BM, BW, warps = row_tile(W, dtype, epilogue != STORE)
+    grid = (min(blocks(S, 8 * BM), MERGERS), blocks(W, BW))
     merge_rows_kernel[grid](
         targets,
-        claims.heads,
-        claims.links,
+        *claims[2:],
         aside,
         with_squares(destination, squares, grid[0] * grid[1], dtype),
         S,
@@ -268,9 +271,8 @@ def merge_rows(
         W,
         layout.slots,
         layout.targets,
-        epilogue,
-        BS,
+        epilogue._replace(warps=warps),
         BM,
         BW,
-        **LAUNCH,
+        **roomy_launch(warps),
     )

@@ -23,10 +23,10 @@ from prefixmem_fast.addressing import AddressSpec
 from .address import address_of
 from .aside import put_aside, room_for_sums, take_aside
 from .sorted_codes import Prefixes, SortPlan
-from .tiles import blocks, column_tile, roomy_launch, target, tile_of
+from .tiles import blocks, column_tile, roomy_launch, tile_of, warp_bytes
 from .update import STORE, Destination, Epilogue, load_numbers, load_rows, store_squares, with_squares, write_rows
 
-VALUES = 8  # of one running sum a thread: 16-byte reads of bfloat16
+EDGE_WARPS = 2
 EDGE = 8192  # bytes of partial sums that a program adds at a time
 LONGEST = 32  # places a block
 
@@ -326,7 +326,7 @@ def sum_prefixes(
     W, J, E = grad.shape[-1] // spec.heads, len(plan.orders), len(prefixes.sids)
     dtype, address = accumulator(grad.dtype), address_of(spec)
     whole_row = triton.next_power_of_2(W) * dtype.itemsize
-    warp = VALUES * target()[1] * dtype.itemsize  # bytes of a running sum that a warp holds
+    warp = warp_bytes(dtype)
     tile = tile_of(spec.heads, W, grad.dtype, warp if epilogue == STORE else max(warp, whole_row))
     warps = max(tile.BM * tile.BH * tile.BW * dtype.itemsize // warp, 1)
     block = block_of(E)
@@ -344,7 +344,7 @@ def sum_prefixes(
         W,
         plan,
         address,
-        epilogue,
+        epilogue._replace(warps=warps),
         tile.BM,
         tile.BH,
         tile.BW,
@@ -365,10 +365,10 @@ def sum_prefixes(
         W,
         plan,
         address,
-        epilogue,
+        epilogue._replace(warps=EDGE_WARPS),
         LONGEST,
-        max(tile.BM, 1),
+        tile.BM,
         tile.BH,
         tile.BW,
-        **roomy_launch(2),
+        **roomy_launch(EDGE_WARPS),
     )

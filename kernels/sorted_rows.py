@@ -22,7 +22,7 @@ from prefixmem_fast.addressing import AddressSpec
 
 from .address import Address, address_of
 from .aside import take_aside
-from .tiles import blocks, roomy_launch
+from .tiles import blocks, roomy_launch, row_tile
 from .update import STORE, Destination, Epilogue, load_numbers, load_rows, store_squares, with_squares, write_rows
 
 BLOCK = 32  # entries a block
@@ -202,10 +202,8 @@ def _sum_sorted(
     epilogue: Epilogue,
     squares: list[Tensor] | None,
 ) -> None:
-    BW = triton.next_power_of_2(W)
-    BW = min(BW, 256) if epilogue == STORE else BW
-    BB = min(max(1024 // BW, 1), 64)
-    launch = roomy_launch(4)
+    BB, BW, warps = row_tile(W, dtype, epilogue != STORE)
+    launch = roomy_launch(warps)
     while True:
         entries = keys.numel()
         n_blocks = blocks(entries, BLOCK)
@@ -225,7 +223,7 @@ def _sum_sorted(
             W,
             terms,
             address,
-            epilogue,
+            epilogue._replace(warps=warps),
             BLOCK,
             BB,
             BW,

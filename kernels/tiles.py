@@ -61,6 +61,26 @@ def tile_of(heads: int, width: int, dtype: torch.dtype, budget: int) -> Tile:
     return Tile(BM, BH, BW, blocks(heads, BH) * blocks(width, BW))
 
 
+VALUES = 8  # of a running sum a thread: 16-byte reads of bfloat16
+
+
+def warp_bytes(dtype: torch.dtype) -> int:
+    """Bytes of a running sum that one warp holds."""
+    return VALUES * target()[1] * accumulator(dtype).itemsize
+
+
+def row_tile(width: int, dtype: torch.dtype, whole: bool) -> tuple[int, int, int]:
+    """Rows and columns of a tile that one warp holds, and the number of warps: more only where a `whole` row is wider.
+
+    Warps of one program would have to wait for one another before a row that all have read is written.
+    """
+    values = VALUES * target()[1]
+    BW = triton.next_power_of_2(width)
+    if not whole:
+        BW = min(BW, values)
+    return max(min(values // BW, 32), 1), BW, max(BW // values, 1)
+
+
 @triton.jit
 def column_tile(i_block, H: tl.constexpr, W: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
     """Heads and columns of tile i_block of a row of H x W: offsets [BH], [BW], element offsets and mask [1, BH, BW]."""

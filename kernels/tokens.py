@@ -28,13 +28,18 @@ def load_level(p_ids, p_table, o_t, m_t, V):
 
 
 @triton.jit
-def load_token(p_ids, p_table, o_t, m_t, V):
-    """(level, code) of tokens; level 0 where masked or outside the table."""
-    b_id = tl.load(p_ids + o_t, mask=m_t, other=-1).to(tl.int64)  # [BT]
+def load_entry(p_table, b_id, V):
+    """(level, code) of vocabulary ids [BT]; level 0 outside the table."""
     m_known = (b_id >= 0) & (b_id < V)
     b_level = tl.load(p_table + b_id * 2, mask=m_known, other=0)  # [BT]
     b_code = tl.load(p_table + b_id * 2 + 1, mask=m_known, other=-1)  # [BT]
     return b_level, b_code
+
+
+@triton.jit
+def load_token(p_ids, p_table, o_t, m_t, V):
+    """(level, code) of tokens; level 0 where masked or outside the table."""
+    return load_entry(p_table, tl.load(p_ids + o_t, mask=m_t, other=-1).to(tl.int64), V)
 
 
 @triton.jit
@@ -54,35 +59,67 @@ def load_token_codes(p_ids, p_table, p_segments, o_t, m_t, T, V, address: tl.con
     A SID cut before the first active level is given length 0: none of its rows is used.
     """
     LAST: tl.constexpr = address.last_active
+    b_ids, m_ids = (), ()  # every token, then every entry: one after the other they would be as many trips to memory
+    for l in tl.static_range(1, LAST + 1):
+        m_t = m_t & (o_t + (l - 1) < T)
+        b_ids = b_ids + (tl.load(p_ids + o_t + (l - 1), mask=m_t, other=-1).to(tl.int64),)  # [BM]
+        m_ids = m_ids + (m_t if l == 1 else same_segment(p_segments, o_t, o_t + (l - 1), m_t),)
+    b_levels, b_all = (), ()
+    for l in tl.static_range(1, LAST + 1):
+        b_level, b_code = load_entry(p_table, b_ids[l - 1], V)
+        b_levels, b_all = b_levels + (b_level,), b_all + (b_code,)
     b_codes = ()
     b_length = tl.zeros_like(o_t).to(tl.int32)
     b_n_tokens = tl.zeros_like(b_length)
     for l in tl.static_range(1, LAST + 1):
-        m_next = m_t & (b_n_tokens == l - 1) & (o_t + (l - 1) < T)
-        if l > 1:
-            m_next = same_segment(p_segments, o_t, o_t + (l - 1), m_next)
-        b_level, b_code = load_token(p_ids, p_table, o_t + (l - 1), m_next, V)
-        m_next = m_next & (b_level == l)
+        m_next = m_ids[l - 1] & (b_n_tokens == l - 1) & (b_levels[l - 1] == l)
         b_n_tokens += m_next.to(tl.int32)
-        b_codes, b_length = append_code(b_codes, b_length, tl.where(m_next, b_code, -1), l, address)
+        b_codes, b_length = append_code(b_codes, b_length, tl.where(m_next, b_all[l - 1], -1), l, address)
     return b_codes, tl.where(b_n_tokens >= address.first_active, b_length, 0), b_n_tokens
 
 
 @triton.jit
-def stands_at_active_level(p_ids, p_table, p_segments, o_t, m_t, V, address: tl.constexpr):
-    """Mask of tokens at an active level of a whole SID: the tokens before them have the levels 1, 2, .. in order."""
+def load_codes_before(p_ids, p_table, p_segments, o_t, m_t, V, address: tl.constexpr):
+    """What the tokens o_t [BM] of a row stand for: their level, 0 where that is not an active one or their SID is
+    broken; the codes of their SIDs from the first one on, as a tuple of [BM]; how many stand before the prefix ends.
+    """
     LAST: tl.constexpr = address.last_active
-    b_level = load_level(p_ids, p_table, o_t, m_t, V)
-    m_active = tl.zeros_like(m_t)
+    b_ids, m_ids = (), ()  # every token, then every entry: one after the other they would be as many trips to memory
+    for back in tl.static_range(LAST):
+        m_back = m_t & (o_t >= back)
+        b_ids = b_ids + (tl.load(p_ids + o_t - back, mask=m_back, other=-1).to(tl.int64),)  # [BM]
+        m_ids = m_ids + (m_back if back == 0 else same_segment(p_segments, o_t, o_t - back, m_back),)
+    b_levels, b_before = (), ()
+    for back in tl.static_range(LAST):
+        b_level, b_code = load_entry(p_table, b_ids[back], V)
+        b_levels, b_before = b_levels + (tl.where(m_ids[back], b_level, 0),), b_before + (b_code,)
+    b_level = tl.zeros_like(b_levels[0])
     for l in tl.static_range(1, LAST + 1):
         if address.slot_of_level[l - 1] >= 0:
-            m_active = m_active | (b_level == l)
-    m_active = m_active & (b_level <= o_t + 1)
-    for back in tl.static_range(1, LAST):
-        m_back = same_segment(p_segments, o_t, o_t - back, m_active & (b_level > back))
-        b_before = load_level(p_ids, p_table, o_t - back, m_back, V)
-        m_active = m_active & ((b_level <= back) | (m_back & (b_before == b_level - back)))
-    return m_active
+            m_whole = b_levels[0] == l
+            for back in tl.static_range(1, l):
+                m_whole = m_whole & (b_levels[back] == l - back)
+            b_level = tl.where(m_whole, l, b_level)
+    b_codes = ()
+    b_length = tl.zeros_like(b_level)
+    for position in tl.static_range(1, LAST + 1):
+        b_code = tl.full(b_level.shape, -1, b_before[0].dtype)
+        for l in tl.static_range(position, LAST + 1):
+            b_code = tl.where(b_level == l, b_before[l - position], b_code)
+        b_codes, b_length = append_code(b_codes, b_length, b_code, position, address)
+    return b_level, b_codes, b_length
+
+
+@triton.jit
+def last_codes(b_level, b_codes, COUNT: tl.constexpr, LAST: tl.constexpr):
+    """The last COUNT codes of prefixes of b_level [BM] codes, first to last."""
+    b_last = ()
+    for i in tl.static_range(COUNT):
+        b_code = b_codes[i]
+        for l in tl.static_range(COUNT + 1, LAST + 1):
+            b_code = tl.where(b_level == l, b_codes[l - COUNT + i], b_code)
+        b_last = b_last + (b_code,)
+    return b_last
 
 
 @triton.jit

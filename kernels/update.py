@@ -46,6 +46,7 @@ class Epilogue(NamedTuple):
     scheduled: bool = False  # lr is read from memory
     rounds: bool = False  # stochastically, to bfloat16
     small: bool = False  # offsets into the table fit 32 bits
+    warps: int = 1  # of a program
 
 
 STORE = Epilogue()
@@ -164,6 +165,8 @@ def write_rows(destination, numbers, b_read, b_row, b_sum, m_row, o_w, W: tl.con
     squared gradient [BB, BH]. A tile holds whole rows unless they are only stored."""
     p_table = destination.table
     o_e, m_e = elements(b_row, m_row, o_w, W, epilogue)
+    if epilogue.warps > 1:
+        tl.debug_barrier()  # no warp stores what another one has yet to load
     b_squares = tl.sum(b_sum * b_sum, 2)
     if epilogue.rule == "store":
         tl.store(p_table + o_e, b_sum.to(p_table.dtype.element_ty), mask=m_e)  # [BB, BH, BW]
