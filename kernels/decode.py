@@ -53,12 +53,11 @@ def token_step_kernel(
     b_old = ()
     for l in tl.static_range(1, L + 1):
         b_old = b_old + (tl.load(p_codes + o_state * L + (l - 1), mask=m_m & (b_level > l), other=-1),)  # [BM]
-    tl.debug_barrier()  # every warp loads the state, and one stores it: a late warp must not read what comes next
-    tl.store(p_level + o_state, b_level.to(tl.int64), mask=m_m)  # [BM]
-
     p_sum = p_total + (o_m.to(tl.int64) * (H * W))[:, None, None] + o_d
     m_sum = m_m[:, None, None] & m_d
     b_sum = tl.load(p_sum, mask=m_sum & (b_level > 1)[:, None, None], other=0.0)  # [BM, BH, BW]
+    tl.debug_barrier()  # every warp loads the state, and one stores it: a late warp must not read what comes next
+    tl.store(p_level + o_state, b_level.to(tl.int64), mask=m_m)  # [BM]
     b_codes = ()
     b_length = tl.zeros_like(b_level)
     m_active = tl.zeros_like(m_m)

@@ -1,7 +1,8 @@
 """What every kernel asks of memory, counted in Triton's interpreter against the floor of its workload.
 
 Bytes of all lanes that a mask lets through, distinct 32-byte sectors of each launch, launches: the same on every
-machine. Sorts and other operators of torch between the kernels are not counted, nor is the zeroing of a dense gradient.
+machine. What a program loads twice is counted once, since it comes from the first-level cache the second time. Sorts
+and other operators of torch between the kernels are not counted, nor is the zeroing of a dense gradient or of claims.
 Triton must be imported with TRITON_INTERPRET=1 set.
 """
 
@@ -17,7 +18,6 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
 from .. import optim
 from ..addressing import AddressSpec, TokenStream
@@ -25,20 +25,22 @@ from ..encoder import DecodingState, PrefixMem, PrefixMemConfig
 from ..operation import prefix_memory, prefix_rows, token_memory
 from ..operation import triton as backend
 from ..sid import SIDVocabulary
+from .watching import Watcher, watched
 
 SECTOR = 32  # bytes
 L, N, H, W, CODES = 5, 4, 4, 64, 2048  # the paper's shape
 ACTIVE = (3, 4)
 A = len(ACTIVE)
 READ, TRAINED = 128, 256  # SIDs of a batch
-BLOCK = 32  # SIDs a block of the sorting kernels, as in batches of 16 K and more
+BLOCK = 32  # SIDs a block of the sorting kernels, as in batches of 128 K and more
+REPEATS = 8  # SIDs of a trained batch for each first code, as in a batch of 16 K
 
 READING, STREAM, UPDATE = 1.05, 1.3, 1.3  # limits, times the floor
 SUFFIX = 1.4  # of its update: nothing nests, so every term reads its slice of dS by itself
 FORWARD_LAUNCHES = 2
 
 
-class Traffic:
+class Traffic(Watcher):
     """Bytes of one `counted` block, by tensor name; `other` is what no named tensor holds."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -51,64 +53,53 @@ class Traffic:
             for name, tensor in tensors.items()
         }
         self._touched: dict[int, list[np.ndarray]] = {}
+        self._program: dict[int, list[np.ndarray]] = {}  # what the running program has loaded, by size
 
     @property
     def total(self) -> int:
         return sum(sum(where.values()) for where in (self.loaded, self.stored, self.added))
 
-    def count(self, where: Counter[str], pointers: Any, mask: Any) -> None:
-        size = pointers.get_element_ty().primitive_bitwidth // 8
-        addresses = pointers.data[mask.data] if mask is not None else pointers.data.ravel()
+    def load(self, addresses: np.ndarray, size: int) -> None:
+        self._program.setdefault(size, []).append(addresses)
+        self._touch(self.loaded, addresses)
+
+    def store(self, addresses: np.ndarray, size: int) -> None:
+        self._add(self.stored, addresses, size)
+        self._touch(self.stored, addresses)
+
+    def atomic(self, addresses: np.ndarray, size: int) -> None:
+        self._add(self.added, addresses, size)
+        self._touch(self.added, addresses)
+
+    def begin_program(self) -> None:
+        for size, parts in self._program.items():
+            self._add(self.loaded, np.unique(np.concatenate(parts)), size)
+        self._program.clear()
+
+    def end_launch(self) -> None:
+        """Loads and stores of one sector are two; those of a sector that a launch loads twice, one."""
+        self.begin_program()
+        self.launches += 1
+        self.sectors += sum(len(np.unique(np.concatenate(parts))) for parts in self._touched.values())
+        self._touched.clear()
+
+    def _add(self, where: Counter[str], addresses: np.ndarray, size: int) -> None:
         left = addresses.size
         for name, (low, high) in self._ranges.items():
             inside = int(np.count_nonzero((addresses >= low) & (addresses < high)))
             where[name] += inside * size
             left -= inside
         where["other"] += left * size
-        self._touched.setdefault(id(where), []).append(np.unique(addresses // SECTOR))
 
-    def end_launch(self) -> None:
-        """Loads and stores of one sector are two; those of a sector that a launch loads twice, one."""
-        self.launches += 1
-        self.sectors += sum(len(np.unique(np.concatenate(parts))) for parts in self._touched.values())
-        self._touched.clear()
+    def _touch(self, where: Counter[str], addresses: np.ndarray) -> None:
+        self._touched.setdefault(id(where), []).append(np.unique(addresses // SECTOR))
 
 
 @contextmanager
 def counted(**tensors: Tensor) -> Iterator[Traffic]:
     """Count the traffic of every launch inside; tensors are named by keyword."""
     traffic = Traffic(tensors)
-    builder, runner = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    load, store, atomic, call = (
-        builder.create_masked_load,
-        builder.create_masked_store,
-        builder.create_atomic_rmw,
-        runner.__call__,
-    )
-
-    def counting_load(self, pointers, mask, *rest):
-        traffic.count(traffic.loaded, pointers, mask)
-        return load(self, pointers, mask, *rest)
-
-    def counting_store(self, pointers, value, mask, *rest):
-        traffic.count(traffic.stored, pointers, mask)
-        return store(self, pointers, value, mask, *rest)
-
-    def counting_atomic(self, operation, pointers, value, mask, *rest):
-        traffic.count(traffic.added, pointers, mask)
-        return atomic(self, operation, pointers, value, mask, *rest)
-
-    def counting_call(self, *arguments, **options):
-        result = call(self, *arguments, **options)
-        traffic.end_launch()
-        return result
-
-    with (
-        mock.patch.object(builder, "create_masked_load", counting_load),
-        mock.patch.object(builder, "create_masked_store", counting_store),
-        mock.patch.object(builder, "create_atomic_rmw", counting_atomic),
-        mock.patch.object(runner, "__call__", counting_call),
-    ):
+    with watched(traffic):
         yield traffic
 
 
@@ -278,6 +269,7 @@ def _trained(
 ) -> Count:
     """`run` over a batch; each touched row costs `row_bytes`."""
     spec, codes = spec_of(mode), codes_of(sids, kind)
+    codes[:, 0] %= sids // REPEATS
     source, input_bytes, shape = codes, codes.numel() * 8, (sids, A, H * W)
     if text is not None:
         source = TokenStream(*_stream(codes, text))
