@@ -33,7 +33,7 @@ ACTIVE = (3, 4)
 A = len(ACTIVE)
 READ, TRAINED = 128, 256  # SIDs of a batch
 BLOCK = 32  # SIDs a block of the sorting kernels, as in batches of 128 K and more
-REPEATS = 8  # SIDs of a trained batch for each first code, as in a batch of 16 K
+REPEATS = 32  # SIDs of a trained batch for each first code, as in a batch of 64 K
 
 READING, STREAM, UPDATE = 1.05, 1.3, 1.3  # limits, times the floor
 SUFFIX = 1.4  # of its update: nothing nests, so every term reads its slice of dS by itself
