@@ -7,6 +7,7 @@
     python -m bench compare main HEAD --names training
     python -m bench scale --items 1e9
     python -m bench traffic
+    python -m bench host
     python -m bench quality --help
 
 `prefixmem bench` is the same command.
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from prefixmem_fast._files import write_file
 
-from . import compare, plots, scale
+from . import compare, host, plots, scale
 from .quality import cli as quality
 from .registry import BENCHMARKS
 from .report import page, table
@@ -37,7 +38,7 @@ from .rows import append_rows, describe, latest, read_rows
 if TYPE_CHECKING:
     from .run import Planned
 
-ACTIONS = ("list", "run", "report", "compare", "scale", "traffic", "quality")
+ACTIONS = ("list", "run", "report", "compare", "scale", "traffic", "host", "quality")
 # Git ignores it; rows that are to be committed go to --out bench/results/<machine>.jsonl.
 RUNS = Path("runs/bench")
 
@@ -90,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="runs of each revision, in turns; a verdict takes three (default: %(default)s)",
     )
     add("traffic", _traffic, "Count the bytes of each kernel in Triton's interpreter, in minutes.")
+    host.add_arguments(add("host", host.run, "Time the host's work of a call, with kernels that return at once."))
     scale.add_arguments(add("scale", scale.run, "What a catalogue costs in rows, bytes and devices, by formulas."))
     summary, form = quality.__doc__.splitlines()[0], argparse.RawDescriptionHelpFormatter
     action = actions.add_parser("quality", help=summary, description=quality.__doc__, formatter_class=form)

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -173,16 +174,27 @@ def compile_all(targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = DT
 
 def compiled_by(call: Callable[[], Any], target: str) -> list[Any]:
     """The kernels that a launcher compiles for a target, as Triton's CompiledKernel, in the order of their launch."""
-    with _stand_in_driver(target) as seen:
+    from triton.runtime.jit import JITFunction
+
+    seen: list[Any] = []
+    run = JITFunction.run
+
+    def recording_run(self, *args, **kwargs):
+        kernel = run(self, *args, **kwargs)
+        if kernel not in seen:
+            seen.append(kernel)
+        return kernel
+
+    with stand_in_driver(target), mock.patch.object(JITFunction, "run", recording_run):
         call()
-        return list(seen)
+    return seen
 
 
 @contextmanager
-def _stand_in_driver(target: str) -> Iterator[list[Any]]:
+def stand_in_driver(target: str) -> Iterator[None]:
+    """Triton's driver names `target`; kernels are compiled for it, and each launch returns at once."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
     if target.startswith("sm_"):
         gpu = GPUTarget("cuda", int(target[3:]), 32)
@@ -200,22 +212,12 @@ def _stand_in_driver(target: str) -> Iterator[list[Any]]:
             unload_module=lambda module: None,
         ),
     )
-    seen: list[Any] = []
     slot = "_active" if hasattr(driver, "_active") else "active"  # triton 3.4 keeps a lazy proxy in `active`
-    run, active = JITFunction.run, getattr(driver, slot)
-
-    def recording_run(self, *args, **kwargs):
-        kernel = run(self, *args, **kwargs)
-        if kernel not in seen:
-            seen.append(kernel)
-        return kernel
-
+    active = getattr(driver, slot)
     driver.set_active(stand_in)
-    JITFunction.run = recording_run
     try:
-        yield seen
+        yield
     finally:
-        JITFunction.run = run
         setattr(driver, slot, active)
 
 

@@ -1,0 +1,277 @@
+"""Host time of a call: what the Python and the dispatcher before the kernels take. No GPU is needed.
+
+The triton backend runs on CPU tensors. A stand-in for Triton's driver compiles the kernels and launches nothing, and
+torch.sort gives its last result again. What is left is the host's work; a real launch adds 3 to 5 us in the driver,
+a real sort about 20 kernels in torch. Times are CPU time of the thread, and all calls take turns.
+
+    launches         the call's kernel[grid](...), recorded once and run again by themselves
+    torch operators  functions of torch that reach its dispatcher, recorded once and run again by themselves
+    the rest         checks, the operator, autograd, and Python in between
+    Python calls     of functions, of the interpreter and of C, counted by a profile hook
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+from .report import markdown
+from .rows import OURS, Row, append_rows
+
+TARGET = "sm_90"
+# Large enough for the usual number of launches, small enough that memory comes from the heap without a system call.
+SIDS, SPARSE_SIDS = 4096, 64  # grad="sparse" fills its list of rows, which would hide the rest
+
+
+class Parts(NamedTuple):
+    """What one call consists of: launches and functions of torch, ready to be run again, and a count."""
+
+    launches: list[Callable[[], Any]]
+    operators: list[Callable[[], Any]]
+    python_calls: int
+
+
+def add_arguments(option: Callable) -> None:
+    option("--seconds", type=float, default=1.0, help="for each call and each of its parts (default: %(default)s)")
+    option("--out", type=Path, help="append a row for each figure to this file")
+    option("--commit", help="name of the library's revision, where it is not a checkout's")
+
+
+def run(options: argparse.Namespace) -> int:
+    from prefixmem_fast.checks.machine_code import problem
+
+    from .machine import run_record
+
+    if not options.seconds > 0:
+        raise ValueError(f"--seconds {options.seconds} is not above 0")
+    if problem() is not None:
+        raise ValueError(f"host time cannot be taken: {problem()}")
+    record = run_record(options.commit)
+    with kernels_that_return_at_once():
+        rows = list(measure(calls(), options.seconds))
+    if options.out:
+        append_rows(options.out, record, rows)
+    print("\n".join(json.dumps({**record, **row}) for row in rows) if options.json else table(rows))
+    return 0
+
+
+@contextmanager
+def kernels_that_return_at_once(target: str = TARGET) -> Iterator[None]:
+    """The triton backend on CPU tensors, without the work of kernels and sorts."""
+    import torch
+
+    from prefixmem_fast.checks.machine_code import stand_in_driver
+    from prefixmem_fast.operation import backends
+
+    sort, results = torch.sort, {}
+
+    def sort_once(values, *args, **kwargs):
+        key = values.shape, values.dtype
+        if key not in results:
+            results[key] = sort(values, *args, **kwargs)
+        return results[key]
+
+    with ExitStack() as stack:
+        stack.enter_context(stand_in_driver(target))
+        stack.enter_context(mock.patch.object(torch, "sort", sort_once))
+        stack.enter_context(mock.patch.dict(backends._PROBLEMS, triton=lambda device: None))
+        yield
+
+
+def calls() -> dict[str, Callable[[], Any]]:
+    """What is measured, at the paper's shape in bfloat16, memory read at levels 3 and 4; tables are small."""
+    import torch
+
+    from prefixmem_fast import AddressSpec, optim, prefix_memory
+    from prefixmem_fast.operation import operators
+    from prefixmem_fast.operation.backends import functions_of
+
+    spec = AddressSpec((2048,) * 5, table_rows=10_000, active_levels=(3, 4))
+    codes = torch.randint(0, 2048, (SIDS, 5))
+
+    def table_() -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.zeros(spec.total_rows, 64, dtype=torch.bfloat16))
+
+    def read(weight, sids=SIDS, grad="dense"):
+        return prefix_memory(codes[:sids], weight, spec, backend="triton", grad=grad)
+
+    def step_of(optimizer_class, grad, sids) -> Callable[[], None]:
+        weight = table_()
+        optimizer = optimizer_class([weight], lr=0.01)
+        dS = torch.zeros(sids, 2, 256, dtype=torch.bfloat16)
+
+        def step() -> None:
+            torch.autograd.backward(read(weight, sids, grad), dS)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    frozen, trained = table_().detach(), table_()
+    steps = {"SGD": optim.SGD, "row-wise Adagrad": optim.RowWiseAdagrad, "row-wise Adam": optim.RowWiseAdam}
+    return {
+        "forward, of it the backend": lambda: functions_of("triton").forward(codes, frozen, spec),
+        "forward, of it the operator": lambda: operators.prefix_memory(codes, frozen, spec.key, "triton", False),
+        "forward, no gradient": lambda: read(frozen),
+        "forward, gradient": lambda: read(trained),
+        **{f"step, fused {name}": step_of(rule, "fused", SIDS) for name, rule in steps.items()},
+        "step, sparse row-wise Adagrad": step_of(optim.RowWiseAdagrad, "sparse", SPARSE_SIDS),
+    }
+
+
+def measure(calls: dict[str, Callable[[], Any]], seconds: float) -> Iterator[Row]:
+    """Rows of each call: its times, and the number of its parts."""
+    timed: dict[tuple[str, str], Callable[[], Any]] = {}
+    counts: dict[tuple[str, str], int] = {}
+    for name, call in calls.items():
+        call()  # compiles
+        parts = parts_of(call)
+        timed[name, "call"] = call
+        timed[name, "launches"] = _in_turn(parts.launches)
+        timed[name, "torch operators"] = _in_turn(parts.operators)
+        counts[name, "launches"], counts[name, "torch operators"] = len(parts.launches), len(parts.operators)
+        counts[name, "Python calls"] = parts.python_calls
+    for (name, metric), batches in take_turns(timed, seconds).items():
+        yield _row(name, metric, "us", batches)
+    for (name, metric), count in counts.items():
+        yield _row(name, f"number of {metric}", "", [count])
+
+
+def parts_of(call: Callable[[], Any]) -> Parts:
+    from torch import autograd
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from triton.runtime.jit import JITFunction
+
+    from prefixmem_fast.operation.backends import functions_of
+    from prefixmem_fast.operation.interface import FUNCTIONS
+    from prefixmem_fast.operation.row_gradients import _RowGradient
+
+    launches, operators, python_calls = [], [], 0
+    run, backend = JITFunction.run, functions_of("triton")
+    dispatched = hidden = False
+
+    def recording_run(self, *args, grid, warmup=False, **kwargs):
+        launches.append(lambda: self[grid](*args, **kwargs))
+        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    class Noticing(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            nonlocal dispatched
+            dispatched = True
+            return operator(*args, **(kwargs or {}))
+
+    class Recording(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            nonlocal dispatched, hidden
+            dispatched, hidden = False, True
+            with Noticing():
+                result = function(*args, **(kwargs or {}))
+            hidden = False
+            if dispatched and function is not autograd.backward and getattr(function, "namespace", "") != OURS:
+                operators.append(lambda: function(*args, **(kwargs or {})))
+            return result
+
+    def seen(function):
+        """Of a function that an operator or autograd calls, out of the mode's sight."""
+
+        def wrapped(*args, **kwargs):
+            nonlocal hidden
+            was_hidden, hidden = hidden, False
+            with Recording() if was_hidden else nullcontext():
+                return function(*args, **kwargs)
+
+        return wrapped
+
+    def count(frame, event, argument):
+        nonlocal python_calls
+        python_calls += event in ("call", "c_call")
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", recording_run))
+        for name in FUNCTIONS:
+            stack.enter_context(mock.patch.object(backend, name, seen(getattr(backend, name))))
+        backward = staticmethod(seen(_RowGradient.backward))
+        stack.enter_context(mock.patch.object(_RowGradient, "backward", backward))
+        stack.enter_context(Recording())
+        call()
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return Parts(launches, operators, python_calls - 1)  # less that of setprofile
+
+
+def _in_turn(parts: list[Callable[[], Any]]) -> Callable[[], None]:
+    def run() -> None:
+        for part in parts:
+            part()
+
+    return run
+
+
+def take_turns(calls: dict[Any, Callable[[], Any]], seconds: float, batch_seconds: float = 0.01) -> dict[Any, list]:
+    """Microseconds of CPU time a run of each call, of batches in turns."""
+    import torch
+
+    batches: dict[Any, list[float]] = {name: [] for name in calls}
+    spent = dict.fromkeys(calls, 0.0)
+    sizes = dict.fromkeys(calls, 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        while min(spent.values()) < seconds:
+            for name, call in calls.items():
+                began = time.thread_time()
+                for _ in range(sizes[name]):
+                    call()
+                took = time.thread_time() - began
+                spent[name] += max(took, 1e-4)
+                if took < batch_seconds / 2:  # not counted: still looking for the size of a batch
+                    sizes[name] *= 2
+                    if sizes[name] < 1 << 14:
+                        continue
+                batches[name].append(1e6 * took / sizes[name])
+    finally:
+        torch.set_num_threads(threads)
+    return batches
+
+
+def _row(name: str, metric: str, unit: str, values: list[float]) -> Row:
+    from .run import quantiles
+
+    workload = {"call": name, "sids": SPARSE_SIDS if "sparse" in name else SIDS, "dtype": "bfloat16"}
+    return {
+        "benchmark": "host",
+        "workload": workload,
+        "provider": OURS,
+        "metric": metric,
+        "unit": unit,
+        "repeats": len(values),
+        "least": min(values),
+        **quantiles(values),
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """A line a call: microseconds, the least of all batches, and in brackets how many parts there are."""
+    figures = {(row["workload"]["call"], row["metric"]): row for row in rows}
+    names = list(dict.fromkeys(row["workload"]["call"] for row in rows))
+    head = ["us of CPU time", "least", "median", "launches", "torch operators", "the rest", "Python calls"]
+    lines = []
+    for name in names:
+        least = {metric: figures[name, metric]["least"] for metric in ("call", "launches", "torch operators")}
+        number = {part: figures[name, f"number of {part}"]["p50"] for part in (*head[3:5], head[6])}
+        parts = [f"{least[part]:.1f} ({number[part]})" for part in head[3:5]]
+        rest = least["call"] - least["launches"] - least["torch operators"]
+        median = figures[name, "call"]["p50"]
+        lines.append([name, f"{least['call']:.1f}", f"{median:.1f}", *parts, f"{rest:.1f}", str(number[head[6]])])
+    return markdown(head, lines)
