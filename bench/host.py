@@ -94,13 +94,13 @@ def calls() -> dict[str, Callable[[], Any]]:
     from prefixmem_fast.operation.backends import functions_of
 
     spec = AddressSpec((2048,) * 5, table_rows=10_000, active_levels=(3, 4))
-    codes = torch.randint(0, 2048, (SIDS, 5))
+    codes = {sids: torch.randint(0, 2048, (sids, 5)) for sids in (SIDS, SPARSE_SIDS)}
 
     def table_() -> torch.nn.Parameter:
         return torch.nn.Parameter(torch.zeros(spec.total_rows, 64, dtype=torch.bfloat16))
 
     def read(weight, sids=SIDS, grad="dense"):
-        return prefix_memory(codes[:sids], weight, spec, backend="triton", grad=grad)
+        return prefix_memory(codes[sids], weight, spec, backend="triton", grad=grad)
 
     def step_of(optimizer_class, grad, sids) -> Callable[[], None]:
         weight = table_()
@@ -117,8 +117,8 @@ def calls() -> dict[str, Callable[[], Any]]:
     frozen, trained = table_().detach(), table_()
     steps = {"SGD": optim.SGD, "row-wise Adagrad": optim.RowWiseAdagrad, "row-wise Adam": optim.RowWiseAdam}
     return {
-        "forward, of it the backend": lambda: functions_of("triton").forward(codes, frozen, spec),
-        "forward, of it the operator": lambda: operators.prefix_memory(codes, frozen, spec.key, "triton", False),
+        "forward, of it the backend": lambda: functions_of("triton").forward(codes[SIDS], frozen, spec),
+        "forward, of it the operator": lambda: operators.prefix_memory(codes[SIDS], frozen, spec.key, "triton", False),
         "forward, no gradient": lambda: read(frozen),
         "forward, gradient": lambda: read(trained),
         **{f"step, fused {name}": step_of(rule, "fused", SIDS) for name, rule in steps.items()},

@@ -1,20 +1,28 @@
-"""The operation as torch custom operators, so that torch.compile, checkpointing, autocast and DDP see ordinary ones.
+"""The operation as torch operators, so that torch.compile, checkpointing, autocast and DDP see ordinary ones.
 
 `prefix_memory` and `token_memory` are linear in the table, so each is the derivative of its own backward: the pair of
 operators below differentiates in reverse mode to any order. Operators carry the spec as its canonical JSON: graphs,
 fakes and exported programs then hold all they need.
+
+They are registered by `torch.library.Library`: `torch.library.custom_op` and its `register_autograd` run two to four
+times as much Python a call.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from ..addressing import AddressSpec, TokenStream
 from .backends import functions_of
+
+_NAMESPACE = "prefixmem_fast"
+_library = torch.library.Library(_NAMESPACE, "DEF")
 
 
 @lru_cache(maxsize=64)
@@ -22,12 +30,60 @@ def _spec(key: str) -> AddressSpec:
     return AddressSpec.from_dict(json.loads(key))
 
 
-@torch.library.custom_op("prefixmem_fast::prefix_rows", mutates_args=())
+def _operator(function: Callable[..., Tensor]) -> OpOverload:
+    """Register a function of tensors, strings and booleans as an operator of its name that changes no argument."""
+    name, schema = function.__name__, torch.library.infer_schema(function, mutates_args=())
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+
+
+def _fake_of(operator: OpOverload) -> Callable:
+    return torch.library.register_fake(operator, lib=_library)
+
+
+def _differentiates(operator: OpOverload, differentiated: int) -> Callable[[Callable], Callable]:
+    """Register the derivative of an operator in one argument: ``(grad, saved tensors, options)`` to its gradient.
+
+    Args:
+        differentiated: its index among the arguments; the other tensors are saved, the last three are the options.
+    """
+
+    def register(derivative: Callable) -> Callable:
+        class Differentiated(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *inputs):
+                tensors, ctx.options = list(inputs[:-3]), inputs[-3:]
+                del tensors[differentiated]
+                ctx.save_for_backward(*tensors)
+                ctx.n_inputs = len(inputs)
+                with torch._C._AutoDispatchBelowAutograd():
+                    return operator(*inputs)
+
+            @staticmethod
+            def backward(ctx, grad):
+                gradients = [None] * ctx.n_inputs
+                gradients[differentiated] = derivative(grad, *ctx.saved_tensors, *ctx.options)
+                return tuple(gradients)
+
+        def autograd(*inputs):
+            if inputs[differentiated].requires_grad and torch.is_grad_enabled():
+                return Differentiated.apply(*inputs)
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*inputs)
+
+        _library.impl(operator.name().removeprefix(_NAMESPACE + "::"), autograd, "Autograd")
+        return derivative
+
+    return register
+
+
+@_operator
 def prefix_rows(codes: Tensor, spec: str, backend: str) -> Tensor:
     return functions_of(backend).prefix_rows(codes, _spec(spec))
 
 
-@prefix_rows.register_fake
+@_fake_of(prefix_rows)
 def _(codes, spec, backend):
     s = _spec(spec)
     return codes.new_empty((codes.shape[0], s.levels, s.max_order, s.heads), dtype=torch.int64)
@@ -36,55 +92,40 @@ def _(codes, spec, backend):
 # Codes
 
 
-@torch.library.custom_op("prefixmem_fast::prefix_memory", mutates_args=())
+@_operator
 def prefix_memory(codes: Tensor, weight: Tensor, spec: str, backend: str, deterministic: bool) -> Tensor:
     return functions_of(backend).forward(codes, weight, _spec(spec))
 
 
-@prefix_memory.register_fake
+@_fake_of(prefix_memory)
 def _(codes, weight, spec, backend, deterministic):
     s = _spec(spec)
     return weight.new_empty((codes.shape[0], len(s.active_levels), s.heads * weight.shape[1]))
 
 
-@torch.library.custom_op("prefixmem_fast::prefix_memory_backward", mutates_args=())
+@_operator
 def prefix_memory_backward(grad: Tensor, codes: Tensor, spec: str, backend: str, deterministic: bool) -> Tensor:
     return functions_of(backend).dense_gradient(grad, codes, _spec(spec), deterministic or _torch_asks_for_it())
 
 
-@prefix_memory_backward.register_fake
+@_fake_of(prefix_memory_backward)
 def _(grad, codes, spec, backend, deterministic):
     s = _spec(spec)
     return grad.new_empty((s.total_rows, grad.shape[-1] // s.heads))
 
 
-def _save_codes(ctx, inputs, output):
-    codes, _, *ctx.options = inputs
-    ctx.save_for_backward(codes)
+_differentiates(prefix_memory, 1)(prefix_memory_backward)
 
 
-def _differentiate_memory(ctx, grad):
-    return None, prefix_memory_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
-
-
-def _save_codes_of_backward(ctx, inputs, output):
-    _, codes, *ctx.options = inputs
-    ctx.save_for_backward(codes)
-
-
-def _differentiate_backward(ctx, grad_weight):
-    (codes,) = ctx.saved_tensors
-    return prefix_memory(codes, grad_weight, *ctx.options), None, None, None, None
-
-
-prefix_memory.register_autograd(_differentiate_memory, setup_context=_save_codes)
-prefix_memory_backward.register_autograd(_differentiate_backward, setup_context=_save_codes_of_backward)
+@_differentiates(prefix_memory_backward, 0)
+def _(grad_weight, codes, *options):
+    return prefix_memory(codes, grad_weight, *options)
 
 
 # Token streams
 
 
-@torch.library.custom_op("prefixmem_fast::token_memory", mutates_args=())
+@_operator
 def token_memory(
     input_ids: Tensor,
     token_table: Tensor,
@@ -97,12 +138,12 @@ def token_memory(
     return functions_of(backend).forward(TokenStream(input_ids, token_table, segment_ids), weight, _spec(spec))
 
 
-@token_memory.register_fake
+@_fake_of(token_memory)
 def _(input_ids, token_table, segment_ids, weight, spec, backend, deterministic):
     return weight.new_empty((*input_ids.shape, _spec(spec).heads * weight.shape[1]))
 
 
-@torch.library.custom_op("prefixmem_fast::token_memory_backward", mutates_args=())
+@_operator
 def token_memory_backward(
     grad: Tensor,
     input_ids: Tensor,
@@ -116,34 +157,18 @@ def token_memory_backward(
     return functions_of(backend).dense_gradient(grad, stream, _spec(spec), deterministic or _torch_asks_for_it())
 
 
-@token_memory_backward.register_fake
+@_fake_of(token_memory_backward)
 def _(grad, input_ids, token_table, segment_ids, spec, backend, deterministic):
     s = _spec(spec)
     return grad.new_empty((s.total_rows, grad.shape[-1] // s.heads))
 
 
-def _save_tokens(ctx, inputs, output):
-    input_ids, token_table, segment_ids, _, *ctx.options = inputs
-    ctx.save_for_backward(input_ids, token_table, segment_ids)
+_differentiates(token_memory, 3)(token_memory_backward)
 
 
-def _differentiate_tokens(ctx, grad):
-    grad_weight = token_memory_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return None, None, None, grad_weight, None, None, None
-
-
-def _save_tokens_of_backward(ctx, inputs, output):
-    _, input_ids, token_table, segment_ids, *ctx.options = inputs
-    ctx.save_for_backward(input_ids, token_table, segment_ids)
-
-
-def _differentiate_tokens_backward(ctx, grad_weight):
-    grad = token_memory(*ctx.saved_tensors, grad_weight, *ctx.options)
-    return grad, None, None, None, None, None, None
-
-
-token_memory.register_autograd(_differentiate_tokens, setup_context=_save_tokens)
-token_memory_backward.register_autograd(_differentiate_tokens_backward, setup_context=_save_tokens_of_backward)
+@_differentiates(token_memory_backward, 0)
+def _(grad_weight, input_ids, token_table, segment_ids, *options):
+    return token_memory(input_ids, token_table, segment_ids, grad_weight, *options)
 
 
 def _torch_asks_for_it() -> bool:
