@@ -79,10 +79,21 @@ def kernels_that_return_at_once(target: str = TARGET) -> Iterator[None]:
         return results[key]
 
     with ExitStack() as stack:
-        stack.enter_context(stand_in_driver(target))
+        stack.enter_context(stand_in_driver(target, module="loaded"))
+        stack.callback(_drop_kernels)
         stack.enter_context(mock.patch.object(torch, "sort", sort_once))
         stack.enter_context(mock.patch.dict(backends._PROBLEMS, triton=lambda device: None))
         yield
+
+
+def _drop_kernels() -> None:
+    """Drop what was compiled, while the driver that it was loaded by is there."""
+    from triton.runtime.jit import JITFunction
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("prefixmem_fast.kernels.")]:
+        for value in vars(module).values():
+            if isinstance(value, JITFunction):
+                value.device_caches.clear()
 
 
 def calls() -> dict[str, Callable[[], Any]]:

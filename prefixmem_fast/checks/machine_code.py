@@ -110,7 +110,7 @@ def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 65_5
             meta(*(weight.shape if kind == "element" else weight.shape[:1]), dtype=wide)
             for kind in RULES[rule].state.values()
         ]
-        hyper = Hyper(0.1, 0.0, 1e-8, 0.9, 0.999, meta(dtype=wide), meta(dtype=wide))
+        hyper = Hyper(0.1, 0.0, 1e-8, 0.9, 0.999)
         return RowUpdate(weight, rule, state, meta(), hyper, 0 if dtype == torch.bfloat16 else None)
 
     sparse = torch.sparse_coo_tensor(
@@ -191,8 +191,13 @@ def compiled_by(call: Callable[[], Any], target: str) -> list[Any]:
 
 
 @contextmanager
-def stand_in_driver(target: str) -> Iterator[None]:
-    """Triton's driver names `target`; kernels are compiled for it, and each launch returns at once."""
+def stand_in_driver(target: str, *, module: Any = None) -> Iterator[None]:
+    """Triton's driver names `target`; kernels are compiled for it, and each launch returns at once.
+
+    Args:
+        module: what stands for a loaded binary. With None each launch loads it anew; anything else must not outlive
+            this driver, since Triton unloads it with the kernel.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -208,7 +213,7 @@ def stand_in_driver(target: str) -> Iterator[None]:
         launcher_cls=lambda src, metadata: lambda *args, **kwargs: None,
         utils=SimpleNamespace(
             get_device_properties=lambda device: properties,
-            load_binary=lambda name, binary, shared, device: (None, 1, 0, 0, 1024),
+            load_binary=lambda name, binary, shared, device: (module, 1, 0, 0, 1024),
             unload_module=lambda module: None,
         ),
     )

@@ -30,11 +30,13 @@ def choose_backend(backend: str, **tensors: Tensor) -> str:
         BackendError: the backend cannot run here.
     """
     _checks.choice("backend", backend, BACKENDS)
-    devices = {name: tensor.device for name, tensor in tensors.items()}
-    device = next(iter(devices.values()))
-    if any(other != device for other in devices.values()):
-        where = ", ".join(f"{name} is on {other}" for name, other in devices.items())
-        raise ValueError(f"{where}; move them to one device")
+    device = None
+    for tensor in tensors.values():
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            where = ", ".join(f"{name} is on {tensor.device}" for name, tensor in tensors.items())
+            raise ValueError(f"{where}; move them to one device")
     if backend == "auto":
         return _default_backend(device)
     problem = backend_problem(backend, device)

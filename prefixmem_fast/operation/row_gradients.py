@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dtypes import accumulator
 from ..addressing import AddressSpec, TokenStream
 from .backends import functions_of
 from .rules import RowUpdate
@@ -45,7 +44,7 @@ class _RowGradient(torch.autograd.Function):
         ctx.weight, ctx.options = weight, (spec, backend, grad, is_stream)
         ctx.save_for_backward(*tensors)
         source = TokenStream(*tensors) if is_stream else tensors[0]
-        return functions_of(backend).forward(source, weight.detach(), spec)
+        return functions_of(backend).forward(source, weight, spec)
 
     @staticmethod
     def backward(ctx, grad):
@@ -57,11 +56,11 @@ class _RowGradient(torch.autograd.Function):
         weight, functions = ctx.weight, functions_of(backend)
         no_gradients = [None] * (4 + len(tensors))
         if mode == "fused":
-            _check_accumulates(weight)
+            _check_accumulates(ctx.next_functions[0][0])
             update = _begin_update(weight)
             functions.fused_update(grad, source, spec, update)
             torch.autograd.graph.increment_version(weight)
-            weight.grad = FusedGradient(weight, torch.cat(update.squares).sum())
+            weight.grad = FusedGradient(weight, update.squares)
             return None, *no_gradients
         rows, sums, unique = functions.row_sums(grad, source, spec, weight.dtype)
         gradient = torch.sparse_coo_tensor(rows[None], sums, weight.shape, is_coalesced=unique, check_invariants=False)
@@ -90,10 +89,10 @@ def _check_fusible(weight: Tensor) -> None:
         )
 
 
-def _check_accumulates(weight: Tensor) -> None:
+def _check_accumulates(accumulation: torch.autograd.graph.Node) -> None:
     """Refuse `torch.autograd.grad`, which would get no gradient and have the table updated."""
     try:
-        torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(weight).node)
+        torch._C._will_engine_execute_node(accumulation)
     except (AttributeError, RuntimeError) as error:  # others come of old releases and of compiled autograd
         if "autograd.grad()" in str(error):
             raise RuntimeError(
@@ -120,5 +119,5 @@ def _begin_update(weight: Tensor) -> RowUpdate:
             "each backward pass"
         )
     update = _optimizer_of(weight).begin(weight)
-    update.squares = [torch.zeros(1, dtype=accumulator(weight.dtype), device=weight.device)]
+    update.squares = []
     return update

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from .rounding import random_bits, stochastic_round
 
 
 class Hyper(NamedTuple):
-    """The numbers of one step; correction_i is 1 - beta_i^t."""
+    """The numbers of one step; a rule finds correction_i = 1 - beta_i^t filled in."""
 
     lr: float | Tensor
     weight_decay: float
@@ -103,7 +104,7 @@ class RowUpdate:
         rule: a name of `RULES`.
         state: the rule's state tensors ``[R]`` or ``[R, w]`` in its order; None for a first moment that is not kept.
         step: int64, 0-dimensional, on the table's device; counts this step already.
-        hyper: the numbers of the step.
+        hyper: the numbers of the step but its corrections; lr is a float, or a tensor on the table's device.
         seed: of stochastic rounding; None to round to nearest.
         squares: None, or a list to which sums of the squared gradient are added, 1-dimensional.
     """
@@ -116,21 +117,30 @@ class RowUpdate:
     seed: int | None = None
     squares: list[Tensor] | None = None
 
+    @cached_property
+    def corrected(self) -> Hyper:
+        """The numbers of the step with Adam's corrections, from the step on its device: nothing waits for it."""
+        if "exp_avg_sq" not in RULES[self.rule].state:
+            return self.hyper
+        t, dtype = self.step.double(), accumulator(self.weight.dtype)
+        correction1, correction2 = ((1 - beta**t).to(dtype) for beta in (self.hyper.beta1, self.hyper.beta2))
+        return self.hyper._replace(correction1=correction1, correction2=correction2)
+
     def apply(self, rows: Tensor, sums: Tensor, read: Callable[[Tensor, Tensor], Tensor] = gather_rows) -> None:
         """Update `rows` int64 ``[U]``, each once, with the sums ``[U, w]`` of their gradients.
 
         Args:
             read: gives table[rows]; a backend has a faster one.
         """
-        dtype = accumulator(self.weight.dtype)
+        weight, hyper, dtype = self.weight.detach(), self.corrected, accumulator(self.weight.dtype)
         if self.squares is not None:
             self.squares.append(torch.linalg.vector_norm(sums).square()[None])
-        w = decay(read(self.weight, rows).to(dtype), self.hyper)
+        w = decay(read(weight, rows).to(dtype), hyper)
         kept = [None if s is None else read(s, rows) if s.dim() == 2 else s[rows] for s in self.state]
-        w, *new = RULES[self.rule].update(w, sums.to(dtype), *kept, self.hyper)
+        w, *new = RULES[self.rule].update(w, sums.to(dtype), *kept, hyper)
         for state, values in zip(self.state, new, strict=True):
             if state is not None:
                 state.index_copy_(0, rows, values)
         if self.seed is not None:
             w = stochastic_round(w, random_bits(self.seed, self.step, rows, w.shape[1]))
-        self.weight.index_copy_(0, rows, w.to(self.weight.dtype))
+        weight.index_copy_(0, rows, w.to(weight.dtype))

@@ -18,14 +18,14 @@ class FusedGradient(Tensor):
 
     Args:
         weight: the table.
-        squares: sum of the squared gradient, 0-dimensional.
+        squares: sums of the squared gradient, 1-dimensional, one or none for each kernel; summed where a norm is asked.
     """
 
     cleared: bool
-    squares: Tensor
+    squares: list[Tensor]
 
     @staticmethod
-    def __new__(cls, weight: Tensor, squares: Tensor) -> FusedGradient:
+    def __new__(cls, weight: Tensor, squares: list[Tensor]) -> FusedGradient:
         gradient = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
         gradient.cleared, gradient.squares = False, squares
         return gradient
@@ -49,7 +49,7 @@ class FusedGradient(Tensor):
         operator, first = str(func.overloadpacket).removeprefix("aten."), args[0]
         second = args[1] if len(args) > 1 else 2  # the order of a norm, or a factor
         if operator == "linalg_vector_norm" and second == 2 and not any(args[2:]):
-            return first.squares.sqrt().to(first.dtype)
+            return torch.cat(first.squares or [first.new_zeros(1)]).sum().sqrt().to(first.dtype)
         if operator == "zero_":
             first.cleared = True
             return first

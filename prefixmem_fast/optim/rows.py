@@ -55,7 +55,6 @@ class RowOptimizer(torch.optim.Optimizer):
                 if table_state(weight).optimizer is self:
                     table_state(weight).optimizer = None
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the rows that ``weight.grad`` holds; tables that the backward pass has updated are only closed.
 
@@ -69,17 +68,26 @@ class RowOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for weight in group["params"]:
-                if weight.grad is not None and table_state(weight).optimizer is not self:
+                grad = weight.grad
+                if grad is None:
+                    continue
+                if table_state(weight).optimizer is not self:
                     raise RuntimeError(
                         f"this {type(self).__name__} has let go of its table of shape {tuple(weight.shape)}; step with "
                         "the optimizer that holds it now"
                     )
-                if isinstance(weight.grad, FusedGradient):
+                if isinstance(grad, FusedGradient):
                     weight.grad = None
-                elif weight.grad is not None:
-                    self._step_sparse(weight, weight.grad)
+                else:
+                    self._step_sparse(weight, grad)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of every torch optimizer; after a fused step there is nothing to do, and torch's own takes its time."""
+        if any(weight.grad is not None for group in self.param_groups for weight in group["params"]):
+            super().zero_grad(set_to_none)
+
+    @torch.no_grad()
     def _step_sparse(self, weight: Tensor, grad: Tensor) -> None:
         if not grad.is_sparse:
             raise TypeError(
@@ -92,32 +100,29 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def begin(self, weight: Tensor) -> RowUpdate:
         """Count a step of `weight` and give what is needed to apply it. No host synchronisation."""
-        group = next(group for group in self.param_groups if any(p is weight for p in group["params"]))
+        group = self._group_of(weight)
         state = self.state[weight]
         if not state:
             self._start(weight, group, state)
         state["step"] += 1
-        names = RULES[self.rule].state
-        beta1, beta2 = group.get("betas", (0.0, 0.0))
         lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.device != weight.device:
-            lr = lr.item()  # on the CPU, as schedules leave it: nothing to wait for
-        hyper = Hyper(lr, group["weight_decay"], group.get("eps", 0.0), beta1, beta2)
-        if "betas" in group:
-            dtype = accumulator(weight.dtype)
-            correction1, correction2 = (
-                (1 - torch.pow(beta, state["step"].double())).to(dtype) for beta in group["betas"]
-            )
-            hyper = hyper._replace(correction1=correction1, correction2=correction2)
-        stochastic = weight.dtype == torch.bfloat16 and group["stochastic_rounding"]
+        if not isinstance(lr, Tensor) or lr.device != weight.device:
+            lr = float(lr)  # a tensor on the CPU, as schedules leave it: nothing to wait for
         return RowUpdate(
-            weight.detach(),
+            weight,
             self.rule,
-            [state.get(name) for name in names],
+            [state.get(name) for name in RULES[self.rule].state],
             state["step"],
-            hyper,
-            group["seed"] if stochastic else None,
+            Hyper(lr, group["weight_decay"], group.get("eps", 0.0), *group.get("betas", ())),
+            group["seed"] if weight.dtype == torch.bfloat16 and group["stochastic_rounding"] else None,
         )
+
+    def _group_of(self, weight: Tensor) -> dict[str, Any]:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter is weight:
+                    return group
+        raise KeyError("the table is in no group of the optimizer that holds it")
 
     def _start(self, weight: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         dtype = accumulator(weight.dtype)
