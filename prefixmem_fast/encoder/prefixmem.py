@@ -8,6 +8,7 @@ m_l is added to the input embedding of the token of c_l. There is no gate, no no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -130,9 +131,18 @@ class PrefixMem(nn.Module):
         encoded = self.out_proj(self._drop(self.memory(codes)))  # [..., A, hidden]
         if len(spec.active_levels) == spec.levels:
             return encoded
-        by_level = dict(zip(spec.active_levels, encoded.unbind(-2), strict=True))
-        zero = torch.zeros_like(encoded[..., 0, :])
-        return torch.stack([by_level.get(level, zero) for level in range(1, spec.levels + 1)], dim=-2)
+        # Each level is written once and the zeros are one number in memory. With 2 of 5 levels of 1024 bfloat16, 14 KB
+        # a SID move; padding moves 18, and stacking zeros of each SID 22. Less would need W_out to write there itself,
+        # which neither a wrapped module (LoRA) nor autocast does.
+        lead, zero, parts, done = encoded.shape[:-2], encoded.new_zeros(()), [], 0
+        for active, run in groupby(range(1, spec.levels + 1), key=spec.active_levels.__contains__):
+            count = len(tuple(run))
+            if active:
+                parts.append(encoded.narrow(-2, done, count))
+                done += count
+            else:
+                parts.append(zero.expand(*lead, count, encoded.shape[-1]))
+        return torch.cat(parts, dim=-2)
 
     def encode_tokens(
         self,

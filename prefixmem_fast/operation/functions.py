@@ -35,8 +35,8 @@ def prefix_rows(codes: Tensor, spec: AddressSpec, *, backend: str = "auto") -> T
     _check_spec(spec)
     check_codes(codes, spec.levels)
     backend = choose_backend(backend, codes=codes)
-    rows = operators.prefix_rows(codes.reshape(-1, spec.levels), spec.key, backend)
-    return rows.view(*codes.shape[:-1], *rows.shape[1:])
+    rows = operators.prefix_rows(_two_dimensional(codes), spec.key, backend)
+    return _as_given(rows, codes)
 
 
 def prefix_memory(
@@ -74,14 +74,15 @@ def prefix_memory(
     _check_spec(spec)
     check_codes(codes, spec.levels)
     _check_weight(weight, spec)
-    check_options(backend, grad, deterministic)
+    _check_gradient(grad, deterministic)
     backend = choose_backend(backend, codes=codes, weight=weight)
-    codes_2d = codes.reshape(-1, spec.levels)
+    codes_2d = _two_dimensional(codes)
     if grad == "dense":
-        S = operators.prefix_memory(codes_2d, weight, spec.key, backend, deterministic)
+        with operators.undifferentiated(weight):
+            S = operators.prefix_memory(codes_2d, weight, spec.key, backend, deterministic)
     else:
         S = read_memory(weight, codes_2d, spec, backend, grad)
-    return S.view(*codes.shape[:-1], *S.shape[1:])
+    return _as_given(S, codes)
 
 
 def token_memory(
@@ -117,11 +118,12 @@ def token_memory(
     stream = TokenStream(input_ids, token_table, segment_ids)
     check_stream(stream)
     _check_weight(weight, spec)
-    check_options(backend, grad, deterministic)
+    _check_gradient(grad, deterministic)
     tensors = {name: tensor for name, tensor in stream._asdict().items() if tensor is not None}
     backend = choose_backend(backend, **tensors, weight=weight)
     if grad == "dense":
-        return operators.token_memory(*stream, weight, spec.key, backend, deterministic)
+        with operators.undifferentiated(weight):
+            return operators.token_memory(*stream, weight, spec.key, backend, deterministic)
     return read_memory(weight, stream, spec, backend, grad)
 
 
@@ -132,8 +134,21 @@ def check_options(backend: str, grad: str, deterministic: bool) -> None:
         TypeError, ValueError: with the argument, its value and what is allowed.
     """
     _checks.choice("backend", backend, BACKENDS)
+    _check_gradient(grad, deterministic)
+
+
+def _check_gradient(grad: str, deterministic: bool) -> None:
     _checks.choice("grad", grad, GRADS)
     _checks.boolean("deterministic", deterministic)
+
+
+def _two_dimensional(codes: Tensor) -> Tensor:
+    return codes if codes.dim() == 2 else codes.reshape(-1, codes.shape[-1])
+
+
+def _as_given(result: Tensor, codes: Tensor) -> Tensor:
+    """A result of codes ``[M, L]`` in the leading dimensions of the codes that were given."""
+    return result if codes.dim() == 2 else result.view(*codes.shape[:-1], *result.shape[1:])
 
 
 def check_codes(codes: Tensor, levels: int) -> None:
@@ -171,7 +186,8 @@ def _check_weight(weight: Tensor, spec: AddressSpec) -> None:
             "weight is a DTensor, and the operation reads whole tables; keep the table out of FSDP with "
             "fully_shard(..., ignored_params={encoder.memory.weight})"
         )
-    if weight.shape[0] != spec.total_rows or weight.shape[1] < 1:
+    rows, width = weight.shape
+    if rows != spec.total_rows or width < 1:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; the spec needs [{spec.total_rows}, w] with w >= 1")
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(weight).tangent is not None:
         raise NotImplementedError(

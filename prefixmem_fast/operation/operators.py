@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -22,6 +23,7 @@ from ..addressing import AddressSpec, TokenStream
 from .backends import functions_of
 
 _NAMESPACE = "prefixmem_fast"
+_AS_EVER = nullcontext()
 _library = torch.library.Library(_NAMESPACE, "DEF")
 
 
@@ -76,6 +78,14 @@ def _differentiates(operator: OpOverload, differentiated: int) -> Callable[[Call
         return derivative
 
     return register
+
+
+def undifferentiated(weight: Tensor) -> AbstractContextManager:
+    """Where no gradient of the table is asked for, calls in here pass the Autograd key by: 3 us less of Python."""
+    differentiated = weight.requires_grad and torch.is_grad_enabled()
+    if differentiated or torch.compiler.is_compiling():
+        return _AS_EVER
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 @_operator

@@ -1,5 +1,8 @@
+from unittest import mock
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefixmem_fast import AddressSpec, CheckpointError, PrefixMem, PrefixMemConfig, attach
 from tests.helpers.models import encoder, prompts, sid, tiny_model, vocabulary
@@ -84,6 +87,55 @@ def test_dropout_is_no_part_of_the_files(tmp_path):
     assert PrefixMem.from_pretrained(tmp_path).dropout == 0
     assert PrefixMem.from_pretrained(tmp_path, dropout=0.25).dropout == 0.25
     assert list(encoder(dropout=0.5).state_dict()) == list(encoder().state_dict())
+
+
+@pytest.mark.parametrize("active_levels", [(1, 3), (2,), (2, 3), (1, 2, 3)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_each_active_level_is_w_out_of_its_memory(active_levels, autocast):
+    """Also where another module has taken the place of W_out, as adapters do: inactive levels stay zero."""
+    memory = encoder(spec={"active_levels": active_levels})
+    memory.out_proj = torch.nn.Sequential(memory.out_proj, torch.nn.Linear(memory.config.hidden_size, 7))
+    codes = CODES[:24].view(2, 12, 3)
+
+    def by_level(codes):
+        projected = memory.out_proj(memory.memory(codes))
+        return [
+            projected[..., active_levels.index(level), :] if level in active_levels else projected.new_zeros(2, 12, 7)
+            for level in (1, 2, 3)
+        ]
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = torch.stack(by_level(codes), dim=-2)
+        found = memory(codes)
+        compiled = torch.compile(memory.forward, fullgraph=True, backend="aot_eager")(codes)
+    assert found.dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert torch.equal(found, expected)
+    assert torch.equal(compiled, expected)
+    grad = torch.randn_like(expected)
+    parameters = list(memory.parameters())
+    for result in (found, compiled):
+        for ours, theirs in zip(
+            torch.autograd.grad(result, parameters, grad),
+            torch.autograd.grad(expected, parameters, grad, retain_graph=True),
+            strict=True,
+        ):
+            assert torch.equal(ours, theirs)
+
+
+def test_zeros_of_inactive_levels_are_written_once():
+    class Results(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            results.append(operator(*args, **(kwargs or {})))
+            return results[-1]
+
+    memory, results = encoder(spec={"active_levels": (2,)}), []
+    S = memory.memory(CODES)
+    with mock.patch.object(memory.memory, "forward", return_value=S), Results():
+        m = memory(CODES)
+    written = {result.data_ptr(): result.untyped_storage().nbytes() for result in results}
+    for given in (S, memory.out_proj.weight):  # their views
+        written.pop(given.data_ptr())
+    assert sum(written.values()) == (memory.out_proj(S).numel() + m.numel() + 1) * 4
 
 
 @pytest.mark.parametrize("mode", ["prefix", "suffix", "full"])
