@@ -7,7 +7,10 @@ a real sort about 20 kernels in torch. Times are CPU time of the thread, and all
     launches         the call's kernel[grid](...), recorded once and run again by themselves
     torch operators  functions of torch that reach its dispatcher, recorded once and run again by themselves
     the rest         checks, the operator, autograd, and Python in between
-    Python calls     of functions, of the interpreter and of C, counted by a profile hook
+    Python calls     of and from this package's functions, counted by a profile hook
+
+With TRITON_INTERPRET=1 nothing is compiled and parts can be counted, not timed: `tests/operation/test_host_work.py`
+holds the counts to limits.
 """
 
 from __future__ import annotations
@@ -67,6 +70,7 @@ def kernels_that_return_at_once(target: str = TARGET) -> Iterator[None]:
     """The triton backend on CPU tensors, without the work of kernels and sorts."""
     import torch
 
+    from prefixmem_fast._triton import interpreting
     from prefixmem_fast.checks.machine_code import stand_in_driver
     from prefixmem_fast.operation import backends
 
@@ -79,20 +83,30 @@ def kernels_that_return_at_once(target: str = TARGET) -> Iterator[None]:
         return results[key]
 
     with ExitStack() as stack:
-        stack.enter_context(stand_in_driver(target, module="loaded"))
-        stack.callback(_drop_kernels)
+        if interpreting():
+            stack.enter_context(mock.patch.object(_kernel_class(), "run", return_value=None))
+        else:
+            stack.enter_context(stand_in_driver(target, module="loaded"))
+            stack.callback(_drop_kernels)
         stack.enter_context(mock.patch.object(torch, "sort", sort_once))
         stack.enter_context(mock.patch.dict(backends._PROBLEMS, triton=lambda device: None))
         yield
 
 
-def _drop_kernels() -> None:
-    """Drop what was compiled, while the driver that it was loaded by is there."""
+def _kernel_class() -> type:
+    from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
+    from prefixmem_fast._triton import interpreting
+
+    return InterpretedFunction if interpreting() else JITFunction
+
+
+def _drop_kernels() -> None:
+    """Drop what was compiled, while the driver that it was loaded by is there."""
     for module in [module for name, module in sys.modules.items() if name.startswith("prefixmem_fast.kernels.")]:
         for value in vars(module).values():
-            if isinstance(value, JITFunction):
+            if isinstance(value, _kernel_class()):
                 value.device_caches.clear()
 
 
@@ -159,14 +173,17 @@ def parts_of(call: Callable[[], Any]) -> Parts:
     from torch import autograd
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
-    from triton.runtime.jit import JITFunction
 
+    import prefixmem_fast
+    from prefixmem_fast import kernels
     from prefixmem_fast.operation.backends import functions_of
     from prefixmem_fast.operation.interface import FUNCTIONS
     from prefixmem_fast.operation.row_gradients import _RowGradient
 
     launches, operators, python_calls = [], [], 0
-    run, backend = JITFunction.run, functions_of("triton")
+    kernel_class, backend = _kernel_class(), functions_of("triton")
+    run = kernel_class.run
+    folders = prefixmem_fast.__path__[0], kernels.__path__[0]
     dispatched = hidden = False
 
     def recording_run(self, *args, grid, warmup=False, **kwargs):
@@ -203,10 +220,10 @@ def parts_of(call: Callable[[], Any]) -> Parts:
 
     def count(frame, event, argument):
         nonlocal python_calls
-        python_calls += event in ("call", "c_call")
+        python_calls += event in ("call", "c_call") and frame.f_code.co_filename.startswith(folders)
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(JITFunction, "run", recording_run))
+        stack.enter_context(mock.patch.object(kernel_class, "run", recording_run))
         for name in FUNCTIONS:
             stack.enter_context(mock.patch.object(backend, name, seen(getattr(backend, name))))
         backward = staticmethod(seen(_RowGradient.backward))
@@ -218,7 +235,7 @@ def parts_of(call: Callable[[], Any]) -> Parts:
         call()
     finally:
         sys.setprofile(None)
-    return Parts(launches, operators, python_calls - 1)  # less that of setprofile
+    return Parts(launches, operators, python_calls)
 
 
 def _in_turn(parts: list[Callable[[], Any]]) -> Callable[[], None]:

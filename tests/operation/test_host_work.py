@@ -1,0 +1,32 @@
+"""How much the host does for a call, in numbers that no clock takes; `python -m bench host` gives the time."""
+
+import pytest
+
+from bench import host
+
+# Launches, functions of torch that reach its dispatcher, and Python calls of and from this package: at most these.
+MOST = {
+    "forward, of it the backend": (1, 1, 14),
+    "forward, of it the operator": (1, 1, 16),
+    "forward, no gradient": (1, 1, 39),
+    "forward, gradient": (1, 1, 44),
+    "step, fused SGD": (14, 49, 252),
+    "step, fused row-wise Adagrad": (14, 49, 253),
+    "step, fused row-wise Adam": (14, 56, 261),
+    "step, sparse row-wise Adagrad": (13, 60, 245),
+}
+
+
+@pytest.fixture(scope="module")
+def calls():
+    with host.kernels_that_return_at_once():
+        yield host.calls()
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_a_call_does_no_more_than_before(name, calls):
+    assert set(calls) == set(MOST)
+    calls[name]()  # what only a first call does
+    parts = host.parts_of(calls[name])
+    found = len(parts.launches), len(parts.operators), parts.python_calls
+    assert all(count <= most for count, most in zip(found, MOST[name], strict=True)), (found, MOST[name])
