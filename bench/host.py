@@ -30,7 +30,7 @@ from .rows import OURS, Row, append_rows
 
 TARGET = "sm_90"
 # Large enough for the usual number of launches, small enough that memory comes from the heap without a system call.
-SIDS, SPARSE_SIDS = 4096, 64  # grad="sparse" fills its list of rows, which would hide the rest
+SIDS, SPARSE_SIDS = 1024, 64  # grad="sparse" fills its list of rows, which would hide the rest
 
 
 class Parts(NamedTuple):
@@ -176,19 +176,30 @@ def parts_of(call: Callable[[], Any]) -> Parts:
 
     import prefixmem_fast
     from prefixmem_fast import kernels
+    from prefixmem_fast._launch import Launcher
     from prefixmem_fast.operation.backends import functions_of
     from prefixmem_fast.operation.interface import FUNCTIONS
     from prefixmem_fast.operation.row_gradients import _RowGradient
 
     launches, operators, python_calls = [], [], 0
     kernel_class, backend = _kernel_class(), functions_of("triton")
-    run = kernel_class.run
+    run, launch = kernel_class.run, Launcher.__call__
     folders = prefixmem_fast.__path__[0], kernels.__path__[0]
-    dispatched = hidden = False
+    dispatched = hidden = in_launcher = False
 
     def recording_run(self, *args, grid, warmup=False, **kwargs):
-        launches.append(lambda: self[grid](*args, **kwargs))
+        if not in_launcher:
+            launches.append(lambda: self[grid](*args, **kwargs))
         return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    def recording_launch(self, *args, **kwargs):
+        nonlocal in_launcher
+        launches.append(lambda: self(*args, **kwargs))
+        in_launcher = True
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            in_launcher = False
 
     class Noticing(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -224,6 +235,7 @@ def parts_of(call: Callable[[], Any]) -> Parts:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(kernel_class, "run", recording_run))
+        stack.enter_context(mock.patch.object(Launcher, "__call__", recording_launch))
         for name in FUNCTIONS:
             stack.enter_context(mock.patch.object(backend, name, seen(getattr(backend, name))))
         backward = staticmethod(seen(_RowGradient.backward))

@@ -176,6 +176,8 @@ def compiled_by(call: Callable[[], Any], target: str) -> list[Any]:
     """The kernels that a launcher compiles for a target, as Triton's CompiledKernel, in the order of their launch."""
     from triton.runtime.jit import JITFunction
 
+    from .._launch import Launcher
+
     seen: list[Any] = []
     run = JITFunction.run
 
@@ -185,7 +187,8 @@ def compiled_by(call: Callable[[], Any], target: str) -> list[Any]:
             seen.append(kernel)
         return kernel
 
-    with stand_in_driver(target), mock.patch.object(JITFunction, "run", recording_run):
+    watched = mock.patch.object(JITFunction, "run", recording_run), mock.patch.object(Launcher, "remembers", False)
+    with stand_in_driver(target), watched[0], watched[1]:
         call()
     return seen
 
