@@ -104,10 +104,14 @@ def _kernel_class() -> type:
 
 def _drop_kernels() -> None:
     """Drop what was compiled, while the driver that it was loaded by is there."""
+    from prefixmem_fast._launch import Launcher
+
     for module in [module for name, module in sys.modules.items() if name.startswith("prefixmem_fast.kernels.")]:
         for value in vars(module).values():
             if isinstance(value, _kernel_class()):
                 value.device_caches.clear()
+            elif isinstance(value, Launcher):
+                value._compiled.clear()
 
 
 def calls() -> dict[str, Callable[[], Any]]:
@@ -139,6 +143,17 @@ def calls() -> dict[str, Callable[[], Any]]:
 
         return step
 
+    def update_of(optimizer_class) -> Callable[[], None]:
+        weight = table_()
+        update = optimizer_class([weight], lr=0.01).begin(weight)
+        dS = torch.zeros(SIDS, 2, 256, dtype=torch.bfloat16)
+
+        def run() -> None:
+            update.squares = []
+            functions_of("triton").fused_update(dS, codes[SIDS], spec, update)
+
+        return run
+
     frozen, trained = table_().detach(), table_()
     steps = {"SGD": optim.SGD, "row-wise Adagrad": optim.RowWiseAdagrad, "row-wise Adam": optim.RowWiseAdam}
     return {
@@ -146,6 +161,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "forward, of it the operator": lambda: operators.prefix_memory(codes[SIDS], frozen, spec.key, "triton", False),
         "forward, no gradient": lambda: read(frozen),
         "forward, gradient": lambda: read(trained),
+        "step, of it the backend": update_of(optim.RowWiseAdagrad),
         **{f"step, fused {name}": step_of(rule, "fused", SIDS) for name, rule in steps.items()},
         "step, sparse row-wise Adagrad": step_of(optim.RowWiseAdagrad, "sparse", SPARSE_SIDS),
     }
