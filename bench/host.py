@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -58,11 +59,17 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"host time cannot be taken: {problem()}")
     record = run_record(options.commit)
     with kernels_that_return_at_once():
-        rows = list(measure(calls(), options.seconds))
+        rows = _measure_all(options.seconds)
     if options.out:
         append_rows(options.out, record, rows)
     print("\n".join(json.dumps({**record, **row}) for row in rows) if options.json else table(rows))
     return 0
+
+
+def _measure_all(seconds: float) -> list[Row]:
+    """In a function of its own, since no kernel may outlive the driver that loaded it."""
+    whole = calls()
+    return list(measure({**whole, **single_launches(whole)}, seconds))
 
 
 @contextmanager
@@ -165,6 +172,31 @@ def calls() -> dict[str, Callable[[], Any]]:
         **{f"step, fused {name}": step_of(rule, "fused", SIDS) for name, rule in steps.items()},
         "step, sparse row-wise Adagrad": step_of(optim.RowWiseAdagrad, "sparse", SPARSE_SIDS),
     }
+
+
+def single_launches(calls: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+    """The launch of forward, and that of a step with the most arguments: Triton's way and a Launcher's."""
+    from prefixmem_fast._launch import Launcher
+
+    kernel_class, found = _kernel_class(), {}
+    run = kernel_class.run
+    for part in ("forward", "step"):
+        launches = []
+
+        def recording_run(self, *args, grid, warmup, launches=launches, **kwargs):
+            launches.append((self, grid, args, kwargs))
+            return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+        with mock.patch.object(kernel_class, "run", recording_run), mock.patch.object(Launcher, "remembers", False):
+            calls[f"{part}, of it the backend"]()
+        kernel, grid, args, options = max(launches, key=lambda launch: len(launch[2]))
+        launch, name = Launcher(kernel), f"launch of {part}, {len(args)} arguments"
+        found |= {
+            name: partial(kernel[grid], *args, **options),
+            f"{name}, by a Launcher": partial(launch, grid, *args, **options),
+            f"{name}, of a known kind": partial(launch, grid, *args, kind=part, **options),
+        }
+    return found
 
 
 def measure(calls: dict[str, Callable[[], Any]], seconds: float) -> Iterator[Row]:
