@@ -316,7 +316,7 @@ def take_turns(calls: dict[Any, Callable[[], Any]], seconds: float, batch_second
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        while min(spent.values()) < seconds:
+        while min(spent.values()) < seconds or not all(batches.values()):
             for name, call in calls.items():
                 began = time.thread_time()
                 for _ in range(sizes[name]):

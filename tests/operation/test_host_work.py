@@ -10,7 +10,7 @@ MOST = {
     "forward, of it the operator": (1, 1, 16),
     "forward, no gradient": (1, 1, 39),
     "forward, gradient": (1, 1, 44),
-    "step, of it the backend": (13, 41, 170),
+    "step, of it the backend": (12, 41, 161),
     "step, fused SGD": (13, 45, 241),
     "step, fused row-wise Adagrad": (13, 45, 242),
     "step, fused row-wise Adam": (13, 52, 250),

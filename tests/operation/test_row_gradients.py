@@ -337,3 +337,26 @@ def test_fused_refuses_autograd_grad_and_leaves_the_table():
     prefix_memory(batch, weight, spec, grad="fused").sum().backward(inputs=[weight])
     optimizer.step()
     assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("grad", ["dense", "sparse", "fused"])
+def test_torchs_deterministic_mode_without_its_fill(grad, monkeypatch):
+    """What the documents advise: memory that nobody filled, and the bits are those of filled memory."""
+
+    def step():
+        spec, codes, _ = case()
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, spec.total_rows * 5).view(-1, 5))
+        optimizer = optim.SGD([weight], lr=0.1)
+        out = prefix_memory(codes, weight, spec, backend="triton", grad=grad)
+        out.backward(out.detach().sin())
+        if grad == "dense":
+            return weight.grad
+        optimizer.step()
+        return weight.detach()
+
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(1)
+    expected = step()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.manual_seed(1)
+    assert torch.equal(step(), expected)
