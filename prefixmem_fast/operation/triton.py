@@ -72,7 +72,7 @@ def _contiguous(source: Tensor | TokenStream) -> Tensor | TokenStream:
 
 def _epilogue_of(update: RowUpdate) -> tuple[Destination, Epilogue]:
     """An update as the arguments of a kernel, at run time and at compile time."""
-    hyper, stochastic = update.corrected, update.seed is not None
+    hyper, stochastic = update.hyper, update.seed is not None
     first_moment, second_moment = [None, None, *update.state][-2:]
     adam = len(update.state) == 2
     destination = Destination(
