@@ -1,7 +1,6 @@
-"""Compile every kernel for GPUs that are not here, and read registers, spills and access widths from the machine code.
+"""Compile every kernel for GPUs that are not here, and read from the machine code what decides its speed.
 
-The functions of the triton backend run on meta tensors, so what is compiled is what a real launch would compile: the
-argument types, the alignment and the block sizes are theirs. A stand-in driver names the target and launches nothing.
+Registers, spills and access widths for every architecture; for NVIDIA's also what `schedule.py` tells.
 """
 
 from __future__ import annotations
@@ -11,36 +10,42 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 
 from .._choices import DTYPES, MODES, TARGETS
-from .._dtypes import accumulator
-from .._triton import TRITON_PROBLEM, interpreting
-from ..addressing import AddressSpec, TokenStream
 from ..operation import BackendError
-from ..operation.backends import functions_of
-from ..operation.interface import PrefixState
-from ..operation.rules import RULES, Hyper, RowUpdate
+from .launches import WIDTH, Launch, compiled_by, launches, paper_spec, problem, record, sids_of, stand_in_driver
+from .pointers import Pointers
+from .sass import Program, parse
+from .schedule import Analysed, Schedule
 
+__all__ = [
+    "WIDTH",
+    "Compiled",
+    "analysed",
+    "compile_all",
+    "compiled_by",
+    "launches",
+    "paper_spec",
+    "problem",
+    "stand_in_driver",
+]
+
+SIDS = 65_536  # of the launches that are compiled
 _DTYPES = {name: getattr(torch, name) for name in DTYPES}
-WIDTH = 64  # the paper: d_mem = 256 over 4 heads
 
 
 @dataclass(frozen=True)
 class Compiled:
     """One kernel, compiled for one target. Widths are bytes a thread moves in one instruction, with their counts.
 
-    Of two `sum_prefixes` or `sum_rows` of one launcher the first reads gradients, the second the partial sums of the
-    first.
+    Of two kernels of one name the first is launched first. What is None is not known for the architecture.
     """
 
     launcher: str
@@ -48,29 +53,22 @@ class Compiled:
     mode: str
     dtype: str
     target: str
+    warps: int  # a program
     registers: int
+    resident_warps: int | None  # that registers, shared memory and warps let a multiprocessor hold
     spills: int  # instructions on sm, vector registers on gfx
     local_bytes: int  # stack or scratch a thread
     shared_bytes: int
     loads: dict[int, int]
     stores: dict[int, int]
     reductions: dict[int, int]
+    instructions_a_sid: float | None = None  # of warps, on the common path, all turns and the code around them
+    row_bytes_in_flight: int | None = None  # a multiprocessor, at the first wait for a row
+    schedule: Schedule | None = None
 
     @property
     def clean(self) -> bool:
         return self.spills == 0 and self.local_bytes == 0
-
-
-def paper_spec(mode: str = "prefix") -> AddressSpec:
-    """The paper's default shape: L = 5, K = 2048, N = H = 4, T = 2M, memory read at prefix lengths 3 and 4."""
-    return AddressSpec((2048,) * 5, mode=mode, active_levels=(3, 4))
-
-
-def problem() -> str | None:
-    """Why nothing can be compiled here, or None."""
-    if interpreting():
-        return "TRITON_INTERPRET=1 is set, so Triton interprets and does not compile; unset it"
-    return TRITON_PROBLEM
 
 
 # Gradients that sort, by dtype in prefix mode: each destination and update once, the largest where sums are wide. They
@@ -90,49 +88,6 @@ _SORTING = {
 }
 
 
-def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 65_536) -> dict[str, Callable[[], Any]]:
-    """Every kernel as a call of its launcher on meta tensors; the gradients that sort launch several kernels."""
-    triton = functions_of("triton")
-
-    def meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    codes = meta(sids, spec.levels)
-    ids, segments = meta(8, sids), meta(8, sids)
-    table = meta(150_000, 2, dtype=torch.int32)
-    weight = meta(spec.total_rows, width, dtype=dtype)
-    grad = meta(sids, len(spec.active_levels), spec.heads * width, dtype=dtype)
-    token_grad = meta(8, sids, spec.heads * width, dtype=dtype)
-    wide = accumulator(dtype)
-
-    def update_of(rule: str) -> RowUpdate:
-        state = [
-            meta(*(weight.shape if kind == "element" else weight.shape[:1]), dtype=wide)
-            for kind in RULES[rule].state.values()
-        ]
-        hyper = Hyper(0.1, 0.0, 1e-8, 0.9, 0.999)
-        return RowUpdate(weight, rule, state, meta(), hyper, 0 if dtype == torch.bfloat16 else None)
-
-    sparse = torch.sparse_coo_tensor(
-        meta(1, sids), meta(sids, width, dtype=dtype), weight.shape, device="meta", check_invariants=False
-    )
-    stream = TokenStream(ids, table, segments)
-    state = PrefixState(meta(1, 256, spec.levels), meta(1, 256), meta(256, spec.heads, width, dtype=wide))
-    return {
-        "prefix_memory_fwd": lambda: triton.forward(codes, weight, spec),
-        "token_memory_fwd": lambda: triton.forward(stream, weight, spec),
-        "prefix_memory_bwd": lambda: triton.dense_gradient(grad, codes, spec),
-        "token_memory_bwd": lambda: triton.dense_gradient(token_grad, stream, spec),
-        "prefix_rows": lambda: triton.prefix_rows(codes, spec),
-        "token_step": lambda: triton.decoding_step(meta(256), table, state, weight, spec),
-        "deterministic_bwd": lambda: triton.dense_gradient(grad, codes, spec, deterministic=True),
-        "deterministic_token_bwd": lambda: triton.dense_gradient(token_grad, stream, spec, deterministic=True),
-        "sparse_bwd": lambda: triton.row_sums(grad, codes, spec, dtype),
-        "sparse_update": lambda: triton.sparse_update(sparse, update_of("row_adagrad")),
-        **{f"{rule}_bwd": partial(triton.fused_update, grad, codes, spec, update_of(rule)) for rule in RULES},
-    }
-
-
 def _chosen(mode: str, dtype: str, launcher: str) -> bool:
     """Whether `compile_all` takes a launcher."""
     if launcher not in {name for names in _SORTING.values() for name in names}:
@@ -140,10 +95,12 @@ def _chosen(mode: str, dtype: str, launcher: str) -> bool:
     return launcher in (_SORTING[dtype] if mode == "prefix" else ("row_adagrad_bwd",))
 
 
-def compile_all(targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = DTYPES) -> Iterator[Compiled]:
+def compile_all(
+    targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = DTYPES, launchers: tuple[str, ...] | None = None
+) -> Iterator[Compiled]:
     """Compile every kernel for every target and dtype at the paper's default shape, and the other modes in bfloat16.
 
-    A kernel that several launchers share is reported once.
+    A kernel that several launchers share is reported once. With `launchers`, theirs alone, in prefix mode.
 
     Raises:
         BackendError: nothing can be compiled here, or a disassembler is missing.
@@ -152,132 +109,106 @@ def compile_all(targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = DT
     reason = problem()
     if reason is not None:
         raise BackendError(f"the kernels cannot be compiled: {reason}")
-    for name, given, known in (("target", targets, TARGETS), ("dtype", dtypes, DTYPES)):
+    every = tuple(launches(paper_spec(), torch.bfloat16, WIDTH))
+    chosen = (("target", targets, TARGETS), ("dtype", dtypes, DTYPES), ("launcher", launchers or (), every))
+    for name, given, known in chosen:
         unknown = [value for value in given if value not in known]
         if unknown:
             raise ValueError(f"{name} = {unknown[0]!r} is unknown; allowed are {', '.join(map(repr, known))}")
     for target in targets:
         met: set[str] = set()
         for dtype in dtypes:
-            for mode in MODES if dtype == "bfloat16" else MODES[:1]:
+            for mode in MODES if dtype == "bfloat16" and launchers is None else MODES[:1]:
                 spec = paper_spec(mode)
                 calls = launches(spec, _DTYPES[dtype], WIDTH)
                 for launcher, call in calls.items():
-                    if not _chosen(mode, dtype, launcher):
+                    if launcher not in launchers if launchers else not _chosen(mode, dtype, launcher):
                         continue
-                    for kernel in compiled_by(call, target):
-                        if kernel.hash in met:
+                    for launch in record(call, target):
+                        if not isinstance(launch, Launch) or launch.compiled.hash in met:
                             continue
-                        met.add(kernel.hash)
-                        yield _inspect(kernel, launcher, mode, dtype, target)
+                        met.add(launch.compiled.hash)
+                        sids = sids_of(launcher, spec, SIDS)
+                        yield inspect(launch.compiled, launcher, mode, dtype, target, launch, sids)
 
 
-def compiled_by(call: Callable[[], Any], target: str) -> list[Any]:
-    """The kernels that a launcher compiles for a target, as Triton's CompiledKernel, in the order of their launch."""
-    from triton.runtime.jit import JITFunction
-
-    from .._launch import Launcher
-
-    seen: list[Any] = []
-    run = JITFunction.run
-
-    def recording_run(self, *args, **kwargs):
-        kernel = run(self, *args, **kwargs)
-        if kernel not in seen:
-            seen.append(kernel)
-        return kernel
-
-    watched = mock.patch.object(JITFunction, "run", recording_run), mock.patch.object(Launcher, "remembers", False)
-    with stand_in_driver(target), watched[0], watched[1]:
-        call()
-    return seen
-
-
-@contextmanager
-def stand_in_driver(target: str, *, module: Any = None) -> Iterator[None]:
-    """Triton's driver names `target`; kernels are compiled for it, and each launch returns at once.
-
-    Args:
-        module: what stands for a loaded binary. With None each launch loads it anew; anything else must not outlive
-            this driver, since Triton unloads it with the kernel.
-    """
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    if target.startswith("sm_"):
-        gpu = GPUTarget("cuda", int(target[3:]), 32)
-    else:
-        gpu = GPUTarget("hip", target, 64)
-    properties = {"max_shared_mem": 1 << 20, "multiprocessor_count": 132}
-    stand_in = SimpleNamespace(
-        get_current_device=lambda: target,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: gpu,
-        launcher_cls=lambda src, metadata: lambda *args, **kwargs: None,
-        utils=SimpleNamespace(
-            get_device_properties=lambda device: properties,
-            load_binary=lambda name, binary, shared, device: (module, 1, 0, 0, 1024),
-            unload_module=lambda module: None,
-        ),
-    )
-    slot = "_active" if hasattr(driver, "_active") else "active"  # triton 3.4 keeps a lazy proxy in `active`
-    active = getattr(driver, slot)
-    driver.set_active(stand_in)
-    try:
-        yield
-    finally:
-        setattr(driver, slot, active)
-
-
-def _inspect(kernel: Any, launcher: str, mode: str, dtype: str, target: str) -> Compiled:
-    read = _read_sass if target.startswith("sm_") else _read_gcn
+def inspect(
+    kernel: Any,
+    launcher: str,
+    mode: str,
+    dtype: str,
+    target: str,
+    launch: Launch | None = None,
+    sids: int | None = None,
+) -> Compiled:
+    """Read one kernel; with a launch and the SIDs that its programs share, instructions a SID as well."""
     name = kernel.metadata.name.removesuffix("_kernel")
-    return Compiled(launcher, name, mode, dtype, target, shared_bytes=kernel.metadata.shared, **read(kernel))
+    row = partial(Compiled, launcher, name, mode, dtype, target, kernel.metadata.num_warps)
+    shared = kernel.metadata.shared
+    if not target.startswith("sm_"):
+        registers, read = _read_gcn(kernel)
+        return row(registers, None, shared_bytes=shared, **read)
+    registers, read, program = _read_sass(kernel)
+    found = analysed(kernel, program)
+    schedule = found.schedule(launch.sizes if launch else None)
+    cost = found.cost(target, registers, shared, kernel.metadata.num_warps, launch.sizes if launch else None)
+    warps, instructions = cost.resident * cost.warps, cost.warps * cost.instructions
+    return row(
+        registers,
+        warps,
+        shared_bytes=shared,
+        **read,
+        instructions_a_sid=round(launch.programs * instructions / sids, 1) if launch and sids else None,
+        row_bytes_in_flight=warps * schedule.row_bytes_in_flight,
+        schedule=schedule,
+    )
 
 
-_SASS_WIDTH = re.compile(r"\.(U8|S8|U16|S16|64|128|256)\b")
-_SASS_ACCESS = re.compile(r"\b(LDG|STG|REDG?|ATOMG|LDL|STL)(?![A-Z])((?:\.[A-Za-z0-9_]+)*)")
+def analysed(kernel: Any, program: Program | None = None) -> Analysed:
+    """A compiled kernel's machine code, on its common path."""
+    program = program or parse(_disassembled(kernel))
+    names = kernel.src.fn.arg_names
+    constants = {names[place[0]]: value for place, value in kernel.src.constants.items() if len(place) == 1}
+    name = kernel.metadata.name.removesuffix("_kernel")
+    return Analysed(program, Pointers(kernel.asm["ptx"], kernel.src.signature), name, constants)
 
 
-def _read_sass(kernel: Any) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(kernel.asm["cubin"])
-        usage = _run("cuobjdump", "-res-usage", cubin)
-        sass = _run("nvdisasm", "-c", "-ndf", cubin)
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL"))
-    accesses = _SASS_ACCESS.findall(sass)
-    return {
-        "registers": registers,
-        "spills": sum(op in ("LDL", "STL") for op, _ in accesses),
-        "local_bytes": stack + local,
-        **_widths((op, _sass_bytes(suffix)) for op, suffix in accesses),
-    }
+def registers_of(kernel: Any) -> int:
+    return _usage(kernel)["REG"]
 
 
-def _sass_bytes(suffix: str) -> int:
-    lanes = re.search(r"F32x(\d)", suffix)
-    if lanes:
-        return 4 * int(lanes.group(1))
-    if ".F64" in suffix:
-        return 8
-    width = _SASS_WIDTH.search(suffix + " ")
-    if width is None:
-        return 4
-    return {"U8": 1, "S8": 1, "U16": 2, "S16": 2}.get(width.group(1)) or int(width.group(1)) // 8
+def _read_sass(kernel: Any) -> tuple[int, dict[str, Any], Program]:
+    usage, program = _usage(kernel), parse(_disassembled(kernel))
+    return (
+        usage["REG"],
+        {
+            "spills": sum(i.name in ("LDL", "STL") for i in program.instructions),
+            "local_bytes": usage["STACK"] + usage["LOCAL"],
+            **_widths((i.name, i.bytes_a_thread) for i in program.instructions),
+        },
+        program,
+    )
+
+
+def _usage(kernel: Any) -> dict[str, int]:
+    text = _on_cubin(kernel.asm["cubin"], "cuobjdump", "-res-usage")
+    return {key: int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK", "LOCAL")}
+
+
+def _disassembled(kernel: Any) -> str:
+    return _on_cubin(kernel.asm["cubin"], "nvdisasm", "-c", "-ndf", "-hex", "-gi")
 
 
 _GCN_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store|atomic_[a-z_]*add)_([a-z0-9_]+)")
 
 
-def _read_gcn(kernel: Any) -> dict[str, Any]:
+def _read_gcn(kernel: Any) -> tuple[int, dict[str, Any]]:
     text = kernel.asm["amdgcn"]
 
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))
 
-    return {
-        "registers": field("vgpr_count"),
+    return field("vgpr_count"), {
         "spills": field("vgpr_spill_count"),  # scalar registers spill into lanes of vector ones, not into memory
         "local_bytes": field("private_segment_fixed_size"),
         **_widths((op.split("_")[0], _gcn_bytes(suffix)) for op, suffix in _GCN_ACCESS.findall(text)),
@@ -304,14 +235,19 @@ def _widths(accesses: Iterable[tuple[str, int]]) -> dict[str, dict[int, int]]:
     }
 
 
-def _run(tool: str, *arguments: Any) -> str:
+@lru_cache(maxsize=64)  # the model asks again for what the report has read
+def _on_cubin(code: bytes, tool: str, *arguments: str) -> str:
+    """What one of NVIDIA's tools prints about a kernel's binary."""
     import triton
 
     bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     path = str(bundled) if bundled.exists() else shutil.which(tool)
     if path is None:
         raise BackendError(f"{tool} is neither in triton's package nor on the PATH; install the CUDA toolkit's tools")
-    done = subprocess.run([path, *map(str, arguments)], capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(code)
+        done = subprocess.run([path, *arguments, str(cubin)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{tool} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 
 from .._choices import BACKENDS, DTYPES, TARGETS
+from .._files import write_text
 from .._progress import Progress
 
 
@@ -20,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, help="start no further configuration after so many")
     parser.add_argument("--seed", type=int, default=0, help="seed of the configurations (default: %(default)s)")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--compile", action="store_true", help="compile offline instead, and report the machine code")
+    instead.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile offline instead; report machine code, launches, and times that a model gives",
+    )
     instead.add_argument(
         "--traffic",
         action="store_true",
@@ -28,12 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, known in (("targets", TARGETS), ("dtypes", DTYPES)):
         parser.add_argument(f"--{name}", help=f"for --compile: some of {','.join(known)} (default: all)")
+    parser.add_argument("--launchers", help="for --compile: some of those that the report names (default: all)")
+    parser.add_argument(
+        "--triton", help="for --compile: releases of triton to run with, as folders or as versions in .venv-triton/"
+    )
+    parser.add_argument("--save", metavar="FOLDER", help="for --compile: write compile_triton_<version>.json there")
 
 
 def run(options: argparse.Namespace) -> int:
     if options.compile:
         return _compile(options)
-    for name in ("targets", "dtypes"):
+    for name in ("targets", "dtypes", "launchers", "triton", "save"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} goes with --compile; add it, or leave --{name} out")
     if options.traffic:
@@ -88,38 +101,48 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _compile(options: argparse.Namespace) -> int:
-    from ..checks import machine_code as offline
-    from ..checks.environment import facts as machine_facts
-
     targets, dtypes = _listed("targets", options, TARGETS), _listed("dtypes", options, DTYPES)
-    kernels = []
+    if options.triton is not None:
+        return _compile_with_others(options, targets, dtypes)
+    from ..checks import compile_report as offline
+
+    launchers = None if options.launchers is None else _split(options.launchers)
+    kernels: Counter[tuple[str, str]] = Counter()
     with Progress("compile", len(targets) * len(dtypes), "targets and dtypes", quiet=options.json) as progress:
-        for kernel in offline.compile_all(targets, dtypes):
-            if kernels and (kernel.target, kernel.dtype) != (kernels[-1].target, kernels[-1].dtype):
-                progress.update(kernels=len(kernels))
-            kernels.append(kernel)
-    spilled = [kernel for kernel in kernels if not kernel.clean]
-    if options.json:
-        head = {"versions": machine_facts()["versions"], "width": offline.WIDTH, "spec": offline.paper_spec().to_dict()}
-        lines = ",\n".join(json.dumps(asdict(kernel)) for kernel in kernels)  # a kernel a line, to be compared
-        print(f'{json.dumps(head)[:-1]}, "kernels": [\n{lines}\n]}}')
-        return 1 if spilled else 0
-    print(f"{offline.paper_spec()}, rows of {offline.WIDTH}")
-    print("loads, stores and atomic adds: bytes a thread moves in one instruction x how many such instructions")
-    form = "{:<8}{:<25}{:<19}{:<8}{:<10}{:>5}{:>8}{:>7}{:>8}  {:<26}{:<20}{}"
-    heads = ("target", "launcher", "kernel", "mode", "dtype", "regs", "spills", "local", "shared", "loads", "stores")
-    print(form.format(*heads, "adds"))
-    for k in kernels:
-        widths = [" ".join(f"{size}x{count}" for size, count in w.items()) for w in (k.loads, k.stores, k.reductions)]
-        facts = (k.target, k.launcher, k.kernel, k.mode, k.dtype, k.registers, k.spills, k.local_bytes, k.shared_bytes)
-        print(form.format(*facts, *widths).rstrip())
-    print(f"{len(kernels)} kernels compiled, {len(spilled)} with spills or local memory")
-    return 1 if spilled else 0
+
+        def count(kernel: offline.Compiled) -> None:
+            if kernels and (kernel.target, kernel.dtype) not in kernels:
+                progress.update(kernels=kernels.total())
+            kernels[kernel.target, kernel.dtype] += 1
+
+        report = offline.compile_report(targets, dtypes, launchers, count)
+    if options.save is not None:
+        folder = Path(options.save)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / f"compile_triton_{report.versions['triton']}.json", offline.as_json(report) + "\n")
+    print(offline.as_json(report) if options.json else offline.as_text(report))
+    return 1 if report.spilled else 0
+
+
+def _compile_with_others(options: argparse.Namespace, targets: tuple[str, ...], dtypes: tuple[str, ...]) -> int:
+    from ..checks.other_triton import folder_of, run_with
+
+    arguments = ["verify", "--compile", "--targets", ",".join(targets), "--dtypes", ",".join(dtypes)]
+    arguments += ["--json"] * options.json
+    for name in ("launchers", "save"):
+        if getattr(options, name) is not None:
+            arguments += [f"--{name}", getattr(options, name)]
+    folders = [folder_of(release) for release in _split(options.triton)]
+    return max([run_with(folder, arguments) for folder in folders], default=0)
 
 
 def _listed(name: str, options: argparse.Namespace, known: Iterable[str]) -> tuple[str, ...]:
     given = getattr(options, name)
-    chosen = tuple(known) if given is None else tuple(filter(None, map(str.strip, given.split(","))))
+    chosen = tuple(known) if given is None else _split(given)
     if not chosen or any(value not in known for value in chosen):
         raise ValueError(f"--{name} = {given!r} is unknown; allowed are {', '.join(known)}, separated by commas")
     return chosen
+
+
+def _split(given: str) -> tuple[str, ...]:
+    return tuple(filter(None, re.split(r"[,\s]+", given)))
