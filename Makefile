@@ -10,13 +10,17 @@ GPU_PYTHON = $(shell $(PYTHON) -c "import $(GPU_NEEDS)" 2>/dev/null && echo $(PY
 TORCH ?=
 PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: test test-slow test-all test-oldest test-newest demo bench gpu lint format clean
+# Other releases of triton, whose machine code the slow tests hold too, each in a folder of its own.
+TRITONS := 3.4.0 3.6.0
+TRITON_FOLDERS := $(TRITONS:%=.venv-triton/%/ready)
+
+.PHONY: test test-slow test-all test-oldest test-newest triton-releases compile-report demo bench gpu lint format clean
 
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow" tests
 	@$(MAKE) --no-print-directory lint
 
-test-slow: $(VENV)/ready
+test-slow: $(VENV)/ready triton-releases
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow tests
 
 test-all: test test-slow
@@ -32,6 +36,17 @@ test-oldest test-newest: test-%:
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet $(RELEASES) $(TORCH) --editable '.[test,bench]'
 	touch $@
+
+triton-releases: $(TRITON_FOLDERS)
+
+$(TRITON_FOLDERS): .venv-triton/%/ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv-triton/$* triton==$*
+	touch $@
+
+# What every kernel compiles to, with each release of triton, and times by a model: bench/results/compile_triton_*.json
+compile-report: $(VENV)/ready triton-releases
+	OMP_NUM_THREADS=1 $(BIN)/prefixmem verify --compile --save bench/results
+	OMP_NUM_THREADS=1 $(BIN)/prefixmem verify --compile --save bench/results --triton '$(TRITONS)'
 
 demo: $(VENV)/ready
 	$(BIN)/prefixmem info
@@ -53,7 +68,7 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-triton build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

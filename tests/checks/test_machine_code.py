@@ -145,7 +145,7 @@ for target, count in (("sm_90", 3), ("gfx942", 1)):
             if sorts and (name != "row_adagrad_bwd" or target != "sm_90"):
                 continue
             for kernel in machine_code.compiled_by(call, target):
-                found = machine_code._inspect(kernel, "", "prefix", str(dtype), target)
+                found = machine_code.inspect(kernel, "", "prefix", str(dtype), target)
                 if not found.clean:
                     print(sizes, heads, width, found)
 """

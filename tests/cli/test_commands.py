@@ -156,6 +156,9 @@ def test_verify_finds_faults_around_the_operation(capsys, monkeypatch, fault):
     [
         (["verify", "--cases", "0"], "--cases = 0"),
         (["verify", "--compile"], "unset it"),
+        (["verify", "--compile", "--triton", "0.0.1"], "neither a folder with triton in it nor a version"),
+        (["verify", "--launchers", "sgd_bwd"], "--launchers goes with --compile"),
+        (["verify", "--save", "."], "--save goes with --compile"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, message):
