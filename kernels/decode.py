@@ -14,7 +14,7 @@ from prefixmem_fast.addressing import AddressSpec
 
 from .address import address_of, append_code
 from .forward import BUDGET, add_level, load_nested
-from .tiles import LAUNCH, blocks, column_tile, tile_of
+from .tiles import blocks, column_tile, roomy_launch, tile_of
 from .tokens import load_token
 
 
@@ -106,6 +106,6 @@ def token_step(
             tile.BM,
             tile.BH,
             tile.BW,
-            **LAUNCH,
+            **roomy_launch(4),
         )
     return out

@@ -127,7 +127,9 @@ def prefix_memory_fwd_kernel(
 
 
 @triton.jit
-def load_token_rows(p_weight, b_level, b_codes, b_length, o_h, o_w, m_d, W: tl.constexpr, address: tl.constexpr):
+def load_token_rows(
+    p_weight, b_level, b_codes, b_length, b_before, o_h, o_w, m_d, W: tl.constexpr, address: tl.constexpr
+):
     """Rows of every order at tokens of levels [BM], as they are stored: a tuple of [BM, BH, BW]."""
     LAST: tl.constexpr = address.last_active
     b_rows = ()
@@ -139,8 +141,9 @@ def load_token_rows(p_weight, b_level, b_codes, b_length, o_h, o_w, m_d, W: tl.c
                 b_here = tl.where(b_level == n, b_length, 0)
                 b_rows = b_rows + (load_order(p_weight, b_codes, b_here, o_h, o_w, m_d, n, n, W, address),)
             else:
-                b_here = tl.where((b_level >= n) & (b_length == b_level), n, 0)
-                b_last = last_codes(b_level, b_codes, n, LAST)
+                m_whole = (b_level >= n) & (b_length == b_level)
+                b_here = tl.where(m_whole, n, 0)
+                b_last = last_codes(b_before, m_whole, n, address)
                 b_rows = b_rows + (load_order(p_weight, b_last, b_here, o_h, o_w, m_d, n, n, W, address),)
     return b_rows
 
@@ -173,8 +176,8 @@ def token_memory_fwd_kernel(
         p_segments += i_row * T
     o_h, o_w, o_d, m_d = column_tile(tl.program_id(1), H, W, BH, BW)
 
-    b_level, b_codes, b_length = load_codes_before(p_ids, p_table, p_segments, o_t, o_t < T, V, address)
-    b_rows = load_token_rows(p_weight, b_level, b_codes, b_length, o_h, o_w, m_d, W, address)
+    b_level, b_codes, b_length, b_before = load_codes_before(p_ids, p_table, p_segments, o_t, o_t < T, V, address)
+    b_rows = load_token_rows(p_weight, b_level, b_codes, b_length, b_before, o_h, o_w, m_d, W, address)
     b_sum = tl.zeros([BM, BH, BW], ACC)
     for k in tl.static_range(len(b_rows)):
         b_sum = b_sum + b_rows[k].to(ACC)
@@ -189,8 +192,8 @@ BUDGET = 8192
 def registers_for(spec: AddressSpec, dtype: torch.dtype) -> int:
     """A limit that lets the rows of all orders be in flight at once. Without one ptxas sums as it loads, to save
     registers that no further warp could use."""
-    row = BUDGET // accumulator(dtype).itemsize * dtype.itemsize // 128 // 4 * min(spec.max_order, spec.levels)
-    return 64 if row <= 32 else 128 if row <= 64 else 255
+    rows = BUDGET // accumulator(dtype).itemsize * dtype.itemsize // 128 // 4 * min(spec.max_order, spec.levels)
+    return 64 if rows <= 32 else 128 if rows <= 64 else 255
 
 
 def prefix_memory_fwd(codes: Tensor, weight: Tensor, spec: AddressSpec) -> Tensor:

@@ -80,7 +80,8 @@ def enter_chains(p_heads, p_count, p_links, p_shared, n_buckets, b_slot, b_row, 
     tl.store(p_shared + (i_list + tl.cumsum(b_one, 0) - 1), b_slot.to(tl.int32), mask=m_slot)  # [BS]
 
 
-@triton.jit(do_not_specialize=["S", "n_bits", "n_buckets"])
+# Where triton 3.6 knows on gfx942 that `heads` is small, it takes a buffer operation that has no exchange.
+@triton.jit(do_not_specialize=["p_heads", "S", "n_bits", "n_buckets"])
 def mark_claims_kernel(
     p_targets,
     p_twice,
@@ -110,7 +111,7 @@ def mark_claims_kernel(
     tl.store(p_target, -2 - b_row, mask=m_shared)  # [BS]
 
 
-@triton.jit(do_not_specialize=["S", "n_buckets"])
+@triton.jit(do_not_specialize=["p_heads", "S", "n_buckets"])
 def mark_sorted_kernel(
     p_rows,
     p_order,

@@ -114,7 +114,7 @@ def _sum_prefixes_of(grad, codes, n_tokens, spec, destination, epilogue, squares
 
 def crowded(slots: int, spec: AddressSpec) -> bool:
     """Whether so many runs may meet in so few rows that chains would be long."""
-    return 4 * slots > spec.total_rows
+    return slots > spec.total_rows
 
 
 def _sum_suffixes_of(grad, codes, n_tokens, spec, destination, epilogue, squares):

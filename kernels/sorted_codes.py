@@ -20,7 +20,7 @@ from prefixmem_fast.addressing import AddressSpec
 
 from .address import address_of, load_sid_codes, order_rows
 from .shared_rows import Claims, claim
-from .tiles import LAUNCH, blocks
+from .tiles import LAUNCH, blocks, roomy_launch
 
 # Prefixes of an order whose runs are long: few end, so they are put aside and not updated in every turn of the walk.
 FEW = 4096
@@ -194,7 +194,7 @@ def sort_prefixes(
     )
     once, twice, n_bits = (None, None, 0) if claims is None else (claims.once, claims.twice, 32 * len(claims.once))
     prefixes_kernel[(blocks(M, BM),)](
-        order, codes, n_tokens, *found, once, twice, n_bits, M, plan, address, BM, BH, **LAUNCH
+        order, codes, n_tokens, *found, once, twice, n_bits, M, plan, address, BM, BH, **roomy_launch(4)
     )
     return found
 

@@ -81,7 +81,8 @@ def load_token_codes(p_ids, p_table, p_segments, o_t, m_t, T, V, address: tl.con
 @triton.jit
 def load_codes_before(p_ids, p_table, p_segments, o_t, m_t, V, address: tl.constexpr):
     """What the tokens o_t [BM] of a row stand for: their level, 0 where that is not an active one or their SID is
-    broken; the codes of their SIDs from the first one on, as a tuple of [BM]; how many stand before the prefix ends.
+    broken; the codes of their SIDs from the first one on, as a tuple of [BM]; how many stand before the prefix ends;
+    and the codes as they look back, the token's own first.
     """
     LAST: tl.constexpr = address.last_active
     b_ids, m_ids = (), ()  # every token, then every entry: one after the other they would be as many trips to memory
@@ -107,18 +108,16 @@ def load_codes_before(p_ids, p_table, p_segments, o_t, m_t, V, address: tl.const
         for l in tl.static_range(position, LAST + 1):
             b_code = tl.where(b_level == l, b_before[l - position], b_code)
         b_codes, b_length = append_code(b_codes, b_length, b_code, position, address)
-    return b_level, b_codes, b_length
+    return b_level, b_codes, b_length, b_before
 
 
 @triton.jit
-def last_codes(b_level, b_codes, COUNT: tl.constexpr, LAST: tl.constexpr):
-    """The last COUNT codes of prefixes of b_level [BM] codes, first to last."""
+def last_codes(b_before, m_m, COUNT: tl.constexpr, address: tl.constexpr):
+    """The last COUNT codes up to tokens, first to last, of codes that look back; 0 where masked."""
+    INDEX: tl.constexpr = tl.int64 if address.wide else tl.int32
     b_last = ()
     for i in tl.static_range(COUNT):
-        b_code = b_codes[i]
-        for l in tl.static_range(COUNT + 1, LAST + 1):
-            b_code = tl.where(b_level == l, b_codes[l - COUNT + i], b_code)
-        b_last = b_last + (b_code,)
+        b_last = b_last + (tl.where(m_m, b_before[COUNT - 1 - i], 0).to(INDEX),)
     return b_last
 
 

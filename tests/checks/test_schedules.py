@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from .schedules import Limits, broken, unreached
+from .test_machine_code import clean
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -67,16 +68,9 @@ RELEASES = {
         ),
     },
 }
-# Kernels that spill all the same: release ("" for the installed one), target, launcher, kernel, dtype.
-SPILLS = {
-    ("", "sm_100", "token_memory_fwd", "token_memory_fwd", "bfloat16"),  # suffix mode, 8 bytes of stack
-    ("", "sm_100", "token_step", "token_step", "bfloat16"),  # full mode, two registers
-    ("3.6.0", "sm_100", "row_adagrad_bwd", "prefixes", "bfloat16"),  # full mode, two registers
-}
 # What cannot be compiled: release and target.
 UNBUILT = {
     ("3.4.0", "gfx942"): "triton 3.4 links with ROCm's own ld.lld",
-    ("3.6.0", "gfx942"): "triton 3.6 has no masked exchange on gfx942: mark_claims does not compile",
 }
 
 
@@ -97,10 +91,9 @@ def held(rows, table):
 
 
 def spilled(rows, release):
-    """Kernels with spills or local memory that SPILLS does not name."""
-    dirty = [row for row in rows if row["spills"] or row["local_bytes"]]
-    named = [(release, row["target"], row["launcher"], row["kernel"], row["dtype"]) for row in dirty]
-    return [name for name in named if name not in SPILLS]
+    """Kernels with spills or local memory."""
+    dirty = [row for row in rows if not clean(row)]
+    return [(release, row["target"], row["launcher"], row["kernel"], row["dtype"]) for row in dirty]
 
 
 ROW = {
