@@ -26,6 +26,7 @@ from .sorted_codes import Prefixes, SortPlan
 from .tiles import blocks, column_tile, roomy_launch, tile_of, warp_bytes
 from .update import STORE, Destination, Epilogue, load_numbers, load_rows, store_squares, with_squares, write_rows
 
+TENSORS = {"row_adam": 2, "lazy_adam": 3}  # of the table's shape that an update reads
 EDGE_WARPS = 2
 EDGE = 8192  # bytes of partial sums that a program adds at a time
 LONGEST = 32  # places a block
@@ -326,7 +327,8 @@ def sum_prefixes(
     W, J, E = grad.shape[-1] // spec.heads, len(plan.orders), len(prefixes.sids)
     dtype, address = accumulator(grad.dtype), address_of(spec)
     whole_row = triton.next_power_of_2(W) * dtype.itemsize
-    warp = warp_bytes(dtype)
+    ahead = TENSORS.get(epilogue.rule, 1) * grad.dtype.itemsize  # bytes of a number and its moments, all read ahead
+    warp = warp_bytes() // (2 if ahead > 8 else 1)
     tile = tile_of(spec.heads, W, grad.dtype, warp if epilogue == STORE else max(warp, whole_row))
     warps = max(tile.BM * tile.BH * tile.BW * dtype.itemsize // warp, 1)
     block = block_of(E)

@@ -61,12 +61,12 @@ def tile_of(heads: int, width: int, dtype: torch.dtype, budget: int) -> Tile:
     return Tile(BM, BH, BW, blocks(heads, BH) * blocks(width, BW))
 
 
-VALUES = 8  # of a running sum a thread: 16-byte reads of bfloat16
+SUM_BYTES = 32  # of a running sum a thread: 8 values, which are 16-byte reads of bfloat16
 
 
-def warp_bytes(dtype: torch.dtype) -> int:
+def warp_bytes() -> int:
     """Bytes of a running sum that one warp holds."""
-    return VALUES * target()[1] * accumulator(dtype).itemsize
+    return SUM_BYTES * target()[1]
 
 
 def row_tile(width: int, dtype: torch.dtype, whole: bool) -> tuple[int, int, int]:
@@ -74,7 +74,7 @@ def row_tile(width: int, dtype: torch.dtype, whole: bool) -> tuple[int, int, int
 
     Warps of one program would have to wait for one another before a row that all have read is written.
     """
-    values = VALUES * target()[1]
+    values = warp_bytes() // accumulator(dtype).itemsize
     BW = triton.next_power_of_2(width)
     if not whole:
         BW = min(BW, values)

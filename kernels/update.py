@@ -8,6 +8,7 @@ a turn ahead of its sums.
 from __future__ import annotations
 
 import math
+import struct
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,19 +21,20 @@ from torch import Tensor
 class Destination(NamedTuple):
     """Run-time arguments: a table of sums, or the weight with its optimizer's state and numbers.
 
-    Numbers are floats whatever their value: Triton would compile a kernel anew for an integer of another size.
+    Triton passes a float in 32 bits, so a number of a float64 table comes as two (see `pair`). All are floats whatever
+    their value: a kernel would be compiled anew for an integer of another size.
     """
 
     table: Tensor  # [R, W]
     first_moment: Tensor | None = None  # first moment [R, W]
     second_moment: Tensor | None = None  # second moment or sum, [R] or [R, W]
     step: Tensor | None = None  # int64: for the corrections and the random bits
-    lr: Tensor | float = 0.0
-    weight_decay: float = 0.0
-    eps: float = 0.0
-    beta1: float = 0.0
-    beta2: float = 0.0
-    log_beta1: tuple[float, float] = (0.0, 0.0)  # ln beta as a float32 and what is left of it
+    lr: Tensor | tuple[float, float] = (0.0, 0.0)
+    weight_decay: tuple[float, float] = (0.0, 0.0)
+    eps: tuple[float, float] = (0.0, 0.0)
+    beta1: tuple[float, float] = (0.0, 0.0)
+    beta2: tuple[float, float] = (0.0, 0.0)
+    log_beta1: tuple[float, float] = (0.0, 0.0)  # ln beta
     log_beta2: tuple[float, float] = (0.0, 0.0)
     seed: tuple[float, float] = (0.0, 0.0)  # lower and upper 16 bits, mixed already
     squares: Tensor | None = None  # sum of the squared gradient, one a program
@@ -53,13 +55,14 @@ STORE = Epilogue()
 
 
 @lru_cache(maxsize=64)
+def pair(number: float) -> tuple[float, float]:
+    """The nearest float32, and the rest."""
+    upper = struct.unpack("f", struct.pack("f", number))[0]
+    return upper, number - upper if math.isfinite(upper) else 0.0
+
+
 def logarithm(beta: float) -> tuple[float, float]:
-    """ln beta as the nearest float32 and the rest."""
-    if beta == 0:
-        return float("-inf"), 0.0
-    whole = math.log(beta)
-    upper = torch.tensor(whole, dtype=torch.float32).item()
-    return upper, whole - upper
+    return pair(math.log(beta) if beta else float("-inf"))
 
 
 def halves(word: int) -> tuple[float, float]:
@@ -91,11 +94,24 @@ def correction_of(b_step, log_beta, ACC: tl.constexpr):
 
 
 @triton.jit
+def number(p, ACC: tl.constexpr):
+    b_number = p[0]
+    if tl.float64 == ACC:
+        b_number = tl.zeros([], ACC) + p[0] + p[1]
+    return b_number
+
+
+@triton.jit
 def load_numbers(destination, ACC: tl.constexpr, epilogue: tl.constexpr):
-    """The numbers of a step, once a program: lr, what corrects both moments, the key of the random bits."""
-    lr, unbias1, unbias2, key = destination.lr, 1.0, 1.0, 0
+    """The numbers of a step, once a program: lr, what decays a row, eps, both betas, what corrects both moments, the
+    key of the random bits."""
+    eps, beta1, beta2 = number(destination.eps, ACC), number(destination.beta1, ACC), number(destination.beta2, ACC)
+    unbias1, unbias2, key = 1.0, 1.0, 0
     if epilogue.scheduled:
         lr = tl.load(destination.lr).to(ACC)
+    else:
+        lr = number(destination.lr, ACC)
+    keeps = 1 - lr * number(destination.weight_decay, ACC)
     if epilogue.rule == "row_adam" or epilogue.rule == "lazy_adam":
         b_step = tl.load(destination.step).to(ACC)
         unbias1 = 1 / correction_of(b_step, destination.log_beta1, ACC)
@@ -105,7 +121,7 @@ def load_numbers(destination, ACC: tl.constexpr, epilogue: tl.constexpr):
         b_seed = (b_step * 0).to(tl.float32)
         b_seed = (b_seed + destination.seed[0]).to(tl.uint32) + ((b_seed + destination.seed[1]).to(tl.uint32) << 16)
         key = mix(b_seed ^ b_step)
-    return lr, unbias1, unbias2, key
+    return lr, keeps, eps, beta1, beta2, unbias1, unbias2, key
 
 
 @triton.jit
@@ -171,34 +187,34 @@ def write_rows(destination, numbers, b_read, b_row, b_sum, m_row, o_w, W: tl.con
     if epilogue.rule == "store":
         tl.store(p_table + o_e, b_sum.to(p_table.dtype.element_ty), mask=m_e)  # [BB, BH, BW]
     else:
-        lr = numbers[0]
+        lr, keeps, eps, beta1, beta2, unbias1, unbias2, key = numbers
         b_w = b_read[0].to(b_sum.dtype)
         if epilogue.decays:
-            b_w = b_w * (1 - lr * destination.weight_decay)
+            b_w = b_w * keeps
         if epilogue.rule == "sgd":
             b_w = b_w - lr * b_sum
         elif epilogue.rule == "row_adagrad":
             b_total = b_read[1] + b_squares / W
             tl.store(destination.second_moment + b_row, b_total, mask=m_row)  # [BB, BH]
-            b_rate = -lr / (tl.sqrt(b_total) + destination.eps)
+            b_rate = -lr / (tl.sqrt(b_total) + eps)
             b_w = tl.fma(b_rate[:, :, None], b_sum, b_w)
         else:
             b_mean = b_sum
             if destination.first_moment is not None:
-                b_first = destination.beta1 * b_read[2] + (1 - destination.beta1) * b_sum
+                b_first = beta1 * b_read[2] + (1 - beta1) * b_sum
                 tl.store(destination.first_moment + o_e, b_first, mask=m_e)  # [BB, BH, BW]
-                b_mean = b_first * numbers[1]
+                b_mean = b_first * unbias1
             if epilogue.rule == "row_adam":
-                b_second = destination.beta2 * b_read[1] + (1 - destination.beta2) * (b_squares / W)
+                b_second = beta2 * b_read[1] + (1 - beta2) * (b_squares / W)
                 tl.store(destination.second_moment + b_row, b_second, mask=m_row)  # [BB, BH]
-                b_rate = -lr / (tl.sqrt(b_second * numbers[2]) + destination.eps)
+                b_rate = -lr / (tl.sqrt(b_second * unbias2) + eps)
                 b_w = tl.fma(b_rate[:, :, None], b_mean, b_w)
             else:
-                b_second = destination.beta2 * b_read[1] + (1 - destination.beta2) * (b_sum * b_sum)
+                b_second = beta2 * b_read[1] + (1 - beta2) * (b_sum * b_sum)
                 tl.store(destination.second_moment + o_e, b_second, mask=m_e)  # [BB, BH, BW]
-                b_w = b_w - lr / (tl.sqrt(b_second * numbers[2]) + destination.eps) * b_mean
+                b_w = b_w - lr / (tl.sqrt(b_second * unbias2) + eps) * b_mean
         if epilogue.rounds:
-            tl.store(p_table + o_e, round_stochastically(b_w, b_row, o_w, numbers[3]), mask=m_e)
+            tl.store(p_table + o_e, round_stochastically(b_w, b_row, o_w, key), mask=m_e)
         else:
             tl.store(p_table + o_e, b_w.to(p_table.dtype.element_ty), mask=m_e)  # [BB, BH, BW]
     return b_squares

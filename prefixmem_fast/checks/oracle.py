@@ -155,10 +155,14 @@ def random_bits(seed: int, step: int, row: int, width: int) -> list[int]:
         return x ^ x >> 15
 
     key = 0
-    for part in (seed & word, seed >> 32, step & word, row & word, row >> 32):
+    for part in (seed & word, seed >> 32, step & word, (row & word) + (row >> 32) * 0x9E3779B9 & word):
         key = mix(key ^ part)
-    pairs = [mix(key + pair * 0x9E3779B9 & word) for pair in range(1, (width + 1) // 2 + 1)]
-    return [half for pair in pairs for half in (pair & 0xFFFF, pair >> 16)][:width]
+    bits = []
+    for pair in range(1, (width + 1) // 2 + 1):
+        product = key * (pair * 0x9E3779B9 & word | 1) & word
+        product ^= product >> 15
+        bits += [(product * factor & word) >> 16 for factor in (0x21F0AAAD, 0xD35A2D97)]
+    return bits[:width]
 
 
 def stochastic_bfloat16(value: float, bits: int) -> float:

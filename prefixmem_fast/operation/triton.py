@@ -8,7 +8,7 @@ from torch import Tensor
 from ..addressing import AddressSpec, TokenStream
 from ..kernels import atomic_backward, decode, rows, sorted_backward
 from ..kernels import forward as forward_kernels
-from ..kernels.update import Destination, Epilogue, halves, logarithm
+from ..kernels.update import Destination, Epilogue, halves, logarithm, pair
 from .interface import PrefixState, RowSums
 from .rounding import mix_seed
 from .rules import RowUpdate
@@ -80,11 +80,11 @@ def _epilogue_of(update: RowUpdate) -> tuple[Destination, Epilogue]:
         first_moment=first_moment,
         second_moment=second_moment,
         step=update.step if stochastic or adam else None,
-        lr=hyper.lr if isinstance(hyper.lr, Tensor) else float(hyper.lr),
-        weight_decay=float(hyper.weight_decay),
-        eps=float(hyper.eps),
-        beta1=float(hyper.beta1),
-        beta2=float(hyper.beta2),
+        lr=hyper.lr if isinstance(hyper.lr, Tensor) else pair(float(hyper.lr)),
+        weight_decay=pair(float(hyper.weight_decay)),
+        eps=pair(float(hyper.eps)),
+        beta1=pair(float(hyper.beta1)),
+        beta2=pair(float(hyper.beta2)),
         log_beta1=logarithm(float(hyper.beta1)),
         log_beta2=logarithm(float(hyper.beta2)),
         seed=halves(mix_seed(update.seed)) if stochastic else (0.0, 0.0),

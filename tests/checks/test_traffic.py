@@ -28,7 +28,8 @@ def test_forward_reads_each_row_once_a_sid(kind):
     count = traffic.forward(kind)
     assert not count.excess
     orders = 2 if kind == "ended" else N
-    assert count.traffic.loaded["weight"] == traffic.READ * orders * H * W * 2
+    repeated = {"uniform": 16, "zipf 1.05": 48, "ended": 16}[kind]  # rows that a program needs twice, and reads once
+    assert 0 <= traffic.READ * orders * H - count.traffic.loaded["weight"] / (W * 2) <= repeated
     assert sum(count.traffic.stored.values()) == traffic.READ * A * H * W * 2
 
 
@@ -82,10 +83,10 @@ def test_backward_reads_the_gradient_once_and_adds_each_row_once(text):
     ],
 )
 def test_sorting_backward_and_update(count):
-    """All kernels together, without torch's sorts, and no atomics."""
+    """All kernels together, without torch's sorts; atomics claim rows and enter them into chains, and add nothing."""
     count = count()
     assert not count.excess, count.name
-    assert not sum(count.traffic.added.values())
+    assert sum(count.traffic.added.values()) <= count.sids * N * H * 3 * 4
     itemsize = 4 if "float32" in count.name else 2
     assert count.traffic.loaded["grad"] == count.sids * A * H * W * itemsize, "dS is read once"
 
@@ -120,11 +121,12 @@ def test_a_gradient_read_once_an_order_is_caught(monkeypatch):
 
 def test_a_sort_that_marks_every_run_as_shared_is_caught(monkeypatch):
     """All rows would go through memory, as if each prefix collided with another."""
+    monkeypatch.setattr(sorted_backward, "crowded", lambda slots, spec: True)
     sort_prefixes = sorted_backward.sort_prefixes
 
     def all_shared(*inputs):
         prefixes = sort_prefixes(*inputs)
-        return prefixes._replace(rows=prefixes.rows.clamp(max=0))
+        return prefixes._replace(targets=prefixes.targets.clamp(max=0))
 
     monkeypatch.setattr(sorted_backward, "sort_prefixes", all_shared)
     assert traffic.dense(sids=32).excess
@@ -140,7 +142,7 @@ def test_sectors_are_distinct_within_a_launch():
     given = 64 * L * 8 // traffic.SECTOR
     # Sectors may lie askew to rows, by one each; codes of the fifth level are not read.
     assert rows * lines + out + given / 2 <= count.sectors <= rows * (lines + 1) + out + given + 2
-    assert count.loaded["weight"] == 64 * rows * W * 2
+    assert count.loaded["weight"] == 64 // 8 * rows * W * 2  # once for each program of 8 SIDs
 
 
 def test_the_command_prints_a_table_and_fails_where_a_limit_is_exceeded(monkeypatch, capsys):
