@@ -111,14 +111,13 @@ def _kernel_class() -> type:
 
 def _drop_kernels() -> None:
     """Drop what was compiled, while the driver that it was loaded by is there."""
-    from prefixmem_fast._launch import Launcher
+    from prefixmem_fast._launch import forget
 
+    forget()
     for module in [module for name, module in sys.modules.items() if name.startswith("prefixmem_fast.kernels.")]:
         for value in vars(module).values():
             if isinstance(value, _kernel_class()):
                 value.device_caches.clear()
-            elif isinstance(value, Launcher):
-                value._compiled.clear()
 
 
 def calls() -> dict[str, Callable[[], Any]]:
@@ -175,8 +174,8 @@ def calls() -> dict[str, Callable[[], Any]]:
 
 
 def single_launches(calls: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
-    """The launch of forward, and that of a step with the most arguments: Triton's way and a Launcher's."""
-    from prefixmem_fast._launch import Launcher
+    """The launch of forward, and that of a step with the most arguments: Triton's way and that of a `Launch`."""
+    from prefixmem_fast._launch import Launch
 
     kernel_class, found = _kernel_class(), {}
     run = kernel_class.run
@@ -187,14 +186,13 @@ def single_launches(calls: dict[str, Callable[[], Any]]) -> dict[str, Callable[[
             launches.append((self, grid, args, kwargs))
             return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
-        with mock.patch.object(kernel_class, "run", recording_run), mock.patch.object(Launcher, "remembers", False):
+        with mock.patch.object(kernel_class, "run", recording_run), mock.patch.object(Launch, "remembers", False):
             calls[f"{part}, of it the backend"]()
         kernel, grid, args, options = max(launches, key=lambda launch: len(launch[2]))
-        launch, name = Launcher(kernel), f"launch of {part}, {len(args)} arguments"
+        launch, name = Launch(kernel, **options), f"launch of {part}, {len(args)} arguments"
         found |= {
             name: partial(kernel[grid], *args, **options),
-            f"{name}, by a Launcher": partial(launch, grid, *args, **options),
-            f"{name}, of a known kind": partial(launch, grid, *args, kind=part, **options),
+            f"{name}, of a known kind": partial(launch, grid, *args),
         }
     return found
 
@@ -224,30 +222,30 @@ def parts_of(call: Callable[[], Any]) -> Parts:
 
     import prefixmem_fast
     from prefixmem_fast import kernels
-    from prefixmem_fast._launch import Launcher
+    from prefixmem_fast._launch import Launch
     from prefixmem_fast.operation.backends import functions_of
     from prefixmem_fast.operation.interface import FUNCTIONS
     from prefixmem_fast.operation.row_gradients import _RowGradient
 
     launches, operators, python_calls = [], [], 0
     kernel_class, backend = _kernel_class(), functions_of("triton")
-    run, launch = kernel_class.run, Launcher.__call__
+    run, launch = kernel_class.run, Launch.__call__
     folders = prefixmem_fast.__path__[0], kernels.__path__[0]
-    dispatched = hidden = in_launcher = False
+    dispatched = hidden = in_launch = False
 
     def recording_run(self, *args, grid, warmup=False, **kwargs):
-        if not in_launcher:
+        if not in_launch:
             launches.append(lambda: self[grid](*args, **kwargs))
         return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
     def recording_launch(self, *args, **kwargs):
-        nonlocal in_launcher
+        nonlocal in_launch
         launches.append(lambda: self(*args, **kwargs))
-        in_launcher = True
+        in_launch = True
         try:
             return launch(self, *args, **kwargs)
         finally:
-            in_launcher = False
+            in_launch = False
 
     class Noticing(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -283,7 +281,7 @@ def parts_of(call: Callable[[], Any]) -> Parts:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(kernel_class, "run", recording_run))
-        stack.enter_context(mock.patch.object(Launcher, "__call__", recording_launch))
+        stack.enter_context(mock.patch.object(Launch, "__call__", recording_launch))
         for name in FUNCTIONS:
             stack.enter_context(mock.patch.object(backend, name, seen(getattr(backend, name))))
         backward = staticmethod(seen(_RowGradient.backward))

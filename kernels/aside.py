@@ -18,8 +18,8 @@ from prefixmem_fast._dtypes import accumulator
 def room_for_sums(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Room for `count` sums of rows of `width` of a table of `dtype`."""
     if dtype.itemsize == 2:
-        return torch.empty((2, count, width), dtype=torch.int16, device=device)
-    return torch.empty((count, width), dtype=accumulator(dtype), device=device)
+        return torch.empty(2, count, width, dtype=torch.int16, device=device)
+    return torch.empty(count, width, dtype=accumulator(dtype), device=device)
 
 
 @triton.jit

@@ -9,16 +9,22 @@ The order of the additions varies between runs; `sorted_backward.py` is the mode
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from prefixmem_fast._dtypes import accumulator
+from prefixmem_fast._launch import Launch, of_a_kind
 from prefixmem_fast.addressing import AddressSpec, TokenStream
 
 from .address import address_of, load_sid_codes, order_rows
-from .tiles import LAUNCH, blocks, column_tile, tile_of, zero_table
+from .tiles import LAUNCH, Device, Tile, aligned, blocks, column_tile, current_device, tile_of, zero_table
 from .tokens import (
+    kind_of_stream,
     load_level,
     load_token_codes,
     rank_tokens,
@@ -157,40 +163,34 @@ def _total(grad: Tensor, spec: AddressSpec) -> Tensor:
     return zero_table(spec, grad.shape[-1] // spec.heads, accumulator(grad.dtype), grad.device)
 
 
+@of_a_kind
+def _launch_of(
+    kernel: Any, device: Device, spec: AddressSpec, W: int, dtype: torch.dtype, budget: int, *kind: Hashable
+) -> tuple[Tile, int, Launch]:
+    """The tile, tokens a program in a stream, the launch."""
+    tile = tile_of(spec.heads, W, dtype, budget)
+    BT, BM = token_blocks(tile)
+    sizes = (BT, BM) if kernel is token_memory_bwd_kernel else (tile.BM,)
+    return tile, BT, Launch(kernel, W, address_of(spec), *sizes, tile.BH, tile.BW, **LAUNCH)
+
+
 def prefix_memory_bwd(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Tensor:
     """Dense gradient ``[R, w]`` in the dtype of the contiguous grad ``[M, A, H * w]``."""
     total = _total(grad, spec)
     M, W = codes.shape[0], total.shape[1]
     if grad.numel():
-        tile = tile_of(spec.heads, W, grad.dtype, BUDGET)
-        grid = (blocks(M, tile.BM), tile.columns)
-        prefix_memory_bwd_kernel[grid](codes, grad, total, M, W, address_of(spec), tile.BM, tile.BH, tile.BW, **LAUNCH)
+        kind = BUDGET, codes.dtype, aligned(grad), M < 1 << 31
+        tile, _, launch = _launch_of(prefix_memory_bwd_kernel, current_device(), spec, W, grad.dtype, *kind)
+        launch((blocks(M, tile.BM), tile.columns, 1), codes, grad, total, M)
     return total.to(grad.dtype)
 
 
 def token_memory_bwd(grad: Tensor, stream: TokenStream, spec: AddressSpec) -> Tensor:
     """Dense gradient ``[R, w]`` in the dtype of the contiguous grad ``[B, T, H * w]``."""
-    input_ids, token_table, segment_ids = stream
     total = _total(grad, spec)
-    (B, T), W = input_ids.shape, total.shape[1]
+    (B, T), W = stream.input_ids.shape, total.shape[1]
     if grad.numel():
-        tile = tile_of(spec.heads, W, grad.dtype, TOKEN_BUDGET)
-        BT, BM = token_blocks(tile)
-        grid = (B * blocks(T, BT), tile.columns)
-        token_memory_bwd_kernel[grid](
-            input_ids,
-            token_table,
-            segment_ids,
-            grad,
-            total,
-            T,
-            token_table.shape[0],
-            W,
-            address_of(spec),
-            BT,
-            BM,
-            tile.BH,
-            tile.BW,
-            **LAUNCH,
-        )
+        kind = TOKEN_BUDGET, kind_of_stream(stream), aligned(grad)
+        tile, BT, launch = _launch_of(token_memory_bwd_kernel, current_device(), spec, W, grad.dtype, *kind)
+        launch((B * blocks(T, BT), tile.columns, 1), *stream, grad, total, T, stream.token_table.shape[0])
     return total.to(grad.dtype)

@@ -5,16 +5,19 @@ In prefix mode S_l = S_{l-1} + e_l, so a step reads the H rows of order l and th
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from prefixmem_fast._launch import Launch, of_a_kind
 from prefixmem_fast.addressing import AddressSpec
 
 from .address import address_of, append_code
 from .forward import BUDGET, add_level, load_nested
-from .tiles import blocks, column_tile, roomy_launch, tile_of
+from .tiles import Device, Tile, aligned, blocks, column_tile, current_device, roomy_launch, tile_of
 from .tokens import load_token
 
 
@@ -82,30 +85,22 @@ def column_tiles(weight: Tensor, spec: AddressSpec) -> int:
     return tile_of(spec.heads, weight.shape[1], weight.dtype, BUDGET).columns
 
 
+@of_a_kind
+def _launch_of(device: Device, spec: AddressSpec, W: int, dtype: torch.dtype, *kind: Hashable) -> tuple[Tile, Launch]:
+    tile = tile_of(spec.heads, W, dtype, BUDGET)
+    return tile, Launch(token_step_kernel, W, address_of(spec), tile.BM, tile.BH, tile.BW, **roomy_launch(device, 4))
+
+
 def token_step(
     ids: Tensor, token_table: Tensor, codes: Tensor, level: Tensor, total: Tensor, weight: Tensor, spec: AddressSpec
 ) -> Tensor:
     """S ``[B, H * w]`` after one more token ``[B]``; codes ``[tiles, B, L]``, level ``[tiles, B]`` and total change."""
-    B, W = ids.shape[0], weight.shape[1]
-    out = torch.empty((B, spec.heads * W), dtype=weight.dtype, device=weight.device)
+    B, V, W = ids.shape[0], token_table.shape[0], weight.shape[1]
+    out = weight.new_empty(B, spec.heads * W)
     if out.numel():
-        tile = tile_of(spec.heads, W, weight.dtype, BUDGET)
-        grid = (blocks(B, tile.BM), tile.columns)
-        token_step_kernel[grid](
-            ids,
-            token_table,
-            weight,
-            codes,
-            level,
-            total,
-            out,
-            B,
-            token_table.shape[0],
-            W,
-            address_of(spec),
-            tile.BM,
-            tile.BH,
-            tile.BW,
-            **roomy_launch(4),
-        )
+        dtypes = ids.dtype, token_table.dtype, codes.dtype, level.dtype, total.dtype
+        kind = aligned(token_table), aligned(weight), aligned(total), B < 1 << 31, V < 1 << 31
+        tile, launch = _launch_of(current_device(), spec, W, weight.dtype, *dtypes, *kind)
+        grid = (blocks(B, tile.BM), tile.columns, 1)
+        launch(grid, ids, token_table, weight, codes, level, total, out, B, V)
     return out

@@ -8,17 +8,21 @@ N * H rows read a SID, each active level stored as it is reached.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from prefixmem_fast._dtypes import accumulator
+from prefixmem_fast._launch import Launch, of_a_kind
 from prefixmem_fast.addressing import AddressSpec, TokenStream
 
 from .address import address_of, load_sid_codes, order_rows
-from .tiles import blocks, column_tile, roomy_launch, tile_of
-from .tokens import last_codes, load_codes_before, token_tile
+from .tiles import Device, Tile, aligned, blocks, column_tile, current_device, roomy_launch, tile_of
+from .tokens import kind_of_stream, last_codes, load_codes_before, token_tile
 
 
 @triton.jit
@@ -196,38 +200,34 @@ def registers_for(spec: AddressSpec, dtype: torch.dtype) -> int:
     return 64 if rows <= 32 else 128 if rows <= 64 else 255
 
 
+@of_a_kind
+def _launch_of(
+    kernel: Any, device: Device, spec: AddressSpec, W: int, dtype: torch.dtype, *kind: Hashable
+) -> tuple[Tile, Launch]:
+    tile = tile_of(spec.heads, W, dtype, BUDGET)
+    options = roomy_launch(device, 4, registers_for(spec, dtype))
+    return tile, Launch(kernel, W, address_of(spec), tile.BM, tile.BH, tile.BW, **options)
+
+
 def prefix_memory_fwd(codes: Tensor, weight: Tensor, spec: AddressSpec) -> Tensor:
     """S ``[M, A, H * w]`` of contiguous codes ``[M, L]`` and weight ``[R, w]``."""
     M, W = codes.shape[0], weight.shape[1]
-    out = torch.empty((M, len(spec.active_levels), spec.heads * W), dtype=weight.dtype, device=weight.device)
+    out = weight.new_empty(M, len(spec.active_levels), spec.heads * W)
     if out.numel():
-        tile = tile_of(spec.heads, W, weight.dtype, BUDGET)
-        grid, launch = (blocks(M, tile.BM), tile.columns), roomy_launch(4, registers_for(spec, weight.dtype))
-        prefix_memory_fwd_kernel[grid](codes, weight, out, M, W, address_of(spec), tile.BM, tile.BH, tile.BW, **launch)
+        kind = codes.dtype, aligned(weight), M < 1 << 31
+        tile, launch = _launch_of(prefix_memory_fwd_kernel, current_device(), spec, W, weight.dtype, *kind)
+        launch((blocks(M, tile.BM), tile.columns, 1), codes, weight, out, M)
     return out
 
 
 def token_memory_fwd(stream: TokenStream, weight: Tensor, spec: AddressSpec) -> Tensor:
     """S ``[B, T, H * w]`` of a contiguous token stream ``[B, T]``."""
-    input_ids, token_table, segment_ids = stream
+    input_ids, token_table, _ = stream
     (B, T), W = input_ids.shape, weight.shape[1]
-    out = torch.empty((B, T, spec.heads * W), dtype=weight.dtype, device=weight.device)
+    out = weight.new_empty(B, T, spec.heads * W)
     if out.numel():
-        tile = tile_of(spec.heads, W, weight.dtype, BUDGET)
-        grid = (B * blocks(T, tile.BM), tile.columns)
-        token_memory_fwd_kernel[grid](
-            input_ids,
-            token_table,
-            segment_ids,
-            weight,
-            out,
-            T,
-            token_table.shape[0],
-            W,
-            address_of(spec),
-            tile.BM,
-            tile.BH,
-            tile.BW,
-            **roomy_launch(4, registers_for(spec, weight.dtype)),
-        )
+        kind = kind_of_stream(stream), aligned(weight)
+        tile, launch = _launch_of(token_memory_fwd_kernel, current_device(), spec, W, weight.dtype, *kind)
+        grid = (B * blocks(T, tile.BM), tile.columns, 1)
+        launch(grid, *stream, weight, out, T, token_table.shape[0])
     return out

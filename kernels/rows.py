@@ -5,6 +5,7 @@ A pair (level, order) names one column of rows; order 0 stands for an order that
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import lru_cache
 
 import torch
@@ -12,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prefixmem_fast._launch import Launch, of_a_kind
 from prefixmem_fast.addressing import AddressSpec, TokenStream
 
 from .address import address_of, load_sid_codes, order_rows
-from .tiles import LAUNCH, blocks
-from .tokens import load_level, load_token_codes, token_tile
+from .tiles import LAUNCH, Device, blocks, current_device
+from .tokens import kind_of_stream, load_level, load_token_codes, token_tile
 
 
 @triton.jit
@@ -81,11 +83,22 @@ def token_codes_kernel(p_ids, p_table, p_segments, p_codes, p_n_tokens, T, V, ad
     tl.store(p_n_tokens + o_m, b_n_tokens, mask=o_t < T)  # [BM]
 
 
-@lru_cache(maxsize=64)
-def _tile(heads: int) -> tuple[int, int]:
-    """BM and BH: 256 rows of a pair a program; more would spill where orders and heads are many."""
-    BH = triton.next_power_of_2(heads)
-    return max(min(256 // BH, 64), 1), BH
+@of_a_kind
+def _launch_of_rows(
+    device: Device, spec: AddressSpec, pairs: tuple[tuple[int, int], ...], *kind: Hashable
+) -> tuple[int, Launch]:
+    """SIDs a program: 256 rows of a pair; more would spill where orders and heads are many."""
+    BH = triton.next_power_of_2(spec.heads)
+    BM = max(min(256 // BH, 64), 1)
+    last = max(level for level, _ in pairs)
+    return BM, Launch(prefix_rows_kernel, last, pairs, address_of(spec), BM, BH, **LAUNCH)
+
+
+@of_a_kind
+def _launch_of_codes(device: Device, spec: AddressSpec, *kind: Hashable) -> tuple[int, Launch]:
+    """Tokens a program, and the launch."""
+    BM = 64
+    return BM, Launch(token_codes_kernel, address_of(spec), BM, **LAUNCH)
 
 
 @lru_cache(maxsize=64)
@@ -108,25 +121,19 @@ def pair_rows(codes: Tensor, pairs: tuple[tuple[int, int], ...], dtype: torch.dt
     M = codes.shape[0]
     rows = torch.empty((M, len(pairs), spec.heads), dtype=dtype, device=codes.device)
     if rows.numel():
-        last = max(level for level, _ in pairs)
-        BM, BH = _tile(spec.heads)
-        prefix_rows_kernel[(blocks(M, BM),)](codes, rows, M, last, pairs, address_of(spec), BM, BH, **LAUNCH)
+        BM, launch = _launch_of_rows(current_device(), spec, pairs, dtype, codes.dtype, M < 1 << 31)
+        launch((blocks(M, BM), 1, 1), codes, rows, M)
     return rows
 
 
 def token_codes(stream: TokenStream, spec: AddressSpec) -> tuple[Tensor, Tensor]:
     """Codes ``[B * T, L]`` of the SID that begins at each token, down to the last active level that it has, and its
     length in tokens int32 ``[B * T]``. Levels past the last active one are not written."""
-    input_ids, token_table, segment_ids = stream
-    B, T = input_ids.shape
-    address = address_of(spec)
-    codes = torch.empty(
-        (B * T, spec.levels), dtype=torch.int64 if address.wide else torch.int32, device=input_ids.device
-    )
-    n_tokens = torch.empty((B * T,), dtype=torch.int32, device=input_ids.device)
+    B, T = stream.input_ids.shape
+    options = {"dtype": torch.int64 if address_of(spec).wide else torch.int32, "device": stream.input_ids.device}
+    codes = torch.empty(B * T, spec.levels, **options)
+    n_tokens = torch.empty(B * T, dtype=torch.int32, device=codes.device)
     if n_tokens.numel():
-        BM = 64
-        token_codes_kernel[(B * blocks(T, BM),)](
-            input_ids, token_table, segment_ids, codes, n_tokens, T, token_table.shape[0], address, BM, **LAUNCH
-        )
+        BM, launch = _launch_of_codes(current_device(), spec, kind_of_stream(stream))
+        launch((B * blocks(T, BM), 1, 1), *stream, codes, n_tokens, T, stream.token_table.shape[0])
     return codes, n_tokens

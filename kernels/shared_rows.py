@@ -11,6 +11,7 @@ A slot is the index of a run among [M, orders that may be put aside, H]: its las
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -18,9 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prefixmem_fast._launch import Launch, of_a_kind
+
 from .aside import take_aside
-from .tiles import LAUNCH, blocks, roomy_launch, row_tile
-from .update import STORE, Destination, Epilogue, load_numbers, load_rows, store_squares, with_squares, write_rows
+from .tiles import LAUNCH, Device, blocks, current_device, roomy_launch, row_tile
+from .update import Ending, Epilogue, load_numbers, load_rows, store_squares, write_rows
 
 BITS_A_RUN = 32  # of the filter: one run in 32 is marked for nothing
 RUNS_A_BUCKET = 4
@@ -39,11 +42,11 @@ class Claims(NamedTuple):
 
 
 def make_claims(slots: int, device: torch.device) -> Claims:
-    words = max(triton.next_power_of_2(slots) * BITS_A_RUN // 32, 4)
-    buckets = max(triton.next_power_of_2(slots) // RUNS_A_BUCKET, 4)
-    zeros = torch.zeros((2 * words + buckets + 1,), dtype=torch.int32, device=device)
-    links, shared = torch.empty((2, slots), dtype=torch.int32, device=device)
-    return Claims(*zeros.split((words, words, buckets, 1)), links, shared)
+    runs = 1 << (slots - 1).bit_length()
+    words, buckets = max(runs * BITS_A_RUN // 32, 4), max(runs // RUNS_A_BUCKET, 4)
+    zeros = torch.zeros(2 * words + buckets + 1, dtype=torch.int32, device=device)
+    links = torch.empty(slots, dtype=torch.int32, device=device)
+    return Claims(*zeros.split_with_sizes((words, words, buckets, 1)), links, torch.empty_like(links))
 
 
 @triton.jit
@@ -228,10 +231,31 @@ class Layout(NamedTuple):
     targets: int
 
 
+@of_a_kind
+def _mark_claims_of(device: Device, layout: Layout, *kind: Hashable) -> Launch:
+    return Launch(mark_claims_kernel, *layout, 512, **LAUNCH)
+
+
+@of_a_kind
+def _mark_sorted_of(device: Device, layout: Layout, *kind: Hashable) -> Launch:
+    return Launch(mark_sorted_kernel, *layout, 512, **LAUNCH)
+
+
+@of_a_kind
+def _merge_of(
+    device: Device, layout: Layout, W: int, dtype: torch.dtype, epilogue: Epilogue, *kind: Hashable
+) -> tuple[int, int, Launch]:
+    """Lanes of a program, column tiles, the launch."""
+    BM, BW, warps = row_tile(device, W, dtype, epilogue.rule != "store")
+    constants = W, layout.slots, layout.targets, epilogue._replace(warps=warps), BM, BW
+    return BM, blocks(W, BW), Launch(merge_rows_kernel, *constants, **roomy_launch(device, warps))
+
+
 def mark_claims(targets: Tensor, claims: Claims, layout: Layout) -> None:
     """Mark the shared ones of targets ``[M, orders, H]``."""
-    S, n_bits, n_buckets = len(claims.links), 32 * len(claims.once), len(claims.heads)
-    mark_claims_kernel[(blocks(S, 512),)](targets, *claims[1:], S, n_bits, n_buckets, *layout, 512, **LAUNCH)
+    S, n_bits, n_buckets = claims.links.shape[0], 32 * claims.once.shape[0], claims.heads.shape[0]
+    launch = _mark_claims_of(current_device(), layout, targets.dtype, S < 1 << 31, n_bits < 1 << 31)
+    launch((blocks(S, 512), 1, 1), targets, *claims[1:], S, n_bits, n_buckets)
 
 
 def mark_sorted(
@@ -239,41 +263,20 @@ def mark_sorted(
 ) -> Tensor | None:
     """The same of slots sorted by row; with `ranks` a target is a row's rank. Without chains the keys of all slots are
     returned, -1 for those that are not shared."""
-    S = len(rows)
+    S = rows.shape[0]
     keys = torch.empty_like(rows) if claims is None else None
-    chains, n_buckets = ((None,) * 4, 1) if claims is None else (claims[2:], len(claims.heads))
-    mark_sorted_kernel[(blocks(S, 512),)](
-        rows, order, ranks, targets, *chains, keys, S, n_buckets, *layout, 512, **LAUNCH
-    )
+    chains, n_buckets = ((None,) * 4, 1) if claims is None else (claims[2:], claims.heads.shape[0])
+    launch = _mark_sorted_of(current_device(), layout, targets.dtype, ranks is None, claims is None, S < 1 << 31)
+    launch((blocks(S, 512), 1, 1), rows, order, ranks, targets, *chains, keys, S, n_buckets)
     return keys
 
 
-def merge_rows(
-    targets: Tensor,
-    claims: Claims,
-    aside: Tensor,
-    destination: Destination,
-    epilogue: Epilogue,
-    layout: Layout,
-    squares: list[Tensor] | None,
-) -> None:
+def merge_rows(targets: Tensor, claims: Claims, aside: Tensor, ending: Ending, layout: Layout) -> None:
     """Sum and write the rows of the slots that are marked; their sums are in `aside` (see `room_for_sums`)."""
-    S, W = len(claims.links), aside.shape[-1]
+    S, W = claims.links.shape[0], aside.shape[-1]
     dtype = torch.float64 if aside.dtype == torch.float64 else torch.float32
-    BM, BW, warps = row_tile(W, dtype, epilogue != STORE)
-    grid = (min(blocks(S, 8 * BM), MERGERS), blocks(W, BW))
-    merge_rows_kernel[grid](
-        targets,
-        *claims[2:],
-        aside,
-        with_squares(destination, squares, grid[0] * grid[1], dtype),
-        S,
-        len(claims.heads),
-        W,
-        layout.slots,
-        layout.targets,
-        epilogue._replace(warps=warps),
-        BM,
-        BW,
-        **roomy_launch(warps),
-    )
+    kind = ending.kind, aside.dtype, targets.dtype, S < 1 << 31
+    BM, columns, launch = _merge_of(current_device(), layout, W, dtype, ending.epilogue, *kind)
+    grid = (min(blocks(S, 8 * BM), MERGERS), columns, 1)
+    destination = ending.of_programs(grid[0] * columns, dtype)
+    launch(grid, targets, *claims[2:], aside, destination, S, claims.heads.shape[0])

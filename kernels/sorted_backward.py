@@ -25,13 +25,13 @@ from .sorted_codes import most_sids, sort_plan_of, sort_prefixes
 from .sorted_prefixes import sum_prefixes
 from .sorted_rows import sum_terms, sum_values, terms_of
 from .tiles import zero_table
-from .update import STORE, Destination, Epilogue
+from .update import STORE, Destination, Ending, Epilogue, ending_of
 
 
 def dense(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec) -> Tensor:
     """Dense gradient ``[R, w]`` in the dtype of grad; contiguous codes ``[M, L]`` or a token stream."""
     total = zero_table(spec, grad.shape[-1] // spec.heads, grad.dtype, grad.device)
-    _sum(grad, source, spec, Destination(total), STORE)
+    _sum(grad, source, spec, ending_of(Destination(total), STORE))
     return total
 
 
@@ -44,7 +44,7 @@ def update(
     squares: list[Tensor] | None,
 ) -> None:
     """Update the touched rows of the destination's table, each once; `squares` gains the sum of their squares."""
-    _sum(grad, source, spec, destination, epilogue, squares)
+    _sum(grad, source, spec, ending_of(destination, epilogue, squares))
 
 
 def padded_rows(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ def padded_rows(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec) -
     E is the number of rows the batch would touch if all were distinct. Entries past the last touched row repeat it with
     zeros; a batch without any touched row gives row 0 with zeros.
     """
-    return _sum(grad, source, spec, None, STORE)
+    return _sum(grad, source, spec, None)
 
 
 def update_sparse(
@@ -62,26 +62,20 @@ def update_sparse(
     """Update the rows int64 ``[E]`` of a sparse gradient ``[E, w]``; entries of one row are summed first."""
     if rows.numel():
         rows, order = torch.sort(rows, stable=True)
-        epilogue = _fitting(epilogue, destination)
-        sum_values(rows, order, values, accumulator(values.dtype), destination, epilogue, squares)
+        sum_values(rows, order, values, accumulator(values.dtype), ending_of(destination, epilogue, squares))
 
 
 def _sum(
-    grad: Tensor,
-    source: Tensor | TokenStream,
-    spec: AddressSpec,
-    destination: Destination | None,
-    epilogue: Epilogue,
-    squares: list[Tensor] | None = None,
+    grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec, ending: Ending | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Sum into `destination`; without one, into a list of the touched rows, which is returned."""
+    """Sum into an ending's destination; without one, into a list of the touched rows, which is returned."""
     codes, n_tokens = token_codes(source, spec) if isinstance(source, TokenStream) else (source, None)
     run = _sum_suffixes_of if spec.mode == "suffix" else _sum_prefixes_of
-    return run(grad, codes, n_tokens, spec, destination, epilogue, squares)
+    return run(grad, codes, n_tokens, spec, ending)
 
 
-def _sum_prefixes_of(grad, codes, n_tokens, spec, destination, epilogue, squares):
-    ranked = destination is None
+def _sum_prefixes_of(grad, codes, n_tokens, spec, ending):
+    ranked = ending is None
     plan = sort_plan_of(spec, ranked)
     W, dtype = grad.shape[-1] // spec.heads, accumulator(grad.dtype)
     most = most_sids(codes, n_tokens, spec)
@@ -100,15 +94,14 @@ def _sum_prefixes_of(grad, codes, n_tokens, spec, destination, epilogue, squares
         ranks = None
         if ranked:
             ranks, *touched = _rank(rows, W, dtype)
-            destination = Destination(touched[1])
+            ending = ending_of(Destination(touched[1]), STORE)
         keys = mark_sorted(rows, runs, ranks, prefixes.targets, claims, layout)
-    epilogue = _fitting(epilogue, destination)
     aside = room_for_sums(slots, W, grad.dtype, grad.device)
-    sum_prefixes(grad, prefixes, aside, destination, epilogue, spec, plan, squares)
+    sum_prefixes(grad, prefixes, aside, ending, spec, plan)
     if chained:
-        merge_rows(prefixes.targets, claims, aside, destination, epilogue, layout, squares)
+        merge_rows(prefixes.targets, claims, aside, ending, layout)
     elif slots:
-        sum_values(keys, runs, aside, dtype, destination, epilogue, squares)
+        sum_values(keys, runs, aside, dtype, ending)
     return touched
 
 
@@ -117,18 +110,17 @@ def crowded(slots: int, spec: AddressSpec) -> bool:
     return slots > spec.total_rows
 
 
-def _sum_suffixes_of(grad, codes, n_tokens, spec, destination, epilogue, squares):
+def _sum_suffixes_of(grad, codes, n_tokens, spec, ending):
     W, dtype = grad.shape[-1] // spec.heads, accumulator(grad.dtype)
     rows = pair_rows(codes, terms_of(spec).pairs, _row_dtype(spec), spec)
     if not rows.numel():
-        return _empty(grad, W) if destination is None else None
+        return _empty(grad, W) if ending is None else None
     keys, order = torch.sort(rows.flatten(), stable=True)
     touched = None
-    if destination is None:
+    if ending is None:
         ranks, *touched = _rank(keys, W, dtype)
-        keys, destination = torch.where(keys >= 0, ranks, -1), Destination(touched[1])
-    epilogue = _fitting(epilogue, destination)
-    sum_terms(keys, order, grad, n_tokens, dtype, destination, epilogue, spec, squares)
+        keys, ending = torch.where(keys >= 0, ranks, -1), ending_of(Destination(touched[1]), STORE)
+    sum_terms(keys, order, grad, n_tokens, dtype, ending, spec)
     return touched
 
 
@@ -145,10 +137,6 @@ def _rank(rows: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor,
 
 def _empty(grad: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return grad.new_empty((0,), dtype=torch.int64), grad.new_empty((0, width))
-
-
-def _fitting(epilogue: Epilogue, destination: Destination) -> Epilogue:
-    return epilogue._replace(small=destination.table.numel() < 1 << 31)
 
 
 def _row_dtype(spec: AddressSpec) -> torch.dtype:

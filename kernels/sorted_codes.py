@@ -8,6 +8,7 @@ a run of order n, the SIDs of one prefix, ends before place i where differs[i] <
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prefixmem_fast._launch import Launch, of_a_kind
 from prefixmem_fast.addressing import AddressSpec
 
 from .address import address_of, load_sid_codes, order_rows
 from .shared_rows import Claims, claim
-from .tiles import LAUNCH, blocks, roomy_launch
+from .tiles import LAUNCH, Device, blocks, current_device, roomy_launch
 
 # Prefixes of an order whose runs are long: few end, so they are put aside and not updated in every turn of the walk.
 FEW = 4096
@@ -157,7 +159,7 @@ class Prefixes(NamedTuple):
 
 def most_sids(codes: Tensor, n_tokens: Tensor | None, spec: AddressSpec) -> int:
     """A bound on the SIDs that reach an active level; in a token stream each takes as many tokens as that level."""
-    return len(codes) // (1 if n_tokens is None else spec.active_levels[0])
+    return codes.shape[0] // (1 if n_tokens is None else spec.active_levels[0])
 
 
 def _first_tokens(n_tokens: Tensor, slots: int, spec: AddressSpec) -> Tensor:
@@ -169,35 +171,59 @@ def _first_tokens(n_tokens: Tensor, slots: int, spec: AddressSpec) -> Tensor:
     return tokens[:slots]
 
 
+class _Launches(NamedTuple):
+    """Of one kind: the launches, SIDs a program of the second one, and dtypes of what they fill."""
+
+    pack: Launch
+    mark: Launch
+    BM: int
+    keys: torch.dtype
+    sids: torch.dtype
+    targets: torch.dtype
+
+
+@of_a_kind
+def _launches_of(device: Device, spec: AddressSpec, plan: SortPlan, few_sids: bool, *kind: Hashable) -> _Launches:
+    address, BH = address_of(spec), triton.next_power_of_2(spec.heads)
+    BM = max(min(256 // BH, 64), 1)
+    return _Launches(
+        Launch(pack_codes_kernel, plan, address, 128, **LAUNCH),
+        Launch(prefixes_kernel, plan, address, BM, BH, **roomy_launch(device, 4)),
+        BM,
+        keys=torch.int32 if plan.narrow else torch.int64,
+        sids=torch.int32 if few_sids else torch.int64,
+        targets=torch.int32 if spec.total_rows < 1 << 31 else torch.int64,
+    )
+
+
 def sort_prefixes(
     codes: Tensor, n_tokens: Tensor | None, spec: AddressSpec, plan: SortPlan, claims: Claims | None
 ) -> Prefixes:
     """Sort contiguous codes ``[M, L]``, M > 0; in a token stream with `n_tokens` of `token_codes`."""
     M, device = most_sids(codes, n_tokens, spec), codes.device
     first = None if n_tokens is None else _first_tokens(n_tokens, M, spec)
-    address = address_of(spec)
-    keys = torch.empty((plan.n_words, M), dtype=torch.int32 if plan.narrow else torch.int64, device=device)
-    pack_codes_kernel[(blocks(M, 128),)](codes, first, keys, M, plan, address, 128, **LAUNCH)
-    order = torch.sort(keys[0], stable=True)[1]
-    for key in keys[1:]:
-        order = order[torch.sort(key[order], stable=True)[1]]
+    once, twice, n_bits = (None, None, 0) if claims is None else (claims.once, claims.twice, 32 * claims.once.shape[0])
+    few_sids = codes.shape[0] < 1 << 31
+    kind = codes.dtype, n_tokens is None, claims is None, M < 1 << 31, n_bits < 1 << 31
+    launches = _launches_of(current_device(), spec, plan, few_sids, *kind)
+    if plan.n_words == 1:
+        keys = torch.empty(M, dtype=launches.keys, device=device)
+        launches.pack((blocks(M, 128), 1, 1), codes, first, keys, M)
+        order = torch.sort(keys, stable=True)[1]
+    else:
+        keys = torch.empty(plan.n_words, M, dtype=launches.keys, device=device)
+        launches.pack((blocks(M, 128), 1, 1), codes, first, keys, M)
+        order = torch.sort(keys[0], stable=True)[1]
+        for key in keys[1:]:
+            order = order[torch.sort(key[order], stable=True)[1]]
     if first is not None:
         order = first[order]
 
-    BH = triton.next_power_of_2(spec.heads)
-    BM = max(min(256 // BH, 64), 1)
     found = Prefixes(
-        sids=torch.empty((M,), dtype=_index_dtype(len(codes)), device=device),
-        counts=None if n_tokens is None else torch.empty((M,), dtype=torch.int32, device=device),
-        differs=torch.empty((M + 1,), dtype=torch.int8, device=device),
-        targets=torch.empty((M, len(plan.orders), spec.heads), dtype=_index_dtype(spec.total_rows), device=device),
+        sids=torch.empty(M, dtype=launches.sids, device=device),
+        counts=None if n_tokens is None else torch.empty(M, dtype=torch.int32, device=device),
+        differs=torch.empty(M + 1, dtype=torch.int8, device=device),
+        targets=torch.empty(M, len(plan.orders), spec.heads, dtype=launches.targets, device=device),
     )
-    once, twice, n_bits = (None, None, 0) if claims is None else (claims.once, claims.twice, 32 * len(claims.once))
-    prefixes_kernel[(blocks(M, BM),)](
-        order, codes, n_tokens, *found, once, twice, n_bits, M, plan, address, BM, BH, **roomy_launch(4)
-    )
+    launches.mark((blocks(M, launches.BM), 1, 1), order, codes, n_tokens, *found, once, twice, n_bits, M)
     return found
-
-
-def _index_dtype(size: int) -> torch.dtype:
-    return torch.int32 if size < 1 << 31 else torch.int64

@@ -13,18 +13,33 @@ would make every turn wait for memory.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from prefixmem_fast._dtypes import accumulator
+from prefixmem_fast._launch import Launch, of_a_kind
 from prefixmem_fast.addressing import AddressSpec
 
 from .address import address_of
 from .aside import put_aside, room_for_sums, take_aside
 from .sorted_codes import Prefixes, SortPlan
-from .tiles import blocks, column_tile, roomy_launch, tile_of, warp_bytes
-from .update import STORE, Destination, Epilogue, load_numbers, load_rows, store_squares, with_squares, write_rows
+from .tiles import (
+    Device,
+    Tile,
+    aligned,
+    blocks,
+    column_tile,
+    current_device,
+    roomy_launch,
+    tile_of,
+    warp_bytes,
+)
+from .update import Ending, Epilogue, load_numbers, load_rows, store_squares, write_rows
 
 TENSORS = {"row_adam": 2, "lazy_adam": 3}  # of the table's shape that an update reads
 EDGE_WARPS = 2
@@ -313,64 +328,52 @@ def sum_edges_kernel(
     store_squares(destination, b_squares)
 
 
-def sum_prefixes(
-    grad: Tensor,
-    prefixes: Prefixes,
-    aside: Tensor,
-    destination: Destination,
-    epilogue: Epilogue,
+class _Launches(NamedTuple):
+    """Of one kind: the walk and the edges, each with its tile."""
+
+    walk_tile: Tile
+    walk: Launch
+    edge_tile: Tile
+    edges: Launch
+
+
+@of_a_kind
+def _launches_of(
+    device: Device,
     spec: AddressSpec,
     plan: SortPlan,
-    squares: list[Tensor] | None,
+    W: int,
+    grad_dtype: torch.dtype,
+    epilogue: Epilogue,
+    *kind: Hashable,
+) -> _Launches:
+    dtype, address = accumulator(grad_dtype), address_of(spec)
+    ahead = TENSORS.get(epilogue.rule, 1) * grad_dtype.itemsize  # bytes of a number and its moments, all read ahead
+    warp = warp_bytes(device) // (2 if ahead > 8 else 1)
+    whole_row = 0 if epilogue.rule == "store" else triton.next_power_of_2(W) * dtype.itemsize
+    tile = tile_of(spec.heads, W, grad_dtype, max(warp, whole_row))
+    warps = max(tile.BM * tile.BH * tile.BW * dtype.itemsize // warp, 1)
+    constants = W, plan, address, epilogue._replace(warps=warps), tile.BM, tile.BH, tile.BW
+    walk = Launch(sum_prefixes_kernel, *constants, **roomy_launch(device, warps))
+    edge = tile_of(spec.heads, W, grad_dtype, max(EDGE, whole_row))
+    constants = W, plan, address, epilogue._replace(warps=EDGE_WARPS), LONGEST, edge.BM, edge.BH, edge.BW
+    return _Launches(tile, walk, edge, Launch(sum_edges_kernel, *constants, **roomy_launch(device, EDGE_WARPS)))
+
+
+def sum_prefixes(
+    grad: Tensor, prefixes: Prefixes, aside: Tensor, ending: Ending, spec: AddressSpec, plan: SortPlan
 ) -> None:
     """Sum the gradient over every prefix and write the rows that one prefix alone has; the others go to `aside`."""
-    W, J, E = grad.shape[-1] // spec.heads, len(plan.orders), len(prefixes.sids)
-    dtype, address = accumulator(grad.dtype), address_of(spec)
-    whole_row = triton.next_power_of_2(W) * dtype.itemsize
-    ahead = TENSORS.get(epilogue.rule, 1) * grad.dtype.itemsize  # bytes of a number and its moments, all read ahead
-    warp = warp_bytes() // (2 if ahead > 8 else 1)
-    tile = tile_of(spec.heads, W, grad.dtype, warp if epilogue == STORE else max(warp, whole_row))
-    warps = max(tile.BM * tile.BH * tile.BW * dtype.itemsize // warp, 1)
-    block = block_of(E)
+    W, E = grad.shape[-1] // spec.heads, prefixes.sids.shape[0]
+    dtype = accumulator(grad.dtype)
+    kind = ending.kind, prefixes.counts is None, prefixes.sids.dtype, aligned(grad), E < 1 << 31
+    launches = _launches_of(current_device(), spec, plan, W, grad.dtype, ending.epilogue, *kind)
+    tile, block = launches.walk_tile, block_of(E)
     n_blocks = blocks(E, block)
-    edges = room_for_sums(n_blocks * 2 * J * spec.heads, W, grad.dtype, grad.device)
-    grid = (blocks(n_blocks, tile.BM), tile.columns)
-    sum_prefixes_kernel[grid](
-        *prefixes,
-        grad,
-        aside,
-        edges,
-        with_squares(destination, squares, grid[0] * grid[1], dtype),
-        E,
-        block,
-        W,
-        plan,
-        address,
-        epilogue._replace(warps=warps),
-        tile.BM,
-        tile.BH,
-        tile.BW,
-        **roomy_launch(warps),
-    )
-    if n_blocks == 1:
-        return
-    tile = tile_of(spec.heads, W, grad.dtype, EDGE if epilogue == STORE else max(EDGE, whole_row))
-    grid = (n_blocks, tile.columns)
-    sum_edges_kernel[grid](
-        prefixes.differs,
-        prefixes.targets,
-        aside,
-        edges,
-        with_squares(destination, squares, grid[0] * grid[1], dtype),
-        E,
-        block,
-        W,
-        plan,
-        address,
-        epilogue._replace(warps=EDGE_WARPS),
-        LONGEST,
-        tile.BM,
-        tile.BH,
-        tile.BW,
-        **roomy_launch(EDGE_WARPS),
-    )
+    edges = room_for_sums(n_blocks * 2 * len(plan.orders) * spec.heads, W, grad.dtype, grad.device)
+    grid = (blocks(n_blocks, tile.BM), tile.columns, 1)
+    launches.walk(grid, *prefixes, grad, aside, edges, ending.of_programs(grid[0] * grid[1], dtype), E, block)
+    if n_blocks > 1:
+        grid = (n_blocks, launches.edge_tile.columns, 1)
+        destination = ending.of_programs(grid[0] * grid[1], dtype)
+        launches.edges(grid, prefixes.differs, prefixes.targets, aside, edges, destination, E, block)

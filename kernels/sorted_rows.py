@@ -10,6 +10,7 @@ An entry is a value of a list, or, in suffix mode, a term: one (SID, pair, head)
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,12 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prefixmem_fast._launch import Launch, of_a_kind
 from prefixmem_fast.addressing import AddressSpec
 
 from .address import Address, address_of
 from .aside import take_aside
-from .tiles import blocks, roomy_launch, row_tile
-from .update import STORE, Destination, Epilogue, load_numbers, load_rows, store_squares, with_squares, write_rows
+from .tiles import Device, aligned, blocks, current_device, roomy_launch, row_tile
+from .update import Ending, Epilogue, load_numbers, load_rows, store_squares, write_rows
 
 BLOCK = 32  # entries a block
 
@@ -158,34 +160,40 @@ def sum_rows_kernel(
     tl.store(p_edge + W, b_trail, mask=m_same[:, None] & m_w[None, :])  # [BB, BW]
 
 
+@of_a_kind
+def _launch_of(
+    device: Device,
+    W: int,
+    dtype: torch.dtype,
+    epilogue: Epilogue,
+    terms: Terms | None,
+    address: Address | None,
+    *kind: Hashable,
+) -> tuple[int, int, Launch]:
+    """Blocks a program, column tiles, the launch."""
+    BB, BW, warps = row_tile(device, W, dtype, epilogue.rule != "store")
+    constants = W, terms, address, epilogue._replace(warps=warps), BLOCK, BB, BW
+    return BB, blocks(W, BW), Launch(sum_rows_kernel, *constants, **roomy_launch(device, warps))
+
+
 def sum_terms(
     keys: Tensor,
     order: Tensor,
     grad: Tensor,
     n_tokens: Tensor | None,
     dtype: torch.dtype,
-    destination: Destination,
-    epilogue: Epilogue,
+    ending: Ending,
     spec: AddressSpec,
-    squares: list[Tensor] | None,
 ) -> None:
     """Sum and write the terms `order` ``[E]`` of keys ``[E]``, sorted; their values are read from dS."""
-    given = (keys, order, grad, n_tokens, None, terms_of(spec), address_of(spec))
-    _sum_sorted(*given, grad.shape[-1] // spec.heads, dtype, destination, epilogue, squares)
+    W = grad.shape[-1] // spec.heads
+    _sum_sorted(keys, order, grad, n_tokens, None, terms_of(spec), address_of(spec), W, dtype, ending)
 
 
-def sum_values(
-    keys: Tensor,
-    order: Tensor,
-    values: Tensor,
-    dtype: torch.dtype,
-    destination: Destination,
-    epilogue: Epilogue,
-    squares: list[Tensor] | None,
-) -> None:
+def sum_values(keys: Tensor, order: Tensor, values: Tensor, dtype: torch.dtype, ending: Ending) -> None:
     """Sum and write the entries `order` ``[E]`` of keys ``[E]``, sorted; their values: a list ``[V, w]``, or what has
     been put aside (see `aside.py`)."""
-    _sum_sorted(keys, order, None, None, values, None, None, values.shape[-1], dtype, destination, epilogue, squares)
+    _sum_sorted(keys, order, None, None, values, None, None, values.shape[-1], dtype, ending)
 
 
 def _sum_sorted(
@@ -198,37 +206,21 @@ def _sum_sorted(
     address: Address | None,
     W: int,
     dtype: torch.dtype,
-    destination: Destination,
-    epilogue: Epilogue,
-    squares: list[Tensor] | None,
+    ending: Ending,
 ) -> None:
-    BB, BW, warps = row_tile(W, dtype, epilogue != STORE)
-    launch = roomy_launch(warps)
+    device = current_device()
+    read = values if grad is None else grad
     while True:
         entries = keys.numel()
+        kind = ending.kind, keys.dtype, order is None, n_tokens is None, read.dtype, aligned(read), entries < 1 << 31
+        BB, columns, launch = _launch_of(device, W, dtype, ending.epilogue, terms, address, *kind, grad is None)
         n_blocks = blocks(entries, BLOCK)
-        edge_keys = torch.empty((2 * n_blocks,), dtype=keys.dtype, device=keys.device)
-        edge_values = torch.empty((2 * n_blocks, W), dtype=dtype, device=keys.device)
-        grid = (blocks(n_blocks, BB), blocks(W, BW))
-        sum_rows_kernel[grid](
-            keys,
-            order,
-            grad,
-            n_tokens,
-            values,
-            with_squares(destination, squares, grid[0] * grid[1], dtype),
-            edge_keys,
-            edge_values,
-            entries,
-            W,
-            terms,
-            address,
-            epilogue._replace(warps=warps),
-            BLOCK,
-            BB,
-            BW,
-            **launch,
-        )
+        edge_keys = torch.empty(2 * n_blocks, dtype=keys.dtype, device=keys.device)
+        edge_values = torch.empty(2 * n_blocks, W, dtype=dtype, device=keys.device)
+        grid = (blocks(n_blocks, BB), columns, 1)
+        destination = ending.of_programs(grid[0] * columns, dtype)
+        launch(grid, keys, order, grad, n_tokens, values, destination, edge_keys, edge_values, entries)
         if n_blocks == 1:
             return
         keys, order, values, terms = edge_keys, None, edge_values, None
+        read = edge_values

@@ -18,23 +18,45 @@ from prefixmem_fast.addressing import AddressSpec
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-@lru_cache(maxsize=16)
-def _target_of(device: int | str) -> tuple[str, int]:
-    """Backend and lanes a warp of a device; asking the driver takes microseconds."""
+_INTERPRETING = interpreting()
+
+
+class Device:
+    """A device that kernels are launched on; every kind of launches names it. Equal to itself alone.
+
+    Attributes:
+        backend: "cuda" or "hip".
+        lanes: threads a warp.
+    """
+
+    def __init__(self, backend: str, lanes: int) -> None:
+        self.backend, self.lanes = backend, lanes
+
+
+@lru_cache(maxsize=64)
+def _device_of(index: int | str) -> Device:
+    """Asking the driver for a target takes microseconds."""
     target = triton.runtime.driver.active.get_current_target()
-    return target.backend, target.warp_size
+    return Device(target.backend, target.warp_size)
 
 
-def target() -> tuple[str, int]:
-    """Backend, "cuda" or "hip", and lanes a warp of the current device."""
-    return ("cuda", 32) if interpreting() else _target_of(triton.runtime.driver.active.get_current_device())
+_INTERPRETER = Device("cuda", 32)
 
 
-def roomy_launch(num_warps: int, registers: int = 255) -> dict[str, int | bool]:
+def current_device() -> Device:
+    return _INTERPRETER if _INTERPRETING else _device_of(triton.runtime.driver.active.get_current_device())
+
+
+def roomy_launch(device: Device, num_warps: int, registers: int = 255) -> dict[str, int | bool]:
     """Options for kernels that keep many values: ptxas would rather spill a few registers, or wait for a load early,
     than lose a warp's place."""
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
-    return {**options, "maxnreg": registers} if target()[0] == "cuda" else options
+    return {**options, "maxnreg": registers} if device.backend == "cuda" else options
+
+
+def aligned(tensor: Tensor | None) -> bool:
+    """Whether a tensor starts at a multiple of 16 bytes, for which Triton compiles kernels of their own."""
+    return tensor is None or tensor.data_ptr() % 16 == 0
 
 
 class Tile(NamedTuple):
@@ -64,17 +86,17 @@ def tile_of(heads: int, width: int, dtype: torch.dtype, budget: int) -> Tile:
 SUM_BYTES = 32  # of a running sum a thread: 8 values, which are 16-byte reads of bfloat16
 
 
-def warp_bytes() -> int:
+def warp_bytes(device: Device) -> int:
     """Bytes of a running sum that one warp holds."""
-    return SUM_BYTES * target()[1]
+    return SUM_BYTES * device.lanes
 
 
-def row_tile(width: int, dtype: torch.dtype, whole: bool) -> tuple[int, int, int]:
+def row_tile(device: Device, width: int, dtype: torch.dtype, whole: bool) -> tuple[int, int, int]:
     """Rows and columns of a tile that one warp holds, and the number of warps: more only where a `whole` row is wider.
 
     Warps of one program would have to wait for one another before a row that all have read is written.
     """
-    values = warp_bytes() // accumulator(dtype).itemsize
+    values = warp_bytes(device) // accumulator(dtype).itemsize
     BW = triton.next_power_of_2(width)
     if not whole:
         BW = min(BW, values)

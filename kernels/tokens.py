@@ -6,11 +6,15 @@ same row and the same packed segment. The table [V, 2] gives (level, code) of ev
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import triton
 import triton.language as tl
 
+from prefixmem_fast.addressing import TokenStream
+
 from .address import append_code
-from .tiles import Tile
+from .tiles import Tile, aligned
 
 
 @triton.jit
@@ -138,3 +142,11 @@ def token_blocks(tile: Tile) -> tuple[int, int]:
     """BT tokens a program owns, and BM of them or of its SIDs at a time: BM x BT comparisons fit the registers."""
     BM = min(tile.BM, 16)
     return max(4 * BM, 16), BM
+
+
+def kind_of_stream(stream: TokenStream) -> tuple[Hashable, ...]:
+    """What Triton compiles the kernels of a token stream anew for; see `Launch`."""
+    input_ids, token_table, segment_ids = stream
+    segments = None if segment_ids is None else segment_ids.dtype
+    narrow = input_ids.shape[1] < 1 << 31, token_table.shape[0] < 1 << 31
+    return input_ids.dtype, segments, token_table.dtype, aligned(token_table), *narrow

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Hashable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .tiles import aligned
 
 
 class Destination(NamedTuple):
@@ -70,14 +73,36 @@ def halves(word: int) -> tuple[float, float]:
     return float(word & 0xFFFF), float(word >> 16)
 
 
-def with_squares(
-    destination: Destination, squares: list[Tensor] | None, programs: int, dtype: torch.dtype
-) -> Destination:
-    """The destination of one launch, with room for a sum of squares a program, added to `squares`; None asks none."""
-    if squares is None:
-        return destination
-    squares.append(torch.empty((programs,), dtype=dtype, device=destination.table.device))
-    return destination._replace(squares=squares[-1])
+class Ending(NamedTuple):
+    """What becomes of the sums of a step, and what Triton compiles kernels anew for by it."""
+
+    destination: Destination
+    epilogue: Epilogue
+    squares: list[Tensor] | None  # gains a tensor with the sum of squares of each program; None asks for none
+    kind: tuple[Hashable, ...]
+
+    def of_programs(self, programs: int, dtype: torch.dtype) -> Destination:
+        """The destination of one launch, with room for its sums of squares."""
+        if self.squares is None:
+            return self.destination
+        self.squares.append(torch.empty(programs, dtype=dtype, device=self.destination.table.device))
+        return self.destination._replace(squares=self.squares[-1])
+
+
+def ending_of(destination: Destination, epilogue: Epilogue, squares: list[Tensor] | None = None) -> Ending:
+    table, lr = destination.table, destination.lr
+    epilogue = epilogue._replace(small=table.numel() < 1 << 31)
+    if epilogue.rule == "store":
+        return Ending(destination, epilogue, squares, (epilogue, table.dtype, aligned(table), squares is None))
+    tensors = table, destination.first_moment, destination.second_moment, destination.step
+    kind = (
+        epilogue,
+        squares is None,
+        *(None if tensor is None else tensor.dtype for tensor in tensors),
+        *map(aligned, tensors),
+        *((lr.dtype, aligned(lr)) if epilogue.scheduled else ()),
+    )
+    return Ending(destination, epilogue, squares, kind)
 
 
 @triton.jit

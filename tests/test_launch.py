@@ -1,61 +1,56 @@
-"""A launch that is looked up by our own key runs the kernel that Triton would have run."""
+"""A launch of a known kind runs the kernel that Triton would run."""
 
 import os
 import subprocess
 import sys
 
-import pytest
 import torch
 import triton
 
-from prefixmem_fast._launch import Launcher
+from prefixmem_fast._launch import Launch, forget, of_a_kind
 
 PROGRAM = """
-from typing import NamedTuple
-
 import torch, triton, triton.language as tl
 
-from prefixmem_fast._launch import Launcher
+from prefixmem_fast._launch import Launch, forget, of_a_kind
 from prefixmem_fast.checks.machine_code import stand_in_driver
 
-class Update(NamedTuple):
-    table: object
-    lr: object
-    seed: object
-
-@triton.jit(do_not_specialize=["k"])
-def nothing_kernel(p, q, update, n, k, x, C: tl.constexpr, B: tl.constexpr):
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["p"])
+def nothing_kernel(p, q, n, C: tl.constexpr, B: tl.constexpr):
     pass
 
+@of_a_kind
+def launch_of(dtype, aligned, narrow):
+    return Launch(nothing_kernel, (1, 2), 16, num_warps=2)
+
+@of_a_kind
+def careless_launch_of(dtype):
+    return Launch(nothing_kernel, (1, 2), 16, num_warps=2)
+
 words = torch.zeros(64, dtype=torch.int32)
-tensors = [words, words[1:], words[4:], torch.zeros(64), torch.zeros(64, dtype=torch.bfloat16)[8:]]
-updates = [Update(words, 0.5, 3), Update(words, 1.0, 16), Update(words[1:], torch.ones(1), 1)]
-numbers = [1, 2, 15, 16, 32, -1, -16, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**40, 2**62]
-usual = [words, None, updates[0], 5, 5, 0.5, (1, 2), 16]
-others = {0: tensors, 1: [words, words[1:]], 2: updates, 3: numbers, 4: numbers, 5: [1.0, 16.0], 6: [(1, 3)], 7: [32]}
-cases = [usual] + [[*usual[:i], value, *usual[i + 1:]] for i, values in others.items() for value in values]
+cases = [(p, q, n) for p in (words, words[1:]) for q in (words, words[4:], words[1:], words.double())
+         for n in (1, 2, 16, 2**31 - 1, 2**31)]
+
+def launch(p, q, n):
+    return launch_of(q.dtype, q.data_ptr() % 16 == 0, n < 2**31)((2, 1, 1), p, q, n)
 
 with stand_in_driver("sm_90", module="loaded"):
-    launch = Launcher(nothing_kernel)
-    assert launch.remembers, triton.__version__
-    for args in cases:
-        assert launch((2,), *args) is nothing_kernel[(2,)](*args), args
-    found = len(launch._compiled)
-    assert 15 < found < len(cases), found
-    for args in cases:
-        assert launch((2, 3), *args) is nothing_kernel[(2,)](*args), args
-    assert len(launch._compiled) == found
-    launch((2,), *usual, kind="usual")
-    Launcher.verifies = True
-    launch((2,), *usual, kind="usual")
-    assert launch((2,), *usual, kind="usual") is nothing_kernel[(2,)](*usual)
+    assert Launch.remembers, triton.__version__
+    for _ in range(2):
+        for case in cases:
+            assert launch(*case) is nothing_kernel[(2,)](*case, (1, 2), 16, num_warps=2), case
+    assert len({launch(*case).hash for case in cases}) == launch_of.cache_info().currsize == 6
+    Launch.verifies = True
+    for case in cases:
+        launch(*case)
+    careless_launch_of(words.dtype)((2, 1, 1), words, words, 5)
     try:
-        launch((2,), words[1:], *usual[1:], kind="usual")
+        careless_launch_of(words.dtype)((2, 1, 1), words, words[1:], 5)
     except AssertionError as error:
-        assert "arguments of different kinds were called usual" in str(error)
+        assert str(error) == "nothing_kernel: launches of one kind need different kernels"
     else:
         raise SystemExit("another kind went unseen")
-    nothing_kernel.device_caches.clear(), launch._compiled.clear()
+    nothing_kernel.device_caches.clear(), forget()
 print("right")
 """
 
@@ -75,8 +70,21 @@ def copy_kernel(p, q):
     triton.language.store(q, triton.language.load(p))
 
 
-@pytest.mark.parametrize("kind", [None, "one"])
-def test_the_interpreter_goes_tritons_way(kind):
+def test_the_interpreter_goes_tritons_way():
     p, q = torch.tensor([3.0]), torch.zeros(1)
-    Launcher(copy_kernel)((1,), p, q, kind=kind)
+    Launch(copy_kernel)((1, 1, 1), p, q)
     assert q == 3
+
+
+def test_what_is_cached_is_dropped_at_once():
+    made = []
+
+    @of_a_kind
+    def launch_of(kind):
+        made.append(kind)
+        return Launch(copy_kernel)
+
+    assert launch_of(1) is launch_of(1) is not launch_of(2)
+    forget()
+    launch_of(1)
+    assert made == [1, 2, 1]

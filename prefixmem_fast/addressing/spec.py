@@ -96,6 +96,9 @@ class AddressSpec:
         self._validate()
         self._derive()
 
+    def __hash__(self) -> int:
+        return hash(self.key)  # a string keeps its hash, a tuple of the fields does not
+
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)

@@ -121,7 +121,7 @@ def record(call: Callable[[], Any], target: str, compiling: bool = True) -> list
     """What a launcher launches on a target, in order; its kernels are compiled unless that is not asked for."""
     from triton.runtime.jit import JITFunction
 
-    from .._launch import Launcher
+    from .. import _launch
 
     events: list[Launch | Operator] = []
     run = JITFunction.run
@@ -134,7 +134,10 @@ def record(call: Callable[[], Any], target: str, compiling: bool = True) -> list
         events.append(Launch(self.fn.__name__.removesuffix("_kernel"), tuple(grid), sizes, kernel))
         return kernel
 
-    watched = mock.patch.object(JITFunction, "run", recording_run), mock.patch.object(Launcher, "remembers", False)
+    watched = (
+        mock.patch.object(JITFunction, "run", recording_run),
+        mock.patch.object(_launch.Launch, "remembers", False),
+    )
     with stand_in_driver(target), _Operators(events), watched[0], watched[1]:
         call()
     return events
