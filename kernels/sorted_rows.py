@@ -209,9 +209,8 @@ def _sum_sorted(
     ending: Ending,
 ) -> None:
     device = current_device()
-    read = values if grad is None else grad
     while True:
-        entries = keys.numel()
+        entries, read = keys.numel(), values if grad is None else grad
         kind = ending.kind, keys.dtype, order is None, n_tokens is None, read.dtype, aligned(read), entries < 1 << 31
         BB, columns, launch = _launch_of(device, W, dtype, ending.epilogue, terms, address, *kind, grad is None)
         n_blocks = blocks(entries, BLOCK)
@@ -222,5 +221,4 @@ def _sum_sorted(
         launch(grid, keys, order, grad, n_tokens, values, destination, edge_keys, edge_values, entries)
         if n_blocks == 1:
             return
-        keys, order, values, terms = edge_keys, None, edge_values, None
-        read = edge_values
+        keys, order, grad, n_tokens, values, terms, address = edge_keys, None, None, None, edge_values, None, None

@@ -163,28 +163,3 @@ for target, count in (("sm_90", 3), ("gfx942", 1)):
 def test_odd_shapes_without_spills():
     """One column a row, 63-bit products, three heads of 20, one head of 256: what the paper's shape does not show."""
     assert python("-c", ODD_SHAPES) == ""
-
-
-RECOMPILE = """
-import torch
-from prefixmem_fast.checks import launches, machine_code
-from prefixmem_fast.kernels import atomic_backward, forward, rows, sorted_backward, sorted_prefixes, sorted_rows
-spec = machine_code.paper_spec()
-kernels = (forward.prefix_memory_fwd_kernel, forward.token_memory_fwd_kernel,
-           atomic_backward.prefix_memory_bwd_kernel,
-           atomic_backward.token_memory_bwd_kernel, rows.token_codes_kernel, sorted_prefixes.pack_codes_kernel,
-           sorted_prefixes.prefixes_kernel,
-           sorted_backward.mark_shared_kernel, sorted_rows.sum_rows_kernel, sorted_prefixes.sum_prefixes_kernel)
-for sids in (1, 2, 16, 17, 4096, 1 << 20):
-    for name, call in launches.launches(spec, torch.float32, 64, sids).items():
-        if name not in ("sparse_bwd", "sparse_update", "sgd_bwd", "row_adam_bwd", "lazy_adam_bwd", "row_adagrad_bwd"):
-            launches.compiled_by(call, "sm_90")
-print([len(kernel.device_caches["sm_90"][0]) for kernel in kernels])
-"""
-
-
-@pytest.mark.slow
-def test_a_new_batch_size_compiles_nothing():
-    """One binary a kernel whatever the number of SIDs. Sums have a leaf and an inner form; those of prefixes two block
-    sizes, and leaves over codes and over tokens; codes come as the user's and as those of a token stream."""
-    assert json.loads(python("-c", RECOMPILE)) == [1, 1, 1, 1, 1, 2, 2, 1, 2, 8]

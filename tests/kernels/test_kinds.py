@@ -1,4 +1,4 @@
-"""What makes Triton compile a kernel anew: no size, slice, seed or number of a step; and every launcher knows what does.
+"""What makes Triton compile a kernel anew: no size, slice, seed or number of a step. Every launcher knows what does.
 
 The functions of the backend run in a process without the interpreter. Nothing is compiled and nothing launched: Triton
 binds and classes the arguments, and a stand-in takes the place of each kernel that it would compile.
@@ -14,18 +14,22 @@ import pytest
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
 START = """
-import json, torch
+import json
 from collections import Counter
+from functools import partial
+from itertools import product
 from unittest import mock
+
+import torch
 from triton.runtime.jit import JITFunction
+
 from prefixmem_fast import AddressSpec, optim
 from prefixmem_fast._launch import Launch, forget
-from prefixmem_fast.addressing import TokenStream
 from prefixmem_fast.checks import machine_code
 from prefixmem_fast.operation import backends
 from prefixmem_fast.operation.rules import Hyper, RowUpdate
 
-made = []
+made, kernels, cumsum = [], set(), torch.cumsum
 
 class Kernel:  # what Triton compiles
     function = packed_metadata = None
@@ -35,12 +39,16 @@ class Kernel:  # what Triton compiles
 
 def compile_nothing(self, key, signature, device, *rest):
     kernel = self.device_caches[device][0][key] = Kernel()
-    made.append(self.__name__)
+    made.append(self.__name__), kernels.add(self)
     return kernel
+
+def meta_cumsum(x, dim):  # torch's own makes a square of the sizes
+    return torch.empty_like(x, dtype=torch.int64) if x.is_meta else cumsum(x, dim)
 
 assert Launch.remembers
 Launch.verifies = True
 mock.patch.object(JITFunction, "_do_compile", compile_nothing).start()
+mock.patch.object(torch, "cumsum", meta_cumsum).start()
 triton = backends.functions_of("triton")
 """
 
@@ -52,102 +60,114 @@ def python(program):
 
 
 KINDS = """
-def moved(tensor):  # the same, not at a multiple of 16 bytes
-    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype).zero_()[1:].view(tensor.shape) if tensor.numel() else tensor
+specs = [
+    AddressSpec((8,) * 5, table_rows=rows, active_levels=(3, 4), mode=mode, heads=3)
+    for mode in ("prefix", "full", "suffix") for rows in (50, 5000)
+]
+large = AddressSpec((2048,) * 5, table_rows=1 << 27)
+dtypes = torch.bfloat16, torch.float32, torch.float64
 
-specs = [AddressSpec((8,) * 5, table_rows=rows, active_levels=(3, 4), mode=mode, heads=3)
-         for mode in ("prefix", "full", "suffix") for rows in (50, 5000)]
-specs += [AddressSpec((2048,) * 5, table_rows=1 << 27)]
-n_calls = 0
-for target in ("sm_90", "sm_80"):
+def of_every_size(spec):
+    for dtype, sids, width in product(dtypes, (1, 16, 17, 40_000, 1 << 28), (64, 3)):
+        for call in machine_code.launches(spec, dtype, width, sids).values():
+            call()
+    many = torch.empty(1 << 31, 5, dtype=torch.int16, device="meta")
+    triton.forward(many, many.new_empty(spec.total_rows, 4, dtype=torch.float32), spec)
+    grad = many.new_empty(len(many), len(spec.active_levels), 4 * spec.heads, dtype=torch.float32)
+    triton.dense_gradient(grad, many, spec)
+
+def moved(tensor):
+    "The same, and not at a multiple of 16 bytes."
+    return torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+
+def arguments(spec, dtype):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, codes = torch.zeros(spec.total_rows, 64, dtype=dtype), torch.zeros(40, 5, dtype=torch.int64)
+    first, second = torch.zeros(weight.shape, dtype=wide), torch.zeros(len(weight), dtype=wide)
+    usual = dict(
+        weight=weight, codes=codes, grad=torch.zeros(40, 2, 192, dtype=dtype), first=first, second=second, lr=0.5,
+        step=torch.ones((), dtype=torch.int64), rows=torch.zeros(1, 7, dtype=torch.int64),
+        values=torch.zeros(7, 64, dtype=dtype),
+    )
+    yield usual
+    scheduled = {**usual, "lr": torch.ones(1)}
+    for given in usual, scheduled:
+        yield from ({**given, name: moved(value)} for name, value in given.items() if torch.is_tensor(value))
+    yield {**scheduled, "lr": torch.ones((), dtype=torch.float64)}
+    yield from ({**usual, "codes": codes.to(kind)} for kind in (torch.int32, torch.int16))
+    yield {**usual, "first": None}
+
+def of_every_alignment(spec, weight, codes, grad, first, second, lr, step, rows, values):
+    dtype = weight.dtype
+    triton.forward(codes, weight, spec)
+    triton.prefix_rows(codes, spec)
+    triton.dense_gradient(grad, codes, spec)
+    triton.dense_gradient(grad, codes, spec, deterministic=True)
+    triton.row_sums(grad, codes, spec, dtype)
+    sparse = torch.sparse_coo_tensor(rows, values, weight.shape, check_invariants=False)
+    full = torch.zeros_like(weight, dtype=second.dtype)
+    states = {"sgd": [], "row_adagrad": [second], "row_adam": [first, second], "lazy_adam": [first, full]}
+    for (rule, state), decay, squares in product(states.items(), (0.0, 0.5), (None, [])):
+        hyper, seed = Hyper(lr, decay, 1e-8, 0.9, 0.999), 0 if dtype == torch.bfloat16 else None
+        update = RowUpdate(weight, rule, state, step, hyper, seed, squares)
+        triton.fused_update(grad, codes, spec, update)
+        triton.sparse_update(sparse, update)
+
+for target, chosen in (("sm_90", specs), ("sm_80", specs[:1])):
     with machine_code.stand_in_driver(target):
-        for spec in specs:
-            for dtype in (torch.bfloat16, torch.float32, torch.float64):
-                for sids in (1, 16, 17, 40_000, 1 << 31):
-                    for width in (64, 3):
-                        for call in machine_code.launches(spec, dtype, width, sids).values():
-                            call()
-                            n_calls += 1
-        for spec in specs[:-1]:
-            codes = torch.zeros(40, 5, dtype=torch.int64)
-            for dtype in (torch.bfloat16, torch.float32, torch.float64):
-                weight, wide = torch.zeros(spec.total_rows, 64, dtype=dtype), torch.float64 if dtype == torch.float64 else torch.float32
-                grad = torch.zeros(40, 2, 3 * 64, dtype=dtype)
-                first, second, step = torch.zeros(weight.shape, dtype=wide), torch.zeros(len(weight), dtype=wide), torch.ones((), dtype=torch.int64)
-                values = torch.zeros(7, 64, dtype=dtype)
-                for lr in (0.5, torch.ones((1,)), torch.ones((1,), dtype=torch.float64)):
-                    usual = [weight, grad, codes, first, second, step, lr, values]
-                    cases = [usual, *([*usual[:i], moved(usual[i]) , *usual[i + 1:]] for i in range(8) if torch.is_tensor(usual[i]))]
-                    cases += [[*usual[:2], given, *usual[3:]] for given in (codes.int(), codes.short())]
-                    cases += [[*usual[:3], None, *usual[4:]]]
-                    for weight_, grad_, codes_, first_, second_, step_, lr_, values_ in cases:
-                        triton.forward(codes_, weight_, spec)
-                        triton.prefix_rows(codes_, spec)
-                        for deterministic in (False, True):
-                            triton.dense_gradient(grad_, codes_, spec, deterministic)
-                        triton.row_sums(grad_, codes_, spec, dtype)
-                        for rule, state in (("sgd", []), ("row_adagrad", [second_]), ("row_adam", [first_, second_]), ("lazy_adam", [first_, first])):
-                            for decay in (0.0, 0.5):
-                                for squares in (None, []):
-                                    hyper = Hyper(lr_, decay, 1e-8, 0.9, 0.999)
-                                    update = RowUpdate(weight_, rule, state, step_, hyper, 0 if dtype == torch.bfloat16 else None, squares)
-                                    triton.fused_update(grad_, codes_, spec, update)
-                                    sparse = torch.sparse_coo_tensor(torch.zeros(1, 7, dtype=torch.int64), values_, weight.shape, check_invariants=False)
-                                    triton.sparse_update(sparse, update)
-                                    n_calls += 1
+        for spec in (*chosen, large):
+            of_every_size(spec)
+        for spec, dtype in product(chosen, dtypes):
+            for given in arguments(spec, dtype):
+                of_every_alignment(spec, **given)
     forget()
-print(json.dumps([n_calls, Counter(made)]))
+print(json.dumps(Counter(made)))
 """
 
 
 def test_launches_of_a_kind_have_one_kernel():
-    """Every launcher in every mode and dtype, with tensors that are not aligned, with sizes beyond 2^31."""
-    n_calls, made = python(KINDS)
-    assert n_calls > 2000
-    assert len(made) == 14  # every kernel of the package
+    """Every launcher in every mode and dtype, with tensors that are not aligned and sizes beyond 2^31."""
+    made = python(KINDS)
+    assert len(made) == 15  # the kernels of the package
+    assert made["sum_prefixes_kernel"] > 200
 
 
 ONE = """
 spec = AddressSpec((2048,) * 5, table_rows=100_000, active_levels=(3, 4))
-meta = torch.device("meta")
 weight = torch.zeros(spec.total_rows, 64, dtype=torch.bfloat16)
-n_calls = 0
 
 def compiled(calls):
-    made.clear()
+    made.clear(), forget()
+    for kernel in kernels:
+        kernel.device_caches.clear()
     with machine_code.stand_in_driver("sm_90"):
         for call in calls:
             call()
     return Counter(made)
 
-def forward(codes, weight):
-    return lambda: triton.forward(codes, weight, spec)
+def of_every_size(name):
+    sizes = (1, 2, 15, 16, 17, 64, 4096, 65_536, 1_000_000)
+    return [machine_code.launches(spec, torch.bfloat16, 64, sids)[name] for sids in sizes]
 
-def step(optimizer_class, codes, **options):
-    def run():
-        table = torch.nn.Parameter(weight)
-        update = optimizer_class([table], **options).begin(table)
-        triton.fused_update(torch.zeros(len(codes), 2, 256, dtype=torch.bfloat16), codes, spec, update)
-    return run
-
-def batches(function):
-    return [lambda call=call: call() for sids in (1, 2, 15, 16, 17, 4096, 65_536, 1_000_000)
-            for name, call in machine_code.launches(spec, torch.bfloat16, 64, sids).items() if name == function]
+def step(codes, optimizer=optim.RowWiseAdagrad, **options):
+    table = torch.nn.Parameter(weight)
+    grad, optimizer = torch.zeros(len(codes), 2, 256, dtype=torch.bfloat16), optimizer([table], **options)
+    return lambda: triton.fused_update(grad, codes, spec, optimizer.begin(table))
 
 codes = torch.zeros(1001, 5, dtype=torch.int64)
 slices = [codes, codes[1:], codes[2:], codes[3:17], codes[7:8]]
 assert codes[1:].data_ptr() % 16 == 8
-on_gpu = weight.to(meta)
-found = {name: compiled(batches(name)) for name in (
-    "prefix_memory_fwd", "token_memory_fwd", "prefix_memory_bwd", "token_memory_bwd", "prefix_rows", "token_step",
-    "row_adagrad_bwd", "deterministic_bwd", "deterministic_token_bwd", "sparse_bwd", "sparse_update")}
-found["slices"] = compiled([forward(part, weight) for part in slices] + [step(optim.SGD, part) for part in slices])
-found["numbers"] = compiled(
-    [step(optim.RowWiseAdagrad, codes, seed=seed) for seed in (0, 1, 16, 1 << 40)]
-    + [step(optim.RowWiseAdagrad, codes, lr=lr) for lr in (1, 1.0, 16, 0.1)]
-    + [step(optim.RowWiseAdagrad, codes, lr=lr, eps=eps) for lr in (1, 0.5) for eps in (0, 1, 1e-8)]
-    + [step(optim.RowWiseAdagrad, codes, lr=torch.tensor(lr, dtype=dtype)) for lr in (1, 0.5) for dtype in (torch.float32,)])
-found["decay"] = compiled(step(optim.RowWiseAdagrad, codes, weight_decay=decay) for decay in (1, 16, 0.5, 0.0))
+names = machine_code.launches(spec, torch.bfloat16, 64, 1)
+found = {name: compiled(of_every_size(name)) for name in names}
+found["slices, forward"] = compiled(partial(triton.forward, part, weight, spec) for part in slices)
+found["slices, step"] = compiled(step(part) for part in slices)
+numbers = [{"seed": seed} for seed in (0, 1, 16, 1 << 40)] + [{"lr": lr} for lr in (1, 1.0, 16, 0.1)]
+numbers += [{"eps": eps} for eps in (0, 1, 1e-8)]
+found["numbers"] = compiled(step(codes, **given) for given in numbers)
+found["betas"] = compiled(step(codes, optim.RowWiseAdam, betas=(0.5, beta)) for beta in (0, 0.0, 0.5, 0.999))
+found["schedule"] = compiled(step(codes, lr=torch.tensor(lr)) for lr in (1.0, 0.5))
+found["decay"] = compiled(step(codes, weight_decay=decay) for decay in (1, 16, 0.5))
+found["decay or none"] = compiled(step(codes, weight_decay=decay) for decay in (0.5, 0))
 forget()
 print(json.dumps(found))
 """
@@ -158,5 +178,29 @@ def compiled():
     return python(ONE)
 
 
+# Two binaries: of many SIDs the rows are sorted and not claimed; sums of a list have leaves and inner nodes.
+TWO = ("prefixes_kernel", "sum_rows_kernel")
+LAUNCHERS = ("fwd", "bwd", "rows", "token_step", "update")
+
+
 def test_a_new_batch_size_compiles_nothing(compiled):
-    assert compiled == 0
+    """From 1 to 1,000,000 SIDs or tokens."""
+    of_launchers = {name: made for name, made in compiled.items() if name.endswith(LAUNCHERS)}
+    assert len(of_launchers) == 14
+    for name, made in of_launchers.items():
+        two = {"sum_rows_kernel", "mark_sorted_kernel"} if name == "sparse_bwd" else TWO
+        assert made == {kernel: 2 if kernel in two else 1 for kernel in made}, name
+
+
+def test_a_slice_that_is_not_aligned_compiles_nothing(compiled):
+    assert compiled["slices, forward"] == {"prefix_memory_fwd_kernel": 1}
+    assert set(compiled["slices, step"].values()) == {1}
+
+
+@pytest.mark.parametrize("what", ["numbers", "betas", "schedule", "decay"])
+def test_the_numbers_of_a_step_compile_nothing(compiled, what):
+    """Seeds, lr, eps, betas and decay of any value and type; a tensor lr and a decay of 0 have kernels of their own."""
+    assert set(compiled[what].values()) == {1}
+    assert {"sum_prefixes_kernel", "merge_rows_kernel"} <= set(compiled[what])
+    writes = {"sum_prefixes_kernel", "merge_rows_kernel", "sum_edges_kernel"}
+    assert {kernel for kernel, count in compiled["decay or none"].items() if count == 2} == writes
