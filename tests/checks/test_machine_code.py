@@ -163,3 +163,49 @@ for target, count in (("sm_90", 3), ("gfx942", 1)):
 def test_odd_shapes_without_spills():
     """One column a row, 63-bit products, three heads of 20, one head of 256: what the paper's shape does not show."""
     assert python("-c", ODD_SHAPES) == ""
+
+
+WIDE = """
+import json, torch
+from prefixmem_fast import AddressSpec
+from prefixmem_fast.checks import launches, machine_code
+found = {}
+for size in (2_048, 70_000):
+    calls = launches.launches(AddressSpec((size,) * 5, active_levels=(3, 4)), torch.bfloat16, 64)
+    for name in ("prefix_memory_fwd", "row_adagrad_bwd"):
+        for kernel in launches.compiled_by(calls[name], "sm_90"):
+            program = machine_code.analysed(kernel).program
+            calls_of_functions = sum(i.name in ("CALL", "RET") for i in program.instructions)
+            name = kernel.metadata.name
+            found.setdefault(name, []).append((len(program.instructions), calls_of_functions))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_products_of_63_bits_cost_some_instructions_and_no_division():
+    """A codebook of 70,000 codes needs them. A modulus known to the compiler is a product, not a call of a function."""
+    found = json.loads(python("-c", WIDE))
+    for name in ("prefix_memory_fwd_kernel", "prefixes_kernel", "sum_prefixes_kernel"):
+        (narrow, _), (wide, calls) = found[name]
+        assert narrow < wide <= 1.5 * narrow, name
+        assert calls == 0, name
+
+
+ROWS_ON_CDNA = """
+import json, torch
+from prefixmem_fast.checks import launches, machine_code
+calls = launches.launches(machine_code.paper_spec(), torch.bfloat16, 64)
+for kernel in launches.compiled_by(calls["row_adagrad_bwd"], "gfx942"):
+    row = machine_code.inspect(kernel, "", "prefix", "bfloat16", "gfx942")
+    if row.kernel == "sum_prefixes":
+        print(json.dumps([row.loads, row.stores]))
+"""
+
+
+@pytest.mark.slow
+def test_the_walk_moves_rows_16_bytes_at_a_time_on_gfx942():
+    loads, stores = map(widths, json.loads(python("-c", ROWS_ON_CDNA)))
+    assert loads[16] == 2 * (3 + 2)  # before the loop and in it: rows of three orders, dS of two levels
+    assert 8 not in loads
+    assert set(stores) <= {4, 16}
