@@ -8,7 +8,7 @@ from bench.host import kernels_that_return_at_once
 from prefixmem_fast.checks import launches
 
 SIDS = 65_536
-# Bytes a SID. Of an update nearly all is room for sums put aside, 4 rows of H x w in float32, as if all runs were shared;
+# Bytes a SID. Of an update nearly all is room for sums put aside, 4 rows of H x w in float32, as if all were shared;
 # the list of a sparse gradient has as many rows again, in float32 and in the table's dtype.
 MOST = {"prefix_memory_fwd": 1024, "row_adagrad_bwd": 5_800, "lazy_adam_bwd": 5_800, "sparse_bwd": 14_000}
 
