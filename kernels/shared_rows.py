@@ -27,6 +27,7 @@ from .update import Ending, Epilogue, load_numbers, load_rows, store_squares, wr
 
 BITS_A_RUN = 32  # of the filter: one run in 32 is marked for nothing
 RUNS_A_BUCKET = 4
+MOST_BITS = 1 << 30  # numbers of bits and buckets are int32
 MERGERS = 3072  # programs, as many as a large GPU holds at once
 
 
@@ -43,7 +44,8 @@ class Claims(NamedTuple):
 
 def make_claims(slots: int, device: torch.device) -> Claims:
     runs = 1 << (slots - 1).bit_length()
-    words, buckets = max(runs * BITS_A_RUN // 32, 4), max(runs // RUNS_A_BUCKET, 4)
+    words = min(max(runs * BITS_A_RUN // 32, 4), MOST_BITS // 32)
+    buckets = min(max(runs // RUNS_A_BUCKET, 4), MOST_BITS)
     zeros = torch.zeros(2 * words + buckets + 1, dtype=torch.int32, device=device)
     links = torch.empty(slots, dtype=torch.int32, device=device)
     return Claims(*zeros.split_with_sizes((words, words, buckets, 1)), links, torch.empty_like(links))

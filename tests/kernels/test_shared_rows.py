@@ -123,3 +123,12 @@ def test_two_runs_of_one_row_are_both_marked():
     alias = 3 + 32 * len(claims.once)
     assert targets.flatten().tolist() == [-9, -5, -9, -1, -2 - alias]
     assert claims.count == 4
+
+
+@pytest.mark.parametrize("slots", [1, 3, 1 << 20, 1 << 27, (1 << 31) - 1])
+def test_sizes_of_claims_are_powers_of_two_that_fit_32_bits(slots):
+    claims = shared_rows.make_claims(slots, torch.device("meta"))
+    for size in (32 * len(claims.once), 32 * len(claims.twice), len(claims.heads)):
+        assert 4 <= size <= 1 << 30
+        assert size & (size - 1) == 0
+    assert len(claims.links) == len(claims.shared) == slots
