@@ -155,22 +155,19 @@ def token_memory_bwd_kernel(
         i_rank += BM
 
 
-# Every atomic keeps an address and a mask: twice these budgets, and `prefixmem verify --compile` reports spills.
-BUDGET, TOKEN_BUDGET = 4096, 2048
-
-
 def _total(grad: Tensor, spec: AddressSpec) -> Tensor:
     return zero_table(spec, grad.shape[-1] // spec.heads, accumulator(grad.dtype), grad.device)
 
 
 @of_a_kind
 def _launch_of(
-    kernel: Any, device: Device, spec: AddressSpec, W: int, dtype: torch.dtype, budget: int, *kind: Hashable
+    kernel: Any, device: Device, spec: AddressSpec, W: int, dtype: torch.dtype, *kind: Hashable
 ) -> tuple[Tile, int, Launch]:
     """The tile, tokens a program in a stream, the launch."""
-    tile = tile_of(spec.heads, W, dtype, budget)
+    tokens = kernel is token_memory_bwd_kernel  # which keeps their ranks beside
+    tile = tile_of(spec.heads, W, dtype, device.settings.atomic_bytes // (2 if tokens else 1))
     BT, BM = token_blocks(tile)
-    sizes = (BT, BM) if kernel is token_memory_bwd_kernel else (tile.BM,)
+    sizes = (BT, BM) if tokens else (tile.BM,)
     return tile, BT, Launch(kernel, W, address_of(spec), *sizes, tile.BH, tile.BW, **LAUNCH)
 
 
@@ -179,7 +176,7 @@ def prefix_memory_bwd(grad: Tensor, codes: Tensor, spec: AddressSpec) -> Tensor:
     total = _total(grad, spec)
     M, W = codes.shape[0], total.shape[1]
     if grad.numel():
-        kind = BUDGET, codes.dtype, aligned(grad), M < 1 << 31
+        kind = codes.dtype, aligned(grad), M < 1 << 31
         tile, _, launch = _launch_of(prefix_memory_bwd_kernel, current_device(), spec, W, grad.dtype, *kind)
         launch((blocks(M, tile.BM), tile.columns, 1), codes, grad, total, M)
     return total.to(grad.dtype)
@@ -190,7 +187,7 @@ def token_memory_bwd(grad: Tensor, stream: TokenStream, spec: AddressSpec) -> Te
     total = _total(grad, spec)
     (B, T), W = stream.input_ids.shape, total.shape[1]
     if grad.numel():
-        kind = TOKEN_BUDGET, kind_of_stream(stream), aligned(grad)
+        kind = kind_of_stream(stream), aligned(grad)
         tile, BT, launch = _launch_of(token_memory_bwd_kernel, current_device(), spec, W, grad.dtype, *kind)
         launch((B * blocks(T, BT), tile.columns, 1), *stream, grad, total, T, stream.token_table.shape[0])
     return total.to(grad.dtype)

@@ -16,7 +16,8 @@ from prefixmem_fast._launch import Launch, of_a_kind
 from prefixmem_fast.addressing import AddressSpec
 
 from .address import address_of, append_code
-from .forward import BUDGET, add_level, load_nested
+from .forward import add_level, load_nested
+from .settings import SETTINGS
 from .tiles import Device, Tile, aligned, blocks, column_tile, current_device, roomy_launch, tile_of
 from .tokens import load_token
 
@@ -82,12 +83,19 @@ def token_step_kernel(
 
 
 def column_tiles(weight: Tensor, spec: AddressSpec) -> int:
-    return tile_of(spec.heads, weight.shape[1], weight.dtype, BUDGET).columns
+    return tile_of(spec.heads, weight.shape[1], weight.dtype, current_device().settings.decode_bytes).columns
 
 
 @of_a_kind
-def _launch_of(device: Device, spec: AddressSpec, W: int, dtype: torch.dtype, *kind: Hashable) -> tuple[Tile, Launch]:
-    tile = tile_of(spec.heads, W, dtype, BUDGET)
+def _launch_of(
+    device: Device, spec: AddressSpec, W: int, dtype: torch.dtype, copies: int, *kind: Hashable
+) -> tuple[Tile, Launch]:
+    """A tile of as many columns as the state has copies, whatever the settings were when it was made."""
+    sizes = device.settings.decode_bytes, *SETTINGS["decode_bytes"].candidates
+    tiles = [tile_of(spec.heads, W, dtype, size) for size in sizes]
+    tile = next((tile for tile in tiles if tile.columns == copies), None)
+    if tile is None:
+        raise ValueError(f"the state has {copies} copies of its codes; make it with as many as state_copies says")
     return tile, Launch(token_step_kernel, W, address_of(spec), tile.BM, tile.BH, tile.BW, **roomy_launch(device, 4))
 
 
@@ -100,7 +108,7 @@ def token_step(
     if out.numel():
         dtypes = ids.dtype, token_table.dtype, codes.dtype, level.dtype, total.dtype
         kind = aligned(token_table), aligned(weight), aligned(total), B < 1 << 31, V < 1 << 31
-        tile, launch = _launch_of(current_device(), spec, W, weight.dtype, *dtypes, *kind)
+        tile, launch = _launch_of(current_device(), spec, W, weight.dtype, codes.shape[0], *dtypes, *kind)
         grid = (blocks(B, tile.BM), tile.columns, 1)
         launch(grid, ids, token_table, weight, codes, level, total, out, B, V)
     return out

@@ -21,6 +21,7 @@ from prefixmem_fast._launch import Launch, of_a_kind
 from prefixmem_fast.addressing import AddressSpec, TokenStream
 
 from .address import address_of, load_sid_codes, order_rows
+from .settings import Settings
 from .tiles import Device, Tile, aligned, blocks, column_tile, current_device, roomy_launch, tile_of
 from .tokens import kind_of_stream, last_codes, load_codes_before, token_tile
 
@@ -189,23 +190,20 @@ def token_memory_fwd_kernel(
     tl.store(p_token, b_sum.to(p_out.dtype.element_ty), mask=(o_t < T)[:, None, None] & m_d)  # [BM, BH, BW]
 
 
-# At 4 warps: 16 float32 sums a thread, two SIDs of 256 bfloat16 a warp.
-BUDGET = 8192
-
-
-def registers_for(spec: AddressSpec, dtype: torch.dtype) -> int:
+def registers_for(spec: AddressSpec, dtype: torch.dtype, settings: Settings) -> int:
     """A limit that lets the rows of all orders be in flight at once. Without one ptxas sums as it loads, to save
     registers that no further warp could use."""
-    rows = BUDGET // accumulator(dtype).itemsize * dtype.itemsize // 128 // 4 * min(spec.max_order, spec.levels)
-    return 64 if rows <= 32 else 128 if rows <= 64 else 255
+    elements = settings.forward_bytes // accumulator(dtype).itemsize // (32 * settings.forward_warps)  # a thread
+    row = elements * dtype.itemsize // 4 * min(spec.max_order, spec.levels)
+    return 64 if row <= 32 else 128 if row <= 64 else 255
 
 
 @of_a_kind
 def _launch_of(
     kernel: Any, device: Device, spec: AddressSpec, W: int, dtype: torch.dtype, *kind: Hashable
 ) -> tuple[Tile, Launch]:
-    tile = tile_of(spec.heads, W, dtype, BUDGET)
-    options = roomy_launch(device, 4, registers_for(spec, dtype))
+    tile = tile_of(spec.heads, W, dtype, device.settings.forward_bytes)
+    options = roomy_launch(device, device.settings.forward_warps, registers_for(spec, dtype, device.settings))
     return tile, Launch(kernel, W, address_of(spec), tile.BM, tile.BH, tile.BW, **options)
 
 

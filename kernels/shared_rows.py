@@ -28,7 +28,6 @@ from .update import Ending, Epilogue, load_numbers, load_rows, store_squares, wr
 BITS_A_RUN = 32  # of the filter: one run in 32 is marked for nothing
 RUNS_A_BUCKET = 4
 MOST_BITS = 1 << 30  # numbers of bits and buckets are int32
-MERGERS = 3072  # programs, as many as a large GPU holds at once
 
 
 class Claims(NamedTuple):
@@ -280,7 +279,7 @@ def merge_rows(targets: Tensor, claims: Claims, aside: Tensor, ending: Ending, l
     S, n_buckets, W = claims.links.shape[0], claims.heads.shape[0], aside.shape[-1]
     dtype = torch.float64 if aside.dtype == torch.float64 else torch.float32
     kind = ending.kind, aside.dtype, targets.dtype, S < 1 << 31, n_buckets < 1 << 31
-    BM, columns, launch = _merge_of(current_device(), layout, W, dtype, ending.epilogue, *kind)
-    grid = (min(blocks(S, 8 * BM), MERGERS), columns, 1)
+    BM, columns, launch = _merge_of(ending.device, layout, W, dtype, ending.epilogue, *kind)
+    grid = (min(blocks(S, 8 * BM), ending.device.settings.merge_programs), columns, 1)
     destination = ending.of_programs(grid[0] * columns, dtype)
     launch(grid, targets, *claims[2:], aside, destination, S, n_buckets)

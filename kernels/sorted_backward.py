@@ -31,7 +31,7 @@ from .update import STORE, Destination, Ending, Epilogue, ending_of
 def dense(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec) -> Tensor:
     """Dense gradient ``[R, w]`` in the dtype of grad; contiguous codes ``[M, L]`` or a token stream."""
     total = zero_table(spec, grad.shape[-1] // spec.heads, grad.dtype, grad.device)
-    _sum(grad, source, spec, ending_of(Destination(total), STORE))
+    _sum(grad, source, spec, ending_of(Destination(total), STORE, deterministic=True))
     return total
 
 

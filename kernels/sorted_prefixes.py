@@ -34,7 +34,6 @@ from .tiles import (
     aligned,
     blocks,
     column_tile,
-    current_device,
     roomy_launch,
     tile_of,
     warp_bytes,
@@ -42,15 +41,13 @@ from .tiles import (
 from .update import Ending, Epilogue, load_numbers, load_rows, store_squares, write_rows
 
 TENSORS = {"row_adam": 2, "lazy_adam": 3}  # of the table's shape that an update reads
-EDGE_WARPS = 2
-EDGE = 8192  # bytes of partial sums that a program adds at a time
 LONGEST = 32  # places a block
 
 
-def block_of(sids: int) -> int:
-    """Places a block: short enough to fill a large GPU twice, no shorter, as each block leaves partial sums."""
+def block_of(sids: int, enough: int) -> int:
+    """Places a block: so short that there are `enough` blocks, no shorter, as each block leaves partial sums."""
     block = LONGEST
-    while block > 4 and sids < 2400 * block:  # 132 multiprocessors of 9 warps
+    while block > 4 and sids < enough * block:
         block //= 2
     return block
 
@@ -349,15 +346,18 @@ def _launches_of(
 ) -> _Launches:
     dtype, address = accumulator(grad_dtype), address_of(spec)
     ahead = TENSORS.get(epilogue.rule, 1) * grad_dtype.itemsize  # bytes of a number and its moments, all read ahead
-    warp = warp_bytes(device) // (2 if ahead > 8 else 1)
+    settings = device.settings
+    warp = settings.walk_tiles * warp_bytes(device) // (2 if ahead > 8 else 1)
     whole_row = 0 if epilogue.rule == "store" else triton.next_power_of_2(W) * dtype.itemsize
     tile = tile_of(spec.heads, W, grad_dtype, max(warp, whole_row))
     warps = max(tile.BM * tile.BH * tile.BW * dtype.itemsize // warp, 1)
     constants = W, plan, address, epilogue._replace(warps=warps), tile.BM, tile.BH, tile.BW
     walk = Launch(sum_prefixes_kernel, *constants, **roomy_launch(device, warps))
-    edge = tile_of(spec.heads, W, grad_dtype, max(EDGE, whole_row))
-    constants = W, plan, address, epilogue._replace(warps=EDGE_WARPS), LONGEST, edge.BM, edge.BH, edge.BW
-    return _Launches(tile, walk, edge, Launch(sum_edges_kernel, *constants, **roomy_launch(device, EDGE_WARPS)))
+    edge = tile_of(spec.heads, W, grad_dtype, max(settings.edge_bytes, whole_row))
+    constants = W, plan, address, epilogue._replace(warps=settings.edge_warps), LONGEST, edge.BM, edge.BH, edge.BW
+    return _Launches(
+        tile, walk, edge, Launch(sum_edges_kernel, *constants, **roomy_launch(device, settings.edge_warps))
+    )
 
 
 def sum_prefixes(
@@ -367,8 +367,8 @@ def sum_prefixes(
     W, E = grad.shape[-1] // spec.heads, prefixes.sids.shape[0]
     dtype = accumulator(grad.dtype)
     kind = ending.kind, prefixes.counts is None, prefixes.sids.dtype, aligned(grad), E < 1 << 31
-    launches = _launches_of(current_device(), spec, plan, W, grad.dtype, ending.epilogue, *kind)
-    tile, block = launches.walk_tile, block_of(E)
+    launches = _launches_of(ending.device, spec, plan, W, grad.dtype, ending.epilogue, *kind)
+    tile, block = launches.walk_tile, block_of(E, ending.device.settings.walk_blocks)
     n_blocks = blocks(E, block)
     edges = room_for_sums(n_blocks * 2 * len(plan.orders) * spec.heads, W, grad.dtype, grad.device)
     grid = (blocks(n_blocks, tile.BM), tile.columns, 1)

@@ -24,7 +24,7 @@ from prefixmem_fast.addressing import AddressSpec
 
 from .address import Address, address_of
 from .aside import take_aside
-from .tiles import Device, aligned, blocks, current_device, roomy_launch, row_tile
+from .tiles import Device, aligned, blocks, roomy_launch, row_tile
 from .update import Ending, Epilogue, load_numbers, load_rows, store_squares, write_rows
 
 BLOCK = 32  # entries a block
@@ -208,11 +208,10 @@ def _sum_sorted(
     dtype: torch.dtype,
     ending: Ending,
 ) -> None:
-    device = current_device()
     while True:
         entries, read = keys.numel(), values if grad is None else grad
         kind = ending.kind, keys.dtype, order is None, n_tokens is None, read.dtype, aligned(read), entries < 1 << 31
-        BB, columns, launch = _launch_of(device, W, dtype, ending.epilogue, terms, address, *kind, grad is None)
+        BB, columns, launch = _launch_of(ending.device, W, dtype, ending.epilogue, terms, address, *kind, grad is None)
         n_blocks = blocks(entries, BLOCK)
         edge_keys = torch.empty(2 * n_blocks, dtype=keys.dtype, device=keys.device)
         edge_values = torch.empty(2 * n_blocks, W, dtype=dtype, device=keys.device)

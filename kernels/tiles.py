@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -11,8 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from prefixmem_fast._dtypes import accumulator
+from prefixmem_fast._launch import forget
 from prefixmem_fast._triton import interpreting
 from prefixmem_fast.addressing import AddressSpec
+
+from .settings import DEFAULTS, Settings, settings_for
 
 # Naming the option keeps the bits equal across Triton's changing defaults, and equal to PyTorch's.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
@@ -27,24 +32,48 @@ class Device:
     Attributes:
         backend: "cuda" or "hip".
         lanes: threads a warp.
+        settings: block sizes and warps in force.
     """
 
-    def __init__(self, backend: str, lanes: int) -> None:
-        self.backend, self.lanes = backend, lanes
+    def __init__(self, backend: str, lanes: int, settings: Settings) -> None:
+        self.backend, self.lanes, self.settings = backend, lanes, settings
 
 
 @lru_cache(maxsize=64)
-def _device_of(index: int | str) -> Device:
+def _device_of(index: int | str, pinned: bool) -> Device:
     """Asking the driver for a target takes microseconds."""
+    if not pinned:
+        settings = settings_for(torch.cuda.get_device_name(index) if isinstance(index, int) else index)
+        if settings == DEFAULTS:
+            return _device_of(index, True)
+    else:
+        settings = DEFAULTS
+    if _INTERPRETING:
+        return Device("cuda", 32, settings)
     target = triton.runtime.driver.active.get_current_target()
-    return Device(target.backend, target.warp_size)
+    return Device(target.backend, target.warp_size, settings)
 
 
-_INTERPRETER = Device("cuda", 32)
+def current_device(pinned: bool = False) -> Device:
+    """The device to launch on; with the defaults where the caller or torch asks for the same bits run after run."""
+    index = "interpreter" if _INTERPRETING else triton.runtime.driver.active.get_current_device()
+    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+        pinned = True
+    return _device_of(index, pinned)
 
 
-def current_device() -> Device:
-    return _INTERPRETER if _INTERPRETING else _device_of(triton.runtime.driver.active.get_current_device())
+@contextmanager
+def trying(settings: Settings) -> Iterator[None]:
+    """Launches take these settings in here."""
+    device = current_device()
+    before = device.settings
+    device.settings = settings
+    forget()
+    try:
+        yield
+    finally:
+        device.settings = before
+        forget()
 
 
 def roomy_launch(device: Device, num_warps: int, registers: int = 255) -> dict[str, int | bool]:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import aligned
+from .tiles import Device, aligned, current_device
 
 
 class Destination(NamedTuple):
@@ -80,6 +80,7 @@ class Ending(NamedTuple):
     epilogue: Epilogue
     squares: list[Tensor] | None  # gains a tensor with the sum of squares of each program; None asks for none
     kind: tuple[Hashable, ...]
+    device: Device
 
     def of_programs(self, programs: int, dtype: torch.dtype) -> Destination:
         """The destination of one launch, with room for its sums of squares."""
@@ -89,11 +90,15 @@ class Ending(NamedTuple):
         return self.destination._replace(squares=self.squares[-1])
 
 
-def ending_of(destination: Destination, epilogue: Epilogue, squares: list[Tensor] | None = None) -> Ending:
+def ending_of(
+    destination: Destination, epilogue: Epilogue, squares: list[Tensor] | None = None, deterministic: bool = False
+) -> Ending:
+    device = current_device(deterministic)
     table, lr = destination.table, destination.lr
     epilogue = epilogue._replace(small=table.numel() < 1 << 31)
     if epilogue.rule == "store":
-        return Ending(destination, epilogue, squares, (epilogue, table.dtype, aligned(table), squares is None))
+        kind = epilogue, squares is None, table.dtype, aligned(table)
+        return Ending(destination, epilogue, squares, kind, device)
     tensors = table, destination.first_moment, destination.second_moment, destination.step
     kind = (
         epilogue,
@@ -102,7 +107,7 @@ def ending_of(destination: Destination, epilogue: Epilogue, squares: list[Tensor
         *map(aligned, tensors),
         *((lr.dtype, aligned(lr)) if epilogue.scheduled else ()),
     )
-    return Ending(destination, epilogue, squares, kind)
+    return Ending(destination, epilogue, squares, kind, device)
 
 
 @triton.jit

@@ -11,13 +11,15 @@ from .._choices import BACKENDS
 from .._environment import TESTED, installed_version
 from .._triton import interpreting
 from .._version import __version__
+from ..kernels.settings import DEFAULTS, file_of, off, settings_for
 from ..operation.backends import backend_problem
 
 _OPTIONAL = ("transformers", "accelerate", "peft")
 
 
 def facts() -> dict[str, Any]:
-    """Versions installed and tested, GPUs, and for each backend why it cannot run, or None."""
+    """Versions installed and tested, GPUs and the settings of kernels on them, and for each backend why it cannot run,
+    or None."""
     gpus = []
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
@@ -41,9 +43,17 @@ def facts() -> dict[str, Any]:
         },
         "tested": {package: list(versions) for package, versions in TESTED.items()},
         "gpus": gpus,
+        "settings": {gpu["name"]: _settings_of(gpu["name"]) for gpu in gpus},
         "interpreter": interpreting(),
         "backends": {backend: backend_problem(backend, device) for backend in BACKENDS[1:]},
     }
+
+
+def _settings_of(gpu: str) -> dict[str, Any]:
+    """Block sizes and warps in force on a GPU, and where they are from."""
+    settings = settings_for(gpu)
+    source = "PREFIXMEM_TUNE=off" if off() else "defaults" if settings == DEFAULTS else str(file_of(gpu))
+    return {"from": source, **settings._asdict()}
 
 
 def _driver() -> str:

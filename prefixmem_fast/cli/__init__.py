@@ -22,6 +22,7 @@ from .._version import __version__
 COMMANDS = {
     "info": "Show versions, those tested, the GPU, and which backends can run and why the others cannot.",
     "verify": "Check every backend against the reference, or prove without a GPU what the kernels compile to and move.",
+    "tune": "Measure block sizes and warps of the kernels on this GPU, and keep the fastest for later processes.",
     "bench": "Measure the kernels on this machine beside plain PyTorch and other libraries, report and compare.",
     "pretrain": "Pre-train an encoder alone: by a classification head, or in a small Tiger or causal LM.",
     "train": "Train a recommender on Semantic IDs: any causal LM or T5 of transformers, with the encoder or without.",

@@ -24,6 +24,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"{'gpu':<18}{gpu['name']}, {gpu['memory_gib']} GiB, {gpu['architecture']}, driver {gpu['driver']}")
     if not machine["gpus"]:
         print(f"{'gpu':<18}none that torch can use")
+    for gpu, settings in machine["settings"].items() or [("", {"from": "defaults"})]:
+        source, values = settings.pop("from"), ", ".join(f"{name} {value}" for name, value in settings.items())
+        print(f"{'settings':<18}{': '.join(filter(None, (gpu, source, values)))}")
     for backend, problem in machine["backends"].items():
         print(f"{'backend ' + backend:<18}{'available' if problem is None else 'not available: ' + problem}")
     return 0

@@ -80,7 +80,7 @@ def test_a_hot_prefix_over_many_blocks(mode, block, addressing, monkeypatch):
     """Runs that fill blocks, end at their edges, and reach over several levels of partial sums; sums of ones, exact."""
     from prefixmem_fast.kernels import sorted_prefixes
 
-    monkeypatch.setattr(sorted_prefixes, "block_of", lambda sids: block)
+    monkeypatch.setattr(sorted_prefixes, "block_of", lambda sids, enough: block)
     rows = 5 if addressing == "hash" else 27
     spec = AddressSpec((3,) * 3, heads=1, max_order=3, table_rows=rows, mode=mode, addressing=addressing)
     codes = torch.zeros(9 * block + 5, 3, dtype=torch.int64)
