@@ -10,7 +10,8 @@
     rows.py              the rows themselves
     address.py           the hash, the rows and the codes in registers   }
     tokens.py            Semantic IDs in a token stream                  } what they share
-    tiles.py             block sizes and launch options                  }
+    tiles.py             tiles and launch options                        }
+    settings.py          block sizes and warps, and those that were measured
 
 Names inside the kernels: `o_` offsets, `m_` masks, `p_` pointers, `b_` blocks in registers, `i_` program indices;
 BM SIDs, BH heads, BW columns of a head's row and BT tokens are the sides of a tile. Levels and orders count from 1.
