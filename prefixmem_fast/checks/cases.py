@@ -1,9 +1,12 @@
-"""Random configurations with their inputs: specs of every kind, damaged SIDs, token streams, tables of every dtype."""
+"""Configurations with their inputs: random ones of every kind, and fixed shapes with batches as training has them."""
 
 from __future__ import annotations
 
+import itertools
 import random
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from ..addressing import AddressSpec
 
 @dataclass(frozen=True)
 class Case:
-    """One random configuration with its inputs."""
+    """One configuration with its inputs."""
 
     spec: AddressSpec
     codes: Tensor  # [M, L]
@@ -23,6 +26,7 @@ class Case:
     token_table: Tensor  # [V, 2]
     segment_ids: Tensor | None
     weight: Tensor  # [R, w]
+    batch: str = ""  # what its SIDs are, in words
 
     def __str__(self) -> str:
         s = self.spec
@@ -31,6 +35,7 @@ class Case:
             f"{s.addressing!r}, {s.active_levels}, seed={s.seed}), width {self.weight.shape[1]}, "
             f"{self.weight.dtype}, codes {self.codes.dtype} {tuple(self.codes.shape)}, "
             f"input_ids {tuple(self.input_ids.shape)}{', packed' if self.segment_ids is not None else ''}"
+            f"{', ' * bool(self.batch)}{self.batch}"
         )
 
 
@@ -98,24 +103,149 @@ def random_tokens(rng: random.Random, spec: AddressSpec, shape: tuple[int, int])
 
 def random_case(rng: random.Random, device: str) -> Case:
     spec = random_spec(rng)
-    codes = torch.tensor(
-        random_codes(rng, spec, rng.choice((0, 1, 5, 33, 70)), rng.choice((0.0, 0.3))), dtype=torch.int64
-    ).reshape(-1, spec.levels)
+    codes = _some_codes(rng, spec)
     widest = codes.abs().max().item() if codes.numel() else 0
     allowed = [d for d in CODE_DTYPES if widest <= torch.iinfo(d).max]
-    shape = rng.choice(((0, 4), (1, 1), (2, 37), (3, 20)))
-    ids, table = random_tokens(rng, spec, shape)
-    segments = torch.tensor(
-        [sorted(rng.randrange(3) for _ in range(shape[1])) for _ in range(shape[0])], dtype=torch.int64
-    ).reshape(shape)
+    ids, table, segments = _some_tokens(rng, spec)
     generator = torch.Generator().manual_seed(rng.randrange(1 << 32))
     width = rng.choice((1, 3, 8, 20, 64))
     weight = torch.randn(spec.total_rows, width, generator=generator, dtype=torch.float64)
     return Case(
         spec,
         codes.to(device, rng.choice(allowed)),
-        torch.tensor(ids, dtype=rng.choice((torch.int32, torch.int64))).reshape(shape).to(device),
-        torch.tensor(table, dtype=torch.int32, device=device),
+        ids.to(device, rng.choice((torch.int32, torch.int64))),
+        table.to(device),
         segments.to(device) if rng.random() < 0.5 else None,
         weight.to(device, rng.choice(TABLE_DTYPES)),
     )
+
+
+def another_batch(rng: random.Random, case: Case) -> Case:
+    """Other SIDs and tokens of the same configuration and dtypes: kernels that are compiled run again."""
+    codes = _some_codes(rng, case.spec)
+    codes[codes > torch.iinfo(case.codes.dtype).max] = -1
+    ids, table, segments = _some_tokens(rng, case.spec)
+    return replace(
+        case,
+        codes=codes.to(case.codes),
+        input_ids=ids.to(case.input_ids),
+        token_table=table.to(case.token_table),
+        segment_ids=None if case.segment_ids is None else segments.to(case.segment_ids),
+    )
+
+
+def _some_codes(rng: random.Random, spec: AddressSpec) -> Tensor:
+    sids = random_codes(rng, spec, rng.choice((0, 1, 5, 33, 70)), rng.choice((0.0, 0.3)))
+    return torch.tensor(sids, dtype=torch.int64).reshape(-1, spec.levels)
+
+
+def _some_tokens(rng: random.Random, spec: AddressSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Input ids, token table and segments."""
+    shape = rng.choice(((0, 4), (1, 1), (2, 37), (3, 20)))
+    ids, table = random_tokens(rng, spec, shape)
+    segments = [sorted(rng.randrange(3) for _ in range(shape[1])) for _ in range(shape[0])]
+    ids, segments = (torch.tensor(rows, dtype=torch.int64).reshape(shape) for rows in (ids, segments))
+    return ids, torch.tensor(table, dtype=torch.int32), segments
+
+
+class Shape(NamedTuple):
+    """What is compiled once and then run over many batches; tables hold `rows` of each order and head."""
+
+    sizes: tuple[int, ...]
+    mode: str = "prefix"
+    dtype: torch.dtype = torch.bfloat16
+    codes: torch.dtype = torch.int64
+    orders: int = 4
+    heads: int = 4
+    width: int = 64
+    active: tuple[int, ...] = (3, 4)
+    addressing: str = "hash"
+    packed: bool = False
+
+    def spec(self, rows: int) -> AddressSpec:
+        return AddressSpec(
+            self.sizes,
+            self.orders,
+            self.heads,
+            rows,
+            mode=self.mode,
+            addressing=self.addressing,
+            active_levels=self.active,
+        )
+
+
+_PAPER = (2048,) * 5
+SHAPES = {
+    "paper": Shape(_PAPER),
+    "float32": Shape(_PAPER, dtype=torch.float32, codes=torch.int32, addressing="auto", packed=True),
+    "suffix": Shape(_PAPER, "suffix", codes=torch.int16),
+    "full": Shape(_PAPER, "full", dtype=torch.float16, packed=True),
+    # Products of codes and primes take 63 bits.
+    "wide": Shape((3_000_000_000, 70_000, 3_000_000_000), dtype=torch.float32, heads=2, orders=3, active=(1, 2, 3)),
+    "odd": Shape((300, 7, 5000, 31), codes=torch.int32, orders=3, heads=3, width=20, active=(1, 3, 4), packed=True),
+    "float64": Shape(_PAPER, dtype=torch.float64, codes=torch.int16, orders=5, heads=2, width=33, active=(2, 5)),
+}
+KINDS = ("uniform", "zipf 1.05", "duplicates", "hot prefix", "ended", "invalid")
+BATCH_SIZES = (1, 2, 31, 1000, 16_384, 65_536)
+_MOST_IN_STREAM = 16_384  # the reference keeps every level of every token
+
+
+def grid_of(name: str, seed: int, largest: int) -> list[tuple[int, str]]:
+    """Sizes and kinds of a shape's batches: a middle one first, the others shuffled."""
+    first = (min(1000, largest), "uniform")
+    grid = [pair for pair in itertools.product(BATCH_SIZES, KINDS) if pair[0] <= largest and pair != first]
+    random.Random(f"{name}/{seed}").shuffle(grid)
+    return [first, *grid]
+
+
+def batches_of(name: str, device: str, seed: int, largest: int) -> Iterator[Case]:
+    """Every kind of batch at every size up to `largest`, of a shape of `SHAPES`; the weight is the same."""
+    shape = SHAPES[name]
+    spec = shape.spec(200_000 if device == "cuda" else 2_000)
+    generator = torch.Generator(device).manual_seed(seed)
+    weight = torch.randn(spec.total_rows, shape.width, generator=generator, device=device).to(shape.dtype)
+    for sids, kind in grid_of(name, seed, largest):
+        codes = kind_of_codes(spec, kind, sids, shape.codes, generator)
+        stream = _stream(spec, codes[:_MOST_IN_STREAM], shape.packed)
+        yield Case(spec, codes.to(shape.codes), *stream, weight, f"{name}, {kind}")
+
+
+def kind_of_codes(spec: AddressSpec, kind: str, sids: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Codes int64 ``[M, L]`` of one of KINDS, which fit `dtype`."""
+    uniform = torch.rand(sids, spec.levels, generator=generator, device=generator.device, dtype=torch.float64)
+    sizes = torch.tensor(spec.codebook_sizes, device=uniform.device)
+    if kind == "zipf 1.05":  # the law's inverse, on real numbers
+        drawn = (1 + uniform * ((sizes + 1.0) ** -0.05 - 1)) ** -20 - 1
+    else:
+        drawn = uniform * sizes
+    codes = torch.minimum(drawn.long(), sizes - 1)
+    if kind == "duplicates":
+        codes = codes[:1].repeat(sids, 1)
+    if kind == "hot prefix":
+        codes[::2, :-1] = codes[:1, :-1].clone()
+    if kind in ("ended", "invalid"):
+        place = torch.randint(spec.levels + 1, (sids, 1), generator=generator, device=codes.device)
+        level = torch.arange(spec.levels, device=codes.device)
+        wrong = torch.minimum(sizes, sizes.new_tensor(torch.iinfo(dtype).max))
+        wrong[::2] = -(1 << 14)
+        codes = torch.where(level >= place, -1, codes) if kind == "ended" else torch.where(level == place, wrong, codes)
+    return codes
+
+
+def _stream(spec: AddressSpec, codes: Tensor, packed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The SIDs as tokens, one of text before each, and none of the vocabulary in place of a code that is not valid."""
+    sids, device = len(codes), codes.device
+    first, entries, tokens = 3, [torch.zeros(3, 2, dtype=torch.int32)], [torch.zeros_like(codes[:, 0])]
+    for level, size in enumerate(spec.codebook_sizes, 1):
+        known = torch.arange(min(size, 2048), dtype=torch.int64)
+        entry = known * (min(size, 1 << 30) // len(known))  # no vocabulary has codes past 2^31
+        entries.append(torch.stack([torch.full_like(entry, level), entry], 1).int())
+        code = codes[:, level - 1]
+        tokens.append(torch.where((code >= 0) & (code < size), first + code % len(known), -100))
+        first += len(known)
+    rows = 8 if sids % 8 == 0 else 1
+    ids = torch.stack(tokens, 1).view(rows, -1)
+    segments = None
+    if packed:  # a document of seven SIDs ends within the last of them
+        segments = ((torch.arange(ids.shape[1], device=device) + 2) // (7 * len(tokens))).expand(rows, -1)
+    return ids, torch.cat(entries).to(device), segments

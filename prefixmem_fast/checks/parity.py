@@ -1,13 +1,16 @@
-"""Parity of every backend with the reference, and of the reference with the integer oracle, over random configurations.
+"""Parity of every backend with the reference, and of the reference with the integer oracle.
 
-Rows are compared bit for bit, sums within the bound that their summands give. `updates.py` holds the optimizers to the
-same cases, `decoding.py` single steps and `search.py` constrained search.
+Random configurations are small and of every kind. Fixed shapes are compiled once and run over batches of the sizes of
+training. Rows are compared bit for bit, sums within the bound that their summands give. `updates.py` holds the
+optimizers to the same cases, `decoding.py` single steps and `search.py` constrained search.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -15,38 +18,70 @@ from .._environment import installed_version
 from ..addressing import TokenStream
 from ..operation import prefix_memory, prefix_rows, reference, token_memory
 from . import oracle
-from .cases import Case, random_case
+from .cases import Case, another_batch, batches_of, random_case
 from .decoding import check_decoding
 from .report import Report, exact_sums, sum_bound
 from .search import check_search, check_trie
-from .updates import check_updates
+from .updates import check_updates, check_updates_at_size, random_settings
 
 # The oracle's loops are slow; larger cases are left to the backends.
 _ORACLE_SIDS = 8
 
 
-def verify(backends: tuple[str, ...], cases: int, seed: int, device: str) -> Iterator[Report]:
+def verify(backends: tuple[str, ...], cases: int, seed: int, device: str, batches: int = 1) -> Iterator[Report]:
     """Check `cases` random configurations, yielding the growing report after each.
 
     Args:
         backends: backends other than the reference to hold against it; may be empty.
         device: where the tensors live.
+        batches: of each configuration; what it compiles is compiled for the first.
     """
     report = Report(seed, device, ("reference", *backends))
     for number in range(cases):
         rng = random.Random(f"{seed}/{number}")
         case = random_case(rng, device)
         generator = torch.Generator().manual_seed(rng.randrange(1 << 32))
-        _check_oracle(report, case)
-        _check_codes(report, case, backends, generator)
-        _check_tokens(report, case, backends, generator)
-        check_updates(report, case, backends, rng)
-        check_decoding(report, case, backends, rng)
+        settings = random_settings(rng)
+        for batch in range(batches):
+            case = another_batch(rng, case) if batch else case
+            _check_oracle(report, case)
+            _check_codes(report, case, backends, generator)
+            _check_tokens(report, case, backends, generator)
+            check_updates(report, case, backends, rng, settings)
+            check_decoding(report, case, backends, rng)
+            report.batches += 1
         check_trie(report, case, rng)
         if number == 0 and installed_version("transformers") is not None:
             check_search(report, case, rng)
         report.cases += 1
         yield report
+
+
+def verify_shapes(
+    backends: tuple[str, ...], names: tuple[str, ...], seed: int, device: str, batches: int, largest: int
+) -> Iterator[Report]:
+    """Check the first `batches` batches of fixed shapes, a batch of each in turn, yielding the report after each.
+
+    Args:
+        names: of `cases.SHAPES`.
+        largest: SIDs of the largest batch.
+    """
+    report = Report(seed, device, ("reference", *backends))
+    generator = torch.Generator().manual_seed(seed)
+    turns = zip(*(batches_of(name, device, seed, largest) for name in names), strict=True)
+    for number, turn in enumerate(itertools.islice(turns, batches)):
+        for case in turn:
+            if number == 0:
+                _check_oracle(report, case)
+            _check_codes(report, case, backends, generator)
+            _check_tokens(report, case, backends, generator)
+            check_updates_at_size(report, case, backends, number)
+            if number == 0:
+                some = replace(case, input_ids=case.input_ids[:, :40])
+                check_decoding(report, some, backends, random.Random(seed))
+            report.cases += number == 0
+            report.batches += 1
+            yield report
 
 
 def _check_oracle(report: Report, case: Case) -> None:

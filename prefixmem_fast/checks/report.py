@@ -24,6 +24,7 @@ class Report:
     device: str
     backends: tuple[str, ...]
     cases: int = 0
+    batches: int = 0
     comparisons: int = 0
     mismatches: list[str] = field(default_factory=list)
     worst: dict[str, dict[str, float]] = field(default_factory=dict)

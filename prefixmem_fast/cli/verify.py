@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from .._choices import BACKENDS, DTYPES, TARGETS
+from .._choices import BACKENDS, DTYPES, SHAPES, TARGETS
 from .._files import write_text
 from .._progress import Progress
 
@@ -21,7 +21,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=BACKENDS, default="auto", help="what to hold against the reference (default: all that run)"
     )
     parser.add_argument("--cases", type=int, default=100, help="random configurations (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, help="start no further configuration after so many")
+    parser.add_argument(
+        "--batches",
+        type=int,
+        help="of each configuration, whose compilation is paid once (default: 1; of a shape: all)",
+    )
+    parser.add_argument(
+        "--shapes",
+        help="fixed shapes instead of random configurations, over batches of 1 SID to --largest, uniform, skewed and "
+        f"damaged: all, or some of {','.join(SHAPES)}",
+    )
+    parser.add_argument(
+        "--largest", type=int, help="SIDs of the largest batch of --shapes (default: 65536; 1000 on a CPU)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="start no further configuration, or batch of --shapes, after so many"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the configurations (default: %(default)s)")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
@@ -59,12 +74,19 @@ def run(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     if options.cases < 1:
         raise ValueError(f"--cases = {options.cases}; give 1 or more")
+    for name in ("batches", "largest"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name} = {getattr(options, name)}; give 1 or more")
+    if options.largest is not None and options.shapes is None:
+        raise ValueError("--largest goes with --shapes; add it, or leave --largest out")
     if options.seconds is not None and not options.seconds > 0:
         raise ValueError(f"--seconds = {options.seconds}; give more than 0")
+    shapes = () if options.shapes is None else _listed("shapes", options, SHAPES)
     import torch
 
     from .._triton import interpreting
-    from ..checks.parity import verify
+    from ..checks.cases import grid_of
+    from ..checks.parity import verify, verify_shapes
     from ..operation.backends import backend_problem, choose_backend
 
     device = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
@@ -77,8 +99,17 @@ def _verify(options: argparse.Namespace) -> int:
         backends = () if options.backend == "reference" else (options.backend,)
 
     began = time.monotonic()
-    with Progress("verify", options.cases, "cases", quiet=options.json) as progress:
-        for report in verify(backends, options.cases, options.seed, device):
+    if shapes:
+        largest = options.largest or (65_536 if device == "cuda" else 1000)
+        every = len(grid_of(shapes[0], options.seed, largest))
+        batches = min(options.batches or every, every)
+        wanted, unit = batches * len(shapes), "batches"
+        reports = verify_shapes(backends, shapes, options.seed, device, batches, largest)
+    else:
+        wanted, unit = options.cases, "cases"
+        reports = verify(backends, options.cases, options.seed, device, options.batches or 1)
+    with Progress("verify", wanted, unit, quiet=options.json) as progress:
+        for report in reports:
             progress.update(mismatches=len(report.mismatches))
             if options.seconds is not None and time.monotonic() - began > options.seconds:
                 break
@@ -89,9 +120,10 @@ def _verify(options: argparse.Namespace) -> int:
         print(f"{' and '.join(report.backends)} on {where}, seed {report.seed}")
         if skipped:
             print(f"triton not checked: {skipped}")
+        of = f"{len(shapes)} shapes" if shapes else f"{options.cases} cases"
         print(
-            f"{report.cases} of {options.cases} cases, {report.comparisons} comparisons, "
-            f"{len(report.mismatches)} mismatches"
+            f"{report.cases} of {of}, {report.batches} batches, "
+            f"{report.comparisons} comparisons, {len(report.mismatches)} mismatches"
         )
         for dtype, worst in sorted(report.worst.items()):
             print(f"{dtype:<10} worst error {worst['absolute']:.3g}, {worst['of_bound']:.2f} of the derived bound")
@@ -138,7 +170,7 @@ def _compile_with_others(options: argparse.Namespace, targets: tuple[str, ...], 
 
 def _listed(name: str, options: argparse.Namespace, known: Iterable[str]) -> tuple[str, ...]:
     given = getattr(options, name)
-    chosen = tuple(known) if given is None else _split(given)
+    chosen = tuple(known) if given in (None, "all") else _split(given)
     if not chosen or any(value not in known for value in chosen):
         raise ValueError(f"--{name} = {given!r} is unknown; allowed are {', '.join(known)}, separated by commas")
     return chosen

@@ -1,13 +1,18 @@
 import json
 import pkgutil
 import platform
+from dataclasses import replace
 
 import pytest
+import torch
 
+from prefixmem_fast._choices import SHAPES
 from prefixmem_fast._environment import TESTED
+from prefixmem_fast.checks import cases
 from prefixmem_fast.cli import main
 from prefixmem_fast.kernels import atomic_backward as backward
 from prefixmem_fast.kernels import forward, rows
+from prefixmem_fast.operation import cpu
 
 
 def run_json(capsys, *arguments):
@@ -40,15 +45,67 @@ def test_info_says_why_a_backend_is_missing(capsys, monkeypatch):
     assert "TRITON_INTERPRET=1" in facts["backends"]["triton"]
 
 
-@pytest.mark.parametrize("cases", [1, pytest.param(6, marks=pytest.mark.slow)])
-def test_verify(capsys, cases):
-    code, report = run_json(capsys, "verify", "--cases", str(cases), "--seed", "4")
+@pytest.mark.parametrize("number", [1, pytest.param(6, marks=pytest.mark.slow)])
+def test_verify(capsys, number):
+    code, report = run_json(capsys, "verify", "--cases", str(number), "--seed", "4")
     assert code == 0
-    assert report["cases"] == cases
-    assert report["comparisons"] > 10 * cases
+    assert report["cases"] == number
+    assert report["comparisons"] > 10 * number
     assert report["mismatches"] == []
     assert report["backends"] == ["reference", "triton", "cpu"]
     assert all(0 <= worst["of_bound"] <= 1 for worst in report["worst"].values())
+
+
+def test_verify_of_several_batches(capsys):
+    code, report = run_json(capsys, "verify", "--cases", "2", "--batches", "3", "--backend", "cpu")
+    assert (code, report["cases"], report["batches"], report["mismatches"]) == (0, 2, 6, [])
+
+
+def test_verify_of_shapes(capsys):
+    code, report = run_json(
+        capsys, "verify", "--shapes", "all", "--batches", "2", "--largest", "31", "--backend", "cpu"
+    )
+    assert (code, report["cases"], report["batches"], report["mismatches"]) == (0, len(SHAPES), 2 * len(SHAPES), [])
+    assert main(["verify", "--shapes", "paper,wide", "--batches", "1", "--largest", "2", "--backend", "cpu"]) == 0
+    assert "2 of 2 shapes, 2 batches" in capsys.readouterr().out
+
+
+def test_batches_of_shapes_are_what_they_are_called():
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in cases.SHAPES.items():
+        spec = shape.spec(64)
+        uniform, zipf, same, hot, ended, invalid = (
+            cases.kind_of_codes(spec, kind, 200, shape.codes, generator) for kind in cases.KINDS
+        )
+        sizes = torch.tensor(spec.codebook_sizes)
+        for codes in (uniform, zipf, same, hot):
+            assert ((codes >= 0) & (codes < sizes)).all()
+        assert (zipf.double() / sizes).mean() < 0.6 * (uniform.double() / sizes).mean()
+        assert len(same.unique(dim=0)) == 1
+        assert len(hot[::2, :-1].unique(dim=0)) == 1
+        assert ((ended >= 0).any(1) & (ended < 0).any(1)).any()
+        assert (invalid >= sizes).any() or name == "suffix"
+        assert all((codes == codes.to(shape.codes)).all() for codes in (uniform, zipf, ended, invalid))
+    assert tuple(cases.SHAPES) == SHAPES
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda update: replace(update, hyper=update.hyper._replace(lr=update.hyper.lr * 1.5)),
+        lambda update: replace(update, seed=None),
+        lambda update: replace(update, seed=update.seed + 1),
+    ],
+    ids=["learning rate", "rounded to nearest", "other bits"],
+)
+def test_verify_of_shapes_finds_faults_of_an_update(capsys, monkeypatch, fault):
+    """Of one backend alone; what it is held against is as it was."""
+    fused_update = cpu.fused_update
+    monkeypatch.setattr(cpu, "fused_update", lambda *given: fused_update(*given[:-1], fault(given[-1])))
+    arguments = ["--shapes", "paper", "--batches", "1", "--largest", "31", "--backend", "cpu"]
+    code, report = run_json(capsys, "verify", *arguments)
+    assert code == 1
+    assert all("cpu SGD fused" in mismatch and "rows" in mismatch for mismatch in report["mismatches"])
 
 
 @pytest.mark.slow
@@ -155,6 +212,9 @@ def test_verify_finds_faults_around_the_operation(capsys, monkeypatch, fault):
     ("arguments", "message"),
     [
         (["verify", "--cases", "0"], "--cases = 0"),
+        (["verify", "--batches", "0"], "--batches = 0"),
+        (["verify", "--largest", "31"], "--largest goes with --shapes"),
+        (["verify", "--shapes", "round"], "--shapes = 'round' is unknown; allowed are paper, float32"),
         (["verify", "--compile"], "unset it"),
         (["verify", "--compile", "--triton", "0.0.1"], "neither a folder with triton in it nor a version"),
         (["verify", "--launchers", "sgd_bwd"], "--launchers goes with --compile"),

@@ -3,6 +3,7 @@
 import torch
 
 from prefixmem_fast import optim
+from prefixmem_fast.checks import oracle
 from prefixmem_fast.operation.rounding import mix, random_bits, stochastic_round
 
 
@@ -81,3 +82,10 @@ def test_small_updates_are_not_lost():
         means.append(weight.detach().double().mean().item())
     assert abs(means[0] - (1 + 2**-7)) < 5 * 2**-7 / 2 / 512**0.5 * 2
     assert means[1] == 1.0
+
+
+def test_the_oracle_draws_the_same_bits():
+    rows = [0, 1, 77, 2**31 + 5, 2**33 + 1]
+    for seed, step, width in ((0, 1, 1), (5, 2, 7), (2**62 + 3, 2**31, 64)):
+        expected = [oracle.random_bits(seed, step, row, width) for row in rows]
+        assert random_bits(seed, torch.tensor(step), torch.tensor(rows), width).tolist() == expected
