@@ -8,6 +8,7 @@
     python -m bench scale --items 1e9
     python -m bench traffic
     python -m bench host
+    python -m bench gpu --minutes 3
     python -m bench quality --help
 
 `prefixmem bench` is the same command.
@@ -38,7 +39,7 @@ from .rows import append_rows, describe, latest, read_rows
 if TYPE_CHECKING:
     from .run import Planned
 
-ACTIONS = ("list", "run", "report", "compare", "scale", "traffic", "host", "quality")
+ACTIONS = ("list", "run", "report", "compare", "gpu", "predicted", "scale", "traffic", "host", "quality")
 # Git ignores it; rows that are to be committed go to --out bench/results/<machine>.jsonl.
 RUNS = Path("runs/bench")
 
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--seconds", type=float, help="begin nothing new after so many, and say what was left out")
     option("--share", type=float, default=0.5, help="seconds a provider and workload (default: %(default)s)")
     option("--no-counts", action="store_true", help="times alone, no memory and no launches")
+    option("--ours", action="store_true", help="this package's providers alone")
     option("--report", action="store_true", help="then write tables and plots, as `report` does")
     option("--commit", help="name of the library's revision, where it is not a checkout's")
     option = add("report", _report, "Markdown tables and plots from a file of rows.")
@@ -90,6 +92,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=3,
         help="runs of each revision, in turns; a verdict takes three (default: %(default)s)",
     )
+    option = add("gpu", _gpu, "A few minutes on whatever GPU is there, and one file of rows to send in.")
+    option("--minutes", type=float, default=3, help="begin nothing new after so many (default: %(default)g)")
+    option("--out", type=Path, help="file of rows (default: prefixmem-<GPU>-<date>.jsonl in this folder)")
+    option = add("predicted", _predicted, "Times on this GPU beside those that a static report predicts.")
+    option("static", type=Path, metavar="report", help="a file of `prefixmem verify --compile --save`")
+    option("--out", type=Path, required=True, help="file of rows")
+    option("--commit", help="name of the library's revision, where it is not a checkout's")
     add("traffic", _traffic, "Count the bytes of each kernel in Triton's interpreter, in minutes.")
     host.add_arguments(add("host", host.run, "Time the host's work of a call, with kernels that return at once."))
     scale.add_arguments(add("scale", scale.run, "What a catalogue costs in rows, bytes and devices, by formulas."))
@@ -160,7 +169,7 @@ def _run(options: argparse.Namespace) -> int:
             print(line, file=sys.stderr, flush=True)
         rows = []
         seconds, counted = 0.05 if options.quick else options.share, 0 if options.no_counts else counted
-        for row in run_workload(benchmark, workload, clock, seconds, counted, until):
+        for row in run_workload(benchmark, workload, clock, seconds, counted, until, options.ours):
             if "--seconds" not in row.get("skipped", ""):  # no fact of the machine, to be kept
                 append_rows(out, record, [row])  # at once: a run that is cut off keeps what it had
             rows.append({**record, **row})
@@ -178,6 +187,18 @@ def _run(options: argparse.Namespace) -> int:
     if wrong:
         print(f"{wrong} providers were wrong or failed, see above", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    from . import card
+
+    return card.run(options)
+
+
+def _predicted(options: argparse.Namespace) -> int:
+    from . import predicted
+
+    return predicted.run(options)
 
 
 def _traffic(options: argparse.Namespace) -> int:

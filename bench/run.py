@@ -28,7 +28,7 @@ from . import benchmarks  # noqa: F401  registers them, also in the processes th
 from .clocks import Clock
 from .machine import free_bytes, peak_bytes, reset_peak
 from .registry import BENCHMARKS, Benchmark, Case, Contender, unmarked
-from .rows import Row, describe
+from .rows import OURS, Row, describe
 
 MOST_TURNS = 100
 OVER = "the seconds of --seconds are over"
@@ -56,6 +56,7 @@ def run(
     seconds: float,
     counted: int = 0,
     until: float | None = None,
+    ours: bool = False,
 ) -> Iterator[Row]:
     """Rows of one workload.
 
@@ -63,6 +64,7 @@ def run(
         seconds: a contender's share of time; each gets at least `Case.least_turns`.
         counted: for how many contenders memory and launches are counted too.
         until: moment of `time.monotonic` after which nothing new begins; a contender that has had a turn keeps it.
+        ours: this package's contenders alone.
     """
     base = {"benchmark": benchmark.name, "workload": workload}
     try:
@@ -73,6 +75,8 @@ def run(
             reason = _failure(error)
         yield {**base, "provider": "every provider", "skipped": reason}
         return
+    if ours:
+        case.contenders = [contender for contender in case.contenders if contender.name.startswith(OURS)]
     measured = []
     for row in _measure(case, clock, seconds, counted, describe(workload), until):
         if "metric" in row and row["provider"] not in measured:
