@@ -32,7 +32,9 @@ TURNS = 15
 
 
 def run(options: argparse.Namespace) -> int:
-    predictions = json.loads(options.static.read_text())["predictions"]
+    predictions = json.loads(options.static.read_text()).get("predictions")
+    if not predictions:
+        raise ValueError(f"{options.static} holds no predictions; compile for sm_90 and bfloat16")
     if not torch.cuda.is_available():
         raise ValueError("predictions are for a GPU, and torch finds none")
     record = run_record(options.commit)
