@@ -30,7 +30,7 @@ ROWS = (2_000_000, 1_000_000, 500_000, 200_000, 50_000)  # a table; the paper's 
 COPIES = 6  # of the tables that training takes at once, with its state
 SIDS, MORE_SIDS = 65_536, (4096, 262_144, 256)
 SHARE = 0.5  # seconds a provider and workload
-PARITY, BATCHES = 0.4, 24  # of the time that is left then, and at most so many
+PARITY, BATCHES, LARGEST = 0.4, 24, 16_384  # share of the time that is left then, most batches, their most SIDs
 SEND = (
     "Send it in by a pull request that adds it to bench/results/community/, or attach it to an issue. It holds the "
     "times, the names of GPU and CPU, and versions; nothing else of this machine."
@@ -129,7 +129,7 @@ def _parity(found: Device, until: float) -> Iterator[Row]:
     backend = "triton" if found.kind == "cuda" else "cpu"
     base = {"benchmark": "parity", "workload": {"shape": name}, "provider": OURS}
     try:
-        for report in verify_shapes((backend,), (name,), 0, found.kind, BATCHES, SIDS):  # noqa: B007
+        for report in verify_shapes((backend,), (name,), 0, found.kind, BATCHES, LARGEST):  # noqa: B007
             if time.monotonic() > end:
                 break
     except Exception as error:  # such as a kernel that does not compile there: the other rows are worth sending
@@ -165,7 +165,7 @@ def as_table(rows: list[Row]) -> str:
             )
             continue
         others = sorted((row for row in timed if not row["provider"].startswith(OURS)), key=lambda row: row["p50"])
-        share = f"{floor_percent(ours)[0]:.0f}" if "floor" in ours else ""
+        share = f"{floor_percent(ours)[0]:.3g}" if "floor" in ours else ""
         best = [short(others[0]["p50"]), others[0]["provider"]] if others else ["", ""]
         lines.append([title, short(ours["p50"]), share, *best])
     return markdown(["", "ms", "% of a copy", "best other, ms", "which"], lines)

@@ -23,6 +23,7 @@ part is skipped and says so.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -37,7 +38,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ("paper", "float32", "suffix", "full", "wide", "odd", "float64")  # as prefixmem_fast._choices
 RANDOM = 3  # processes of parity over random configurations, each with a seed of its own
-TEST_WORKERS = 3  # their tables take up to 12 GiB each
+TEST_WORKERS = 6
 GRACE = 12  # seconds in which a process that was told to stop comes to its end
 LONGEST_LOG = 40_000  # characters that gpu.log holds of a process; a longer log stays a file of its own
 KERNELS = "prefix_memory_fwd|token_memory_fwd|pack_codes|prefixes|mark_claims|sum_prefixes|sum_edges|merge_rows"
@@ -84,7 +85,7 @@ class Suite:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for result rows and logs")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="folder for rows and the log")
     parser.add_argument("--seconds", type=float, default=530, help="for everything (default: %(default)s)")
     parser.add_argument("--commit", help="name of the revision, where the tree is a copy without git")
     options = parser.parse_args()
@@ -102,6 +103,9 @@ def main() -> int:
         left = began + share * options.seconds - time.monotonic()
         for jobs in jobs_of(suite, max(left - GRACE, 1)):
             _run(jobs, suite, max(began + share * options.seconds - time.monotonic(), 1))
+    with contextlib.suppress(OSError):
+        (out / "logs").rmdir()  # nothing is in it where every log is in gpu.log
+    print(f"results are in {out}")
     print(suite.parity())
     print(f"failed: {', '.join(suite.failed)}" if suite.failed else "every job succeeded")
     return 1 if suite.failed else 0
@@ -177,7 +181,7 @@ def _checks(suite: Suite, seconds: float) -> Stages:
     """Most of their time is compilation, so there is a process for each core of sixteen."""
     until = ["--seconds", f"{seconds:.0f}"]
     workers = ["-n", str(TEST_WORKERS)] if _has("xdist") else []
-    tests = _module("pytest", "-q", "--import-mode=importlib", *workers, str(ROOT / "tests" / "gpu"))
+    tests = _module("pytest", "-v", "--import-mode=importlib", *workers, str(ROOT / "tests" / "gpu"))
     sanitizer = shutil.which("compute-sanitizer")
     return [
         [
@@ -194,6 +198,8 @@ def _checks(suite: Suite, seconds: float) -> Stages:
                 Job(
                     tool,
                     [
+                        "env",
+                        "PYTORCH_NO_CUDA_MEMORY_CACHING=1",  # so that each tensor ends where it ends
                         *(sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9"),
                         *_parity("--cases", "4", "--seed", "9", "--seconds", f"{seconds / 2:.0f}"),
                     ],

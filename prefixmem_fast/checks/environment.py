@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from typing import Any
 
 import torch
@@ -60,9 +61,17 @@ def _driver() -> str:
     try:
         import pynvml
     except ImportError:
-        return "unknown (pip install nvidia-ml-py)"
+        return _told_by_nvidia_smi() or "unknown (pip install nvidia-ml-py)"
     try:
         pynvml.nvmlInit()
         return pynvml.nvmlSystemGetDriverVersion()
     except pynvml.NVMLError as error:
         return f"unknown ({error})"
+
+
+def _told_by_nvidia_smi() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL, timeout=10).split("\n")[0].strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -67,7 +67,7 @@ def verify_shapes(
         largest: SIDs of the largest batch.
     """
     report = Report(seed, device, ("reference", *backends))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     turns = zip(*(batches_of(name, device, seed, largest) for name in names), strict=True)
     for number, turn in enumerate(itertools.islice(turns, batches)):
         for case in turn:
@@ -151,7 +151,7 @@ def _check_sums(report, case, kind, backends, generator, operation, source) -> N
     """One operation, forward and gradients, on every backend, against float64 and its derived bounds."""
     weight, spec = case.weight, case.spec
     exact, bound = exact_sums(lambda weight: reference.forward(source, weight, spec), weight)
-    grad = torch.randn(exact.shape, generator=generator, dtype=torch.float64).to(weight)
+    grad = torch.randn(exact.shape, generator=generator, device=generator.device, dtype=torch.float64).to(weight)
     exact_grad, grad_bound = exact_sums(lambda grad: reference.dense_gradient(grad, source, spec), grad)
     touched_rows = reference.row_sums(grad, source, spec, grad.dtype).rows
 

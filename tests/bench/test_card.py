@@ -22,7 +22,14 @@ def small(monkeypatch, tmp_path):
     """A CPU in place of the GPU, and sizes for it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(card, "device", lambda: card.Device("cpu", True, GIB))
-    for name, value in {"ROWS": (2_000_000, 500), "SIDS": 31, "MORE_SIDS": (2,), "SHARE": 0.01, "BATCHES": 2}.items():
+    for name, value in {
+        "ROWS": (2_000_000, 500),
+        "SIDS": 31,
+        "MORE_SIDS": (2,),
+        "SHARE": 0.01,
+        "BATCHES": 2,
+        "LARGEST": 31,
+    }.items():
         monkeypatch.setattr(card, name, value)
     monkeypatch.setattr(card, "file_name", lambda record: "a-card")
     with SMALL_CACHE:
