@@ -1,9 +1,11 @@
 """The tested versions, in the one place that names them, are those that the build files pin."""
 
 import re
+import sys
 from pathlib import Path
 
 from prefixmem_fast._environment import TESTED, installed_version
+from prefixmem_fast.checks import environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,3 +33,13 @@ def test_installed_version():
 
     assert installed_version("torch") == torch.__version__.partition("+")[0]
     assert installed_version("no-such-package") is None
+
+
+def test_without_nvidia_ml_py_the_driver_is_asked_of_nvidia_smi(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment._driver() == "unknown (pip install nvidia-ml-py)"
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 570.86.15\necho 570.86.15\n")
+    program.chmod(0o755)
+    assert environment._driver() == "570.86.15"

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import bench.run
-from bench.registry import BENCHMARKS, Floor
+from bench.clocks import HostClock
+from bench.registry import BENCHMARKS, Benchmark, Floor
 from bench.run import OVER, plan, quantiles
-from tests.bench.cases import case_of, contender, run_case
+from tests.bench.cases import SMALL_CACHE, case_of, contender, run_case
 
 
 def test_a_wrong_result_gets_no_time():
@@ -19,6 +20,14 @@ def test_a_wrong_result_gets_no_time():
     )
     rows = run_case(case)
     assert [row.get("skipped") for row in rows] == ["WRONG: 3 is 4; not timed", None]
+
+
+def test_ours_alone():
+    case = case_of([contender("peer"), contender("prefixmem_fast, fused")])
+    benchmark = Benchmark("small", "", lambda device: case, lambda device: [{}], {})
+    with SMALL_CACHE:
+        rows = list(bench.run.run(benchmark, {}, HostClock(), 0.01, ours=True))
+    assert {row["provider"] for row in rows} == {"prefixmem_fast, fused"}
 
 
 @pytest.mark.parametrize("name", ["peer", "prefixmem_fast"])
