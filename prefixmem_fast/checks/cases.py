@@ -179,10 +179,19 @@ SHAPES = {
     "paper": Shape(_PAPER),
     "float32": Shape(_PAPER, dtype=torch.float32, codes=torch.int32, addressing="auto", packed=True),
     "suffix": Shape(_PAPER, "suffix", codes=torch.int16),
-    "full": Shape(_PAPER, "full", dtype=torch.float16, packed=True),
+    "full": Shape(_PAPER, "full", packed=True),
     # Products of codes and primes take 63 bits.
     "wide": Shape((3_000_000_000, 70_000, 3_000_000_000), dtype=torch.float32, heads=2, orders=3, active=(1, 2, 3)),
-    "odd": Shape((300, 7, 5000, 31), codes=torch.int32, orders=3, heads=3, width=20, active=(1, 3, 4), packed=True),
+    "odd": Shape(
+        (300, 7, 5000, 31),
+        dtype=torch.float16,
+        codes=torch.int32,
+        orders=3,
+        heads=3,
+        width=20,
+        active=(1, 3, 4),
+        packed=True,
+    ),
     "float64": Shape(_PAPER, dtype=torch.float64, codes=torch.int16, orders=5, heads=2, width=33, active=(2, 5)),
 }
 KINDS = ("uniform", "zipf 1.05", "duplicates", "hot prefix", "ended", "invalid")
