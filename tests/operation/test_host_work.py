@@ -4,7 +4,9 @@ import pytest
 
 from bench import host
 
-# Launches, functions of torch that reach its dispatcher, and Python calls of and from this package: at most these.
+# Launches, functions of torch that reach its dispatcher, and Python calls of and from this package: at most these. The
+# last may be SLACK times as many, since releases of torch and Python differ by a few.
+SLACK = 1.05
 MOST = {
     "forward, of it the backend": (1, 1, 17),
     "forward, of it the operator": (1, 1, 19),
@@ -29,5 +31,5 @@ def test_a_call_does_no_more_than_before(name, calls):
     assert set(calls) == set(MOST)
     calls[name]()  # what only a first call does
     parts = host.parts_of(calls[name])
-    found = len(parts.launches), len(parts.operators), parts.python_calls
+    found = len(parts.launches), len(parts.operators), parts.python_calls / SLACK
     assert all(count <= most for count, most in zip(found, MOST[name], strict=True)), (found, MOST[name])
