@@ -42,7 +42,14 @@ def _once(constants: Constants) -> int:
 
 def _turns_of_merge(constants: Constants) -> int:
     """The list of shared slots is taken BM at a time by the programs of the grid."""
-    return math.ceil(constants["S"] / 32 / (constants["programs"] * constants["BM"])) if "S" in constants else 1
+    return math.ceil(_shared(constants["S"]) / (constants["programs"] * constants["BM"])) if "S" in constants else 1
+
+
+def _shared(slots: int) -> float:
+    """Of 16 slots a SID 12 claim rows, 2 M a table: shared by chance, or by a bit of the filter. Order 1 always is."""
+    sids = slots / 16
+    by_chance, by_a_bit = 1 - math.exp(-sids / 2_000_000), 1 / 43
+    return 12 * sids * (by_chance + by_a_bit) + 4 * min(sids, 2048)
 
 
 PATHS = (
@@ -64,7 +71,7 @@ PATHS = (
     ),
     CommonPath(
         "merge_rows*",
-        "1 slot in 32 is shared, each row of two of them",
+        "as many slots are shared as chance and the filter's bits have it with 2 M rows a table, and those of order 1",
         _nothing,
         turns=_turns_of_merge,
     ),

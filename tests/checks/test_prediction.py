@@ -1,5 +1,7 @@
 """Occupancy, and the arithmetic of the model."""
 
+import math
+
 import pytest
 
 from prefixmem_fast.checks.common_path import accesses_on, common_path, turns_of
@@ -96,6 +98,8 @@ def test_turns_of_the_largest_loop():
     assert turns_of(None, code, {"BLOCK": 32, "E": 8}) == {loop: 8}
     assert turns_of(None, code, {}) == {loop: 1}
     merge = common_path("merge_rows")
-    assert turns_of(merge, code, {"S": 32 * 1000, "programs": 10, "BM": 4}) == {loop: 25}
+    shared = 12 * 65_536 * (1 - math.exp(-65_536 / 2e6) + 1 / 43) + 4 * 2048
+    turns = turns_of(merge, code, {"S": 16 * 65_536, "programs": 1000, "BM": 4})
+    assert turns == {loop: math.ceil(shared / 4000)}
     assert turns_of(common_path("sum_edges"), code, {"BLOCK": 32}) == {loop: 1}
     assert turns_of(None, program(EXIT), {"BLOCK": 32}) == {}
