@@ -157,20 +157,36 @@ def mark_sorted_kernel(
 
 
 @triton.jit
-def next_slot(
+def next_slots(
     p_targets, p_heads, p_links, n_buckets, b_target, b_after, m_m, SLOTS: tl.constexpr, TARGETS: tl.constexpr
 ):
-    """The first slot behind b_after [BM] of the row that b_target names; 2^31 - 1 where there is none."""
-    b_next = tl.full(b_after.shape, 0x7FFFFFFF, tl.int32)
+    """The first two slots behind b_after [BM] of the row that b_target names, and how many there are behind it."""
+    b_first = tl.full(b_after.shape, 0x7FFFFFFF, tl.int32)
+    b_second = b_first
+    b_count = tl.zeros(b_after.shape, tl.int32)
     b_link = tl.load(p_heads + ((-2 - b_target) & (n_buckets - 1)), mask=m_m, other=0)  # [BM]
     while tl.max(b_link, 0) > 0:
         m_link = b_link > 0
         b_slot = tl.where(m_link, b_link - 1, 0)
         b_other = tl.load(target_of(p_targets, b_slot.to(tl.int64), SLOTS, TARGETS), mask=m_link, other=-1)  # [BM]
+        b_link = tl.load(p_links + b_slot, mask=m_link, other=0)  # [BM]
         m_link = m_link & (b_other == b_target) & (b_slot > b_after)
-        b_next = tl.where(m_link, tl.minimum(b_next, b_slot), b_next)
-        b_link = tl.load(p_links + b_slot, mask=b_link > 0, other=0)  # [BM]
-    return b_next
+        b_slot = tl.where(m_link, b_slot, 0x7FFFFFFF)
+        b_second = tl.minimum(b_second, tl.maximum(b_first, b_slot))
+        b_first = tl.minimum(b_first, b_slot)
+        b_count += m_link.to(tl.int32)
+    return b_first, b_second, b_count
+
+
+@triton.jit
+def sum_two(p_aside, b_first, b_second, b_count, o_w, S, W: tl.constexpr):
+    """The sums [BM, BW] put aside at the first one or two of b_count slots."""
+    m_w = (o_w < W)[None, :]
+    half = S.to(tl.int64) * W
+    p_first = p_aside + (b_first.to(tl.int64) * W)[:, None] + o_w[None, :]
+    p_second = p_aside + (b_second.to(tl.int64) * W)[:, None] + o_w[None, :]
+    b_one = take_aside(p_first, (b_count > 0)[:, None] & m_w, half)
+    return b_one + take_aside(p_second, (b_count > 1)[:, None] & m_w, half)
 
 
 @triton.jit(do_not_specialize=["S", "n_buckets"])
@@ -195,7 +211,6 @@ def merge_rows_kernel(
     number of programs, which take BM slots of the list at a time in turns; column tiles)."""
     ACC: tl.constexpr = tl.float64 if p_aside.dtype.element_ty == tl.float64 else tl.float32
     o_w = tl.program_id(1) * BW + tl.arange(0, BW)
-    m_w = o_w < W
     n_shared = tl.load(p_count)
     numbers = load_numbers(destination, ACC, epilogue)
     b_squares = tl.zeros([BM, 1], ACC)
@@ -205,19 +220,19 @@ def merge_rows_kernel(
         m_m = o_list < n_shared
         b_slot = tl.load(p_shared + o_list, mask=m_m, other=0)  # [BM]
         b_target = tl.load(target_of(p_targets, b_slot.to(tl.int64), SLOTS, TARGETS), mask=m_m, other=-2)  # [BM]
-        b_next = next_slot(
+        b_first, b_second, b_count = next_slots(
             p_targets, p_heads, p_links, n_buckets, b_target, tl.full([BM], -1, tl.int32), m_m, SLOTS, TARGETS
         )
-        m_first = m_m & (b_next == b_slot)
+        m_first = m_m & (b_first == b_slot)
         b_row, m_row = (-2 - b_target)[:, None], m_first[:, None]
         b_read = load_rows(destination, b_row, m_row, o_w, W, epilogue)
-        m_more = m_first
-        b_sum = tl.zeros([BM, BW], ACC)
-        while tl.max(m_more.to(tl.int32), 0) > 0:
-            p_value = p_aside + (b_next.to(tl.int64) * W)[:, None] + o_w[None, :]
-            b_sum += take_aside(p_value, m_more[:, None] & m_w[None, :], S.to(tl.int64) * W)  # [BM, BW]
-            b_next = next_slot(p_targets, p_heads, p_links, n_buckets, b_target, b_next, m_more, SLOTS, TARGETS)
-            m_more = m_more & (b_next < 0x7FFFFFFF)
+        b_count = tl.where(m_first, b_count, 0)
+        b_sum = sum_two(p_aside, b_first, b_second, b_count, o_w, S, W)
+        while tl.max(b_count, 0) > 2:  # seldom
+            b_first, b_second, b_count = next_slots(
+                p_targets, p_heads, p_links, n_buckets, b_target, b_second, b_count > 2, SLOTS, TARGETS
+            )
+            b_sum += sum_two(p_aside, b_first, b_second, b_count, o_w, S, W)
         b_new = write_rows(destination, numbers, b_read, b_row, b_sum[:, None, :], m_row, o_w, W, epilogue)
         b_squares += tl.where(m_row, b_new, 0.0)
         i_first += tl.num_programs(0) * BM

@@ -71,8 +71,10 @@ PATHS = (
     ),
     CommonPath(
         "merge_rows*",
-        "as many slots are shared as chance and the filter's bits have it with 2 M rows a table, and those of order 1",
-        _nothing,
+        "as many slots are shared as chance and the filter's bits have it with 2 M rows a table, and those of order 1; "
+        "no row has more than two, and the first of two adds both",
+        lambda c: {"p_aside": (1 / 2, 1), "p_heads": (1 / 2, 1), "p_links": (1 / 2, 1), "p_targets": (2 / 3, 1)},
+        from_dram={"p_aside": 1 / 2},
         turns=_turns_of_merge,
     ),
     CommonPath(
