@@ -4,8 +4,11 @@
     decode.py            S of one more token a sequence
     atomic_backward.py   dense gradient by float32 atomics
     sorted_backward.py   the sorting backward: a dense gradient with fixed bits, a list of touched rows, or their update
-      sorted_prefixes.py   sums over prefixes: one sort of the codes for all orders
-      sorted_rows.py       sums over a list sorted by row: colliding prefixes, suffix mode
+      sorted_codes.py      the sort: one serves all orders, because prefixes nest
+      sorted_prefixes.py   sums over the prefixes of sorted SIDs, in blocks and over the edges of blocks
+      shared_rows.py       rows that several prefixes share: found by claims, and their sums merged
+      sorted_rows.py       sums over a list sorted by row: suffix mode, sparse gradients, crowded tables
+      aside.py             sums put aside between launches
       update.py            what becomes of a row's sum: stored, or the optimizers' updates
     rows.py              the rows themselves
     address.py           the hash, the rows and the codes in registers   }

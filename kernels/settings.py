@@ -34,7 +34,7 @@ SETTINGS = {
     "forward_warps": Setting("forward", 4, (2, 4, 8), "a program's rows are in flight at once in at most 64 registers"),
     "walk_tiles": Setting("walk", 1, (1, 2), "sums that one warp holds: its lanes wait for no other warp"),
     "walk_blocks": Setting("walk", 2400, (1200, 2400, 4800), "blocks fill 132 multiprocessors of 9 warps twice"),
-    "edge_bytes": Setting("edges", 8192, (4096, 8192, 16384), "partial sums that a program adds at a time"),
+    "edge_bytes": Setting("edges", 16384, (4096, 8192, 16384), "partial sums that a program adds at once"),
     "edge_warps": Setting("edges", 2, (1, 2, 4), "few runs go over edges, so many small programs"),
     "merge_programs": Setting("merge", 3072, (1536, 3072, 6144), "as many programs as a large GPU holds at once"),
     "atomic_bytes": Setting("atomics", 4096, (2048, 4096), "every atomic keeps an address and a mask: twice spills"),

@@ -12,6 +12,9 @@ graph. The same input gives the same bits.
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -21,7 +24,7 @@ from prefixmem_fast.addressing import AddressSpec, TokenStream
 from .aside import room_for_sums
 from .rows import pair_rows, token_codes
 from .shared_rows import Layout, make_claims, mark_claims, mark_sorted, merge_rows
-from .sorted_codes import most_sids, sort_plan_of, sort_prefixes
+from .sorted_codes import SortPlan, most_sids, sort_plan_of, sort_prefixes
 from .sorted_prefixes import sum_prefixes
 from .sorted_rows import sum_terms, sum_values, terms_of
 from .tiles import zero_table
@@ -83,7 +86,7 @@ def _sum_prefixes_of(grad, codes, n_tokens, spec, ending):
         return _empty(grad, W) if ranked else None
     layout = Layout(plan.n_claimed * spec.heads, plan.n_aside * spec.heads, len(plan.orders) * spec.heads)
     slots = most * layout.slots
-    chained = slots > 0 and not crowded(most * layout.claimed, spec)
+    chained = 0 < slots < (1 << 31) - 1 and not crowded(most, plan, spec)
     claims = make_claims(slots, grad.device) if chained else None
     prefixes = sort_prefixes(codes, n_tokens, spec, plan, None if ranked else claims)
     keys = touched = runs = None
@@ -105,9 +108,16 @@ def _sum_prefixes_of(grad, codes, n_tokens, spec, ending):
     return touched
 
 
-def crowded(slots: int, spec: AddressSpec) -> bool:
-    """Whether so many runs may meet in so few rows that chains would be long."""
-    return slots > spec.total_rows
+@lru_cache(maxsize=64)
+def _least_crowded(plan: SortPlan, spec: AddressSpec) -> int:
+    """The most SIDs with which no order can have more runs than rows."""
+    aside = [(math.prod(spec.codebook_sizes[:n]), spec.rows_per_order[n - 1]) for n in plan.orders[: plan.n_aside]]
+    return min((rows for prefixes, rows in aside if prefixes > rows), default=1 << 63)
+
+
+def crowded(most: int, plan: SortPlan, spec: AddressSpec) -> bool:
+    """Whether so many runs of one order may meet in so few rows that chains would be long."""
+    return most > _least_crowded(plan, spec)
 
 
 def _sum_suffixes_of(grad, codes, n_tokens, spec, ending):

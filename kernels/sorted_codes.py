@@ -33,7 +33,7 @@ class SortPlan(NamedTuple):
 
     orders: tuple[int, ...]  # that receive a gradient, in this order:
     n_claimed: int  # those in which two prefixes may share a row,
-    n_aside: int  # after them those of few prefixes, and then those of many whose rows are their own
+    n_aside: int  # the first n_aside may be put aside: the claimed ones, then those of few prefixes
     depth: int  # the largest of `orders`: codes that decide
     words: tuple[int, ...]  # which sort key holds the code of a position
     shifts: tuple[int, ...]  # and from which bit on
@@ -131,8 +131,8 @@ def prefixes_kernel(
         m_same = (b_codes[i] == b_others[i]) & ((b_length > i) == (b_other_length > i))
         b_differs = tl.where(m_same, b_differs, i + 1)
     b_differs = tl.where(m_next, b_differs, 1)  # nothing is a run by itself: a longer one would leave partial sums
-    tl.store(p_differs + o_m + 1, b_differs.to(tl.int8), mask=m_m)  # [BM]
-    tl.store(p_differs + o_m, tl.full([BM], 1, tl.int8), mask=o_m == 0)
+    tl.store(p_differs + o_m + 1, b_differs.to(tl.int16), mask=m_m)  # [BM]
+    tl.store(p_differs + o_m, tl.full([BM], 1, tl.int16), mask=o_m == 0)
     tl.store(p_sids + o_m, tl.where(b_length > 0, b_sid, -1).to(p_sids.dtype.element_ty), mask=m_m)  # [BM]
     if p_n_tokens is not None:
         b_count = tl.load(p_n_tokens + b_sid, mask=b_sid >= 0, other=0)  # [BM]
@@ -153,7 +153,7 @@ class Prefixes(NamedTuple):
 
     sids: Tensor  # [M], by place: which SID, or at which token it begins; -1 where there is none or no code is valid
     counts: Tensor | None  # int32 [M]: in a token stream, how many of its tokens follow one another
-    differs: Tensor  # int8 [M + 1]
+    differs: Tensor  # int16 [M + 1]
     targets: Tensor  # [M, orders, H]: rows of the runs that end at a place, -1 where none ends
 
 
@@ -222,7 +222,7 @@ def sort_prefixes(
     found = Prefixes(
         sids=torch.empty(M, dtype=launches.sids, device=device),
         counts=None if n_tokens is None else torch.empty(M, dtype=torch.int32, device=device),
-        differs=torch.empty(M + 1, dtype=torch.int8, device=device),
+        differs=torch.empty(M + 1, dtype=torch.int16, device=device),
         targets=torch.empty(M, len(plan.orders), spec.heads, dtype=launches.targets, device=device),
     )
     launches.mark((blocks(M, launches.BM), 1, 1), order, codes, n_tokens, *found, once, twice, n_bits, M)

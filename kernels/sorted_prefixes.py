@@ -29,6 +29,7 @@ from .address import address_of
 from .aside import put_aside, room_for_sums, take_aside
 from .sorted_codes import Prefixes, SortPlan
 from .tiles import (
+    MOST_WARPS,
     Device,
     Tile,
     aligned,
@@ -241,7 +242,7 @@ def sum_over_edges(
         o_k = i_next + tl.arange(0, BK)
         o_place = (o_k * BLOCK)[:, None] + o_t[None, :]
         m_place = (o_t < BLOCK)[None, :] & (o_place < E)
-        b_differs = tl.load(p_differs + o_place + 1, mask=m_place, other=127)  # [BK, LONGEST]
+        b_differs = tl.load(p_differs + o_place + 1, mask=m_place, other=0x7FFF)  # [BK, LONGEST]
         b_place = tl.min(tl.where(m_place & (b_differs <= order), o_place, E), 1)  # where the run ends, E if it goes on
         m_end = b_place < E
         b_ended = tl.cumsum(m_end.to(tl.int32), 0) - m_end.to(tl.int32)
@@ -272,7 +273,7 @@ def sum_edges_kernel(
     BH: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """Write the runs that reach over edges, each by the block in which it begins. Grid: (blocks, column tiles)."""
+    """Write runs that reach over edges, each by the block in which it begins. Grid: (blocks, column tiles, orders)."""
     H: tl.constexpr = address.heads
     C: tl.constexpr = plan.n_aside
     J: tl.constexpr = len(plan.orders)
@@ -283,44 +284,30 @@ def sum_edges_kernel(
     o_t = tl.arange(0, LONGEST)
     o_first = i_block * BLOCK
     half_edges = tl.num_programs(0).to(tl.int64) * (2 * J * D)
-    b_inner = tl.load(p_differs + o_first + o_t, mask=(o_t < BLOCK) & (o_first + o_t < E), other=127).to(tl.int32)
+    b_inner = tl.load(p_differs + o_first + o_t, mask=(o_t < BLOCK) & (o_first + o_t < E), other=0x7FFF).to(tl.int32)
     b_least = tl.min(
         b_inner, 0
     )  # of `differs` before the places of this block: an order's run begins here, or does not
     b_end = tl.load(p_differs + o_first + BLOCK, mask=o_first + BLOCK < E, other=1).to(tl.int32)
     numbers = load_numbers(destination, ACC, epilogue)
     b_squares = tl.zeros([1, BH], ACC)
-    j = 0
-    while j < J:  # not unrolled: seldom more than one order goes on
-        order = 0
-        for k in tl.static_range(J):
-            order = tl.where(j == k, plan.orders[k], order)
-        if (b_end > order) & (b_least <= order):
-            b_sum = take_aside(p_edges + (i_block * (2 * J) + (J + j)) * D + o_d, m_d, half_edges)  # [1, BH, BW]
-            b_sum, i_place = sum_over_edges(
-                p_differs,
-                p_edges + j * D,
-                i_block,
-                E,
-                BLOCK,
-                half_edges,
-                order,
-                b_sum,
-                o_d,
-                m_d,
-                2 * J * D,
-                BK,
-                LONGEST,
-            )
-            p_target = p_targets + i_place * (J * H) + j * H + o_h
-            b_target = tl.load(p_target, mask=o_h < H, other=-1)[None, :]  # [1, BH]
-            m_row = b_target >= 0
-            b_read = load_rows(destination, b_target, m_row, o_w, W, epilogue)
-            b_new = write_rows(destination, numbers, b_read, b_target, b_sum, m_row, o_w, W, epilogue)
-            b_squares += tl.where(m_row, b_new, 0.0)
-            p_sum = p_aside + (i_place * C + j) * D + o_d
-            put_aside(p_sum, b_sum, (b_target <= -2)[:, :, None] & m_d, E.to(tl.int64) * (C * D))
-        j += 1
+    j = tl.program_id(2)
+    order = 0
+    for k in tl.static_range(J):
+        order = tl.where(j == k, plan.orders[k], order)
+    if (b_end > order) & (b_least <= order):
+        b_sum = take_aside(p_edges + (i_block * (2 * J) + (J + j)) * D + o_d, m_d, half_edges)  # [1, BH, BW]
+        b_sum, i_place = sum_over_edges(
+            p_differs, p_edges + j * D, i_block, E, BLOCK, half_edges, order, b_sum, o_d, m_d, 2 * J * D, BK, LONGEST
+        )
+        p_target = p_targets + i_place * (J * H) + j * H + o_h
+        b_target = tl.load(p_target, mask=o_h < H, other=-1)[None, :]  # [1, BH]
+        m_row = b_target >= 0
+        b_read = load_rows(destination, b_target, m_row, o_w, W, epilogue)
+        b_new = write_rows(destination, numbers, b_read, b_target, b_sum, m_row, o_w, W, epilogue)
+        b_squares += tl.where(m_row, b_new, 0.0)
+        p_sum = p_aside + (i_place * C + j) * D + o_d
+        put_aside(p_sum, b_sum, (b_target <= -2)[:, :, None] & m_d, E.to(tl.int64) * (C * D))
     store_squares(destination, b_squares)
 
 
@@ -349,7 +336,7 @@ def _launches_of(
     warp = settings.walk_tiles * warp_bytes(device) // (2 if ahead > 8 else 1)
     whole_row = 0 if epilogue.rule == "store" else triton.next_power_of_2(W) * dtype.itemsize
     tile = tile_of(spec.heads, W, grad_dtype, max(warp, whole_row))
-    warps = max(tile.BM * tile.BH * tile.BW * dtype.itemsize // warp, 1)
+    warps = min(max(tile.BM * tile.BH * tile.BW * dtype.itemsize // warp, 1), MOST_WARPS)
     constants = W, plan, address, epilogue._replace(warps=warps), tile.BM, tile.BH, tile.BW
     walk = Launch(sum_prefixes_kernel, *constants, **roomy_launch(device, warps))
     edge = tile_of(spec.heads, W, grad_dtype, max(settings.edge_bytes, whole_row))
@@ -373,6 +360,6 @@ def sum_prefixes(
     grid = (blocks(n_blocks, tile.BM), tile.columns, 1)
     launches.walk(grid, *prefixes, grad, aside, edges, ending.of_programs(grid[0] * grid[1], dtype), E, block)
     if n_blocks > 1:
-        grid = (n_blocks, launches.edge_tile.columns, 1)
-        destination = ending.of_programs(grid[0] * grid[1], dtype)
+        grid = (n_blocks, launches.edge_tile.columns, len(plan.orders))
+        destination = ending.of_programs(grid[0] * grid[1] * grid[2], dtype)
         launches.edges(grid, prefixes.differs, prefixes.targets, aside, edges, destination, E, block)

@@ -78,9 +78,10 @@ def trying(settings: Settings) -> Iterator[None]:
 
 def roomy_launch(device: Device, num_warps: int, registers: int = 255) -> dict[str, int | bool]:
     """Options for kernels that keep many values: ptxas would rather spill a few registers, or wait for a load early,
-    than lose a warp's place."""
+    than lose a warp's place. A program of many warps has fewer registers a thread."""
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
-    return {**options, "maxnreg": registers} if device.backend == "cuda" else options
+    fitting = 65_536 // (device.lanes * num_warps)
+    return {**options, "maxnreg": min(registers, fitting)} if device.backend == "cuda" else options
 
 
 def aligned(tensor: Tensor | None) -> bool:
@@ -112,6 +113,7 @@ def tile_of(heads: int, width: int, dtype: torch.dtype, budget: int) -> Tile:
     return Tile(BM, BH, BW, blocks(heads, BH) * blocks(width, BW))
 
 
+MOST_WARPS = 16  # of a program
 SUM_BYTES = 32  # of a running sum a thread: 8 values, which are 16-byte reads of bfloat16
 
 
@@ -129,7 +131,7 @@ def row_tile(device: Device, width: int, dtype: torch.dtype, whole: bool) -> tup
     BW = triton.next_power_of_2(width)
     if not whole:
         BW = min(BW, values)
-    return max(min(values // BW, 32), 1), BW, max(BW // values, 1)
+    return max(min(values // BW, 32), 1), BW, min(max(BW // values, 1), MOST_WARPS)
 
 
 @triton.jit

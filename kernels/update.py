@@ -254,5 +254,5 @@ def write_rows(destination, numbers, b_read, b_row, b_sum, m_row, o_w, W: tl.con
 def store_squares(destination, b_squares):
     """A program's sum of the squares [..] of the rows that it wrote."""
     if destination.squares is not None:
-        i_program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        i_program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
         tl.store(destination.squares + i_program, tl.sum(b_squares))

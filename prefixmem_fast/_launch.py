@@ -30,7 +30,7 @@ class Launch:
 
     A launcher has a function, cached by `of_a_kind`, that makes it. The arguments of that function are the kind: they
     must hold whatever Triton compiles anew for. That is the device, the constants, the dtypes; the alignment to 16
-    bytes of tensors that the caller does not allocate itself, but where the kernel declares that it ignores it; whether
+    bytes of tensors that the launcher does not allocate, but where the kernel declares that it ignores it; whether
     integers pass 2^31. Other integers must be declared do_not_specialize. The environment's settings (TRITON_DEBUG and
     others) are those of the first launch of a kind.
 

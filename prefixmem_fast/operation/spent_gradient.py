@@ -49,7 +49,12 @@ class FusedGradient(Tensor):
         operator, first = str(func.overloadpacket).removeprefix("aten."), args[0]
         second = args[1] if len(args) > 1 else 2  # the order of a norm, or a factor
         if operator == "linalg_vector_norm" and second == 2 and not any(args[2:]):
-            return torch.cat(first.squares or [first.new_zeros(1)]).sum().sqrt().to(first.dtype)
+            return (
+                torch.cat(first.squares or [torch.zeros(1, dtype=first.dtype, device=first.device)])
+                .sum()
+                .sqrt()
+                .to(first.dtype)
+            )
         if operator == "zero_":
             first.cleared = True
             return first

@@ -104,6 +104,8 @@ class RowOptimizer(torch.optim.Optimizer):
         state = self.state[weight]
         if not state:
             self._start(weight, group, state)
+        if state["step"].device != weight.device:  # load_state_dict leaves it where the file had it
+            state["step"] = state["step"].to(weight.device)
         state["step"] += 1
         lr = group["lr"]
         if not isinstance(lr, Tensor) or lr.device != weight.device:
@@ -220,6 +222,11 @@ def _check_table(weight: Tensor, optimizer: RowOptimizer) -> None:
             f"params holds a {weight.dtype} of shape {tuple(weight.shape)}; row-wise optimizers take the "
             "tables of PrefixMemory, [R, w]; give the rest of a model to another optimizer, or the whole "
             "model to prefixmem_fast.optim.for_model"
+        )
+    if not weight.is_contiguous():
+        raise ValueError(
+            f"params holds a table of shape {tuple(weight.shape)} and strides {weight.stride()}; rows are updated in "
+            "place, so give a contiguous one: torch.nn.Parameter(table.detach().contiguous())"
         )
     if table_state(weight).optimizer not in (None, optimizer):
         gc.collect()  # an optimizer that nobody holds may live on in a reference cycle, with its schedule

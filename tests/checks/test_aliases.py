@@ -68,7 +68,7 @@ CLAIMING = {"mark_claims_kernel", "merge_rows_kernel"}
     mostly_slow(lambda mode, crowded: mode == "prefix" and not crowded, ["prefix", "suffix", "full"], [False, True]),
 )
 def test_no_kernel_has_a_hazard(mode, crowded, monkeypatch):
-    monkeypatch.setattr(sorted_backward, "crowded", lambda slots, spec: crowded)
+    monkeypatch.setattr(sorted_backward, "crowded", lambda most, plan, spec: crowded)
     with audited() as audit:
         every_function(mode)
     assert not audit.hazards

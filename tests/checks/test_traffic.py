@@ -126,7 +126,7 @@ def test_a_gradient_read_once_an_order_is_caught(monkeypatch):
 
 def test_a_sort_that_marks_every_run_as_shared_is_caught(monkeypatch):
     """All rows would go through memory, as if each prefix collided with another."""
-    monkeypatch.setattr(sorted_backward, "crowded", lambda slots, spec: True)
+    monkeypatch.setattr(sorted_backward, "crowded", lambda most, plan, spec: True)
     sort_prefixes = sorted_backward.sort_prefixes
 
     def all_shared(*inputs):

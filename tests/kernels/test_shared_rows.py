@@ -14,7 +14,7 @@ from tests.helpers.cases import mostly_slow
 @pytest.fixture(autouse=True)
 def nothing_is_crowded(monkeypatch):
     """Small tables too go the way of large ones."""
-    monkeypatch.setattr(sorted_backward, "crowded", lambda slots, spec: False)
+    monkeypatch.setattr(sorted_backward, "crowded", lambda most, plan, spec: False)
 
 
 @pytest.fixture
@@ -132,3 +132,14 @@ def test_sizes_of_claims_are_powers_of_two_that_fit_32_bits(slots):
         assert 4 <= size <= 1 << 30
         assert size & (size - 1) == 0
     assert len(claims.links) == len(claims.shared) == slots
+
+
+def test_crowded_is_decided_by_the_smallest_table_that_may_overflow(monkeypatch):
+    """The tables of other orders do not make room: chains of one order's rows would be long."""
+    monkeypatch.undo()
+    spec = AddressSpec((2048,) * 4, max_order=4, heads=4, table_rows=(2048, 100, 2_000_000, 2_000_000))
+    plan = sorted_codes.sort_plan_of(spec)
+    assert not sorted_backward.crowded(100, plan, spec)
+    assert sorted_backward.crowded(101, plan, spec)
+    exact = AddressSpec((8,) * 3, max_order=3, heads=1, table_rows=512)  # no order has more prefixes than rows
+    assert not sorted_backward.crowded(1 << 40, sorted_codes.sort_plan_of(exact), exact)

@@ -360,3 +360,23 @@ def test_torchs_deterministic_mode_without_its_fill(grad, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     torch.manual_seed(1)
     assert torch.equal(step(), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch_has_a_norm_of_zero(backend):
+    spec, codes, weight = case()
+    optimizer = optim.SGD([weight], lr=0.1)
+    out = prefix_memory(codes[:0], weight, spec, backend=backend, grad="fused")
+    out.sum().backward()
+    assert torch.linalg.vector_norm(weight.grad) == 0
+    optimizer.step()
+
+
+def test_more_orders_than_a_byte_counts():
+    spec = AddressSpec((2,) * 130, max_order=130, heads=1, table_rows=50, mode="full", active_levels=(130,))
+    codes = torch.randint(0, 2, (3, 130))[[0, 1, 0, 2, 1, 0]]
+    weight = torch.randn(spec.total_rows, 2, requires_grad=True)
+    out = prefix_memory(codes, weight, spec, backend="triton", deterministic=True)
+    grad = torch.randn_like(out)
+    (found,) = torch.autograd.grad(out, weight, grad)
+    assert_exact_sums(found, lambda g: reference.dense_gradient(g, codes, spec), grad)

@@ -332,3 +332,17 @@ def test_errors_name_the_argument(make, options, message):
 def test_only_tables_are_taken():
     with pytest.raises(ValueError, match=r"params holds a torch.float32 of shape \(3,\); row-wise optimizers take"):
         optim.SGD([torch.nn.Parameter(torch.zeros(3))])
+
+
+def test_a_table_that_is_not_contiguous_is_refused():
+    with pytest.raises(ValueError, match=r"strides \(1, 5\); rows are updated in place, so give a contiguous one"):
+        optim.SGD([torch.nn.Parameter(torch.randn(4, 5).t())])
+
+
+def test_a_step_that_was_loaded_elsewhere_follows_its_table():
+    """load_state_dict leaves "step" on the device of the file, and kernels read it on that of the table."""
+    weight = torch.nn.Parameter(torch.empty(6, 4, device="meta"))
+    optimizer = optim.RowWiseAdam([weight])
+    optimizer.begin(weight)
+    optimizer.state[weight]["step"] = torch.zeros((), dtype=torch.int64)
+    assert optimizer.begin(weight).step.device == weight.device
