@@ -46,7 +46,7 @@ DEFAULTS = Settings()
 
 def off() -> bool:
     """Whether the environment asks for the defaults."""
-    return os.environ.get("PREFIXMEM_TUNE", "").lower() == "off"
+    return os.environ.get("PREFIXMEM_TUNE", "").lower() in ("off", "0", "false", "no")
 
 
 def file_of(gpu: str) -> Path | None:
@@ -57,6 +57,8 @@ def file_of(gpu: str) -> Path | None:
             cache = Path.home() / ".cache"
         except RuntimeError:
             return None
+        if not cache.is_absolute():
+            return None
     name = "-".join([gpu, "triton", installed_version("triton") or "none", "prefixmem_fast", __version__])
     return cache / "prefixmem_fast" / "tune" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.json"
 
@@ -64,26 +66,43 @@ def file_of(gpu: str) -> Path | None:
 def settings_for(gpu: str) -> Settings:
     """What was chosen for a GPU, or the defaults. A file that cannot be used is named in a warning."""
     file = file_of(gpu)
-    if off() or file is None or not file.exists():
+    if off() or file is None:
         return DEFAULTS
     try:
         return _read(file, gpu)
+    except FileNotFoundError:
+        return DEFAULTS
     except (OSError, ValueError) as error:
         warnings.warn(f"{file} is ignored: {error}; run prefixmem tune again, or delete it", stacklevel=2)
         return DEFAULTS
+
+
+def check_store(gpu: str) -> Path:
+    """The file that `store` will write.
+
+    Raises:
+        ValueError: it cannot be written; the message says which folder and what to do.
+    """
+    file = file_of(gpu)
+    if file is None:
+        raise ValueError("there is no home folder to keep the choice in; set XDG_CACHE_HOME to a folder")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        possible = os.access(file.parent, os.W_OK | os.X_OK) and not file.is_dir()
+    except OSError:
+        possible = False
+    if not possible:
+        raise ValueError(f"{file} cannot be written; set XDG_CACHE_HOME to a folder that can")
+    return file
 
 
 def store(gpu: str, settings: Settings) -> Path:
     """Keep a choice for the next processes.
 
     Raises:
-        OSError: the file cannot be written.
-        ValueError: the user has no folder for it.
+        OSError, ValueError: the file cannot be written.
     """
-    file = file_of(gpu)
-    if file is None:
-        raise ValueError("there is no home folder to keep the choice in; set XDG_CACHE_HOME to a folder")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = check_store(gpu)
     write_text(file, json.dumps({**_made_for(gpu), "settings": settings._asdict()}, indent=2) + "\n")
     return file
 

@@ -62,7 +62,7 @@ def combinations() -> dict[str, list[dict[str, int]]]:
 
 
 def trials(
-    works: dict[str, Work], seconds_of: Callable[[Work], float], seconds: float
+    works: dict[str, Work], seconds_of: Callable[[Work], float], seconds: float, chosen: Settings = DEFAULTS
 ) -> Iterator[tuple[Trial, Settings]]:
     """Measure, and give each trial with what is chosen so far.
 
@@ -70,12 +70,13 @@ def trials(
         works: what launches the kernels of each name in the table.
         seconds_of: the time of one call on the device, its tensors reset before it.
         seconds: start no further trial after so many.
+        chosen: what was chosen before; it stays for kernels of which nothing is measured.
     """
     from ..kernels.tiles import trying
 
-    began, chosen = time.monotonic(), DEFAULTS
+    began = time.monotonic()
     for of, grid in combinations().items():
-        before, best, default = chosen, None, None
+        before, best = chosen, None
         for values in grid:
             if time.monotonic() - began > seconds:
                 yield Trial(of, values, None, f"not measured: {seconds:g} seconds have passed"), chosen
@@ -83,10 +84,9 @@ def trials(
             with trying(before._replace(**values)):
                 problem = _problem_of(works[of])
                 took = None if problem else median(seconds_of(works[of]) for _ in range(REPEATS))
-            if took is not None:
-                default = took if values == grid[0] else default
-                if default is not None and took < min((1 - GAIN) * default, best or default):
-                    best, chosen = took, before._replace(**values)
+            # The defaults come first: another combination has to be faster by more than times vary.
+            if took is not None and (best is None or took < best):
+                best, chosen = (1 - GAIN) * took if values == grid[0] else took, before._replace(**values)
             yield Trial(of, values, None if took is None else 1e6 * took, problem), chosen
 
 

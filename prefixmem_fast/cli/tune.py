@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..kernels.settings import DEFAULTS, off, store
+    from ..kernels.settings import DEFAULTS, check_store, off, settings_for, store
 
     if not options.seconds > 0:
         raise ValueError(f"--seconds = {options.seconds}; give more than 0")
@@ -26,13 +26,17 @@ def run(options: argparse.Namespace) -> int:
 
     from ..checks.tuning import DeviceClock, combinations, trials, works_on
 
-    gpu, found, chosen = torch.cuda.get_device_name(), [], DEFAULTS
+    gpu, found = torch.cuda.get_device_name(), []
+    check_store(gpu)
+    chosen = settings_for(gpu)
     total = sum(map(len, combinations().values()))
     with Progress("tune", total, "combinations", quiet=options.json) as progress:
-        for trial, settings in trials(works_on("cuda"), DeviceClock(), options.seconds):
+        for trial, settings in trials(works_on("cuda"), DeviceClock(), options.seconds, chosen):
             found.append(trial)
             chosen = settings
             progress.update(kernels=trial.of)
+    if all(trial.microseconds is None for trial in found):
+        raise ValueError(f"nothing was measured and nothing is kept: {found[-1].note}; give more --seconds")
     head = {"gpu": gpu, "file": str(store(gpu, chosen))}
     if off():
         head["not in force"] = "PREFIXMEM_TUNE=off is set"

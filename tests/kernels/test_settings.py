@@ -288,3 +288,51 @@ def test_info_says_what_is_in_force(capsys, monkeypatch):
     assert environment._settings_of("a GPU") == {"from": "PREFIXMEM_TUNE=off", **DEFAULTS._asdict()}
     assert main(["info"]) == 0
     assert "\nsettings          defaults\n" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_entered_gives_the_defaults(cache, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(settings, "read_json", refused)
+    with pytest.warns(UserWarning, match="is ignored: .*Permission denied; run prefixmem tune again, or delete it"):
+        assert settings.settings_for("some GPU") == settings.DEFAULTS
+
+
+@pytest.mark.parametrize("name", ["a file", "a folder in the place of the file"])
+def test_where_a_choice_cannot_be_kept_is_said_before_anything_is_measured(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if name == "a file":
+        (tmp_path / "cache").write_text("")
+    else:
+        settings.file_of("some GPU").mkdir(parents=True)
+    with pytest.raises(ValueError, match="cannot be written; set XDG_CACHE_HOME to a folder that can"):
+        settings.check_store("some GPU")
+
+
+def trial_times(times, chosen=settings.DEFAULTS, seconds=60):
+    """What is chosen where the n-th trial takes times[n] (None: it does not run) and all others a second."""
+    n = -1
+
+    def call():
+        nonlocal n
+        n += 1
+        if times.get(n, 1.0) is None:
+            raise RuntimeError("out of resources")
+
+    works = dict.fromkeys(tuning.combinations(), tuning.Work(call))
+    return list(tuning.trials(works, lambda work: times.get(n, 1.0), seconds, chosen))[-1][1]
+
+
+def test_the_fastest_is_chosen_and_small_gains_are_not():
+    first = next(iter(tuning.combinations().values()))
+    assert trial_times({}) == settings.DEFAULTS
+    assert trial_times({1: 0.98}) == settings.DEFAULTS
+    assert trial_times({1: 0.9, 2: 0.8, 3: 0.85}) == settings.DEFAULTS._replace(**first[2])
+    assert trial_times({0: None, 3: 0.99}) == settings.DEFAULTS._replace(**first[3]), "the defaults do not run"
+
+
+def test_what_is_not_measured_keeps_the_earlier_choice():
+    earlier = settings.DEFAULTS._replace(edge_warps=4, forward_warps=8)
+    assert trial_times({}, earlier, seconds=-1) == earlier
+    assert trial_times({}, earlier) == settings.DEFAULTS
