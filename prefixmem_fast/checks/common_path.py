@@ -27,6 +27,7 @@ class CommonPath:
     masked: Callable[[Constants], Mapping[str, Share]]  # by pattern of pointer names
     from_dram: Mapping[str, float] = field(default_factory=dict)  # of a pointer's loads, the share of bytes
     turns: Callable[[Constants], int] | None = None  # of its largest loop, from constants and sizes of the launch
+    working: float = 1.0  # share of the programs that go this way; the others find nothing to do and end
 
 
 ALL = (0.0, 1.0)
@@ -60,9 +61,12 @@ PATHS = (
     ),
     CommonPath(
         "sum_edges*",
-        "order 1 alone goes over a block's edge and is put aside; it ends among the blocks that are added at once",
+        "order 1 alone goes over a block's edge and is put aside; it ends in the first quarter of the blocks that are "
+        "added at once; the programs of the three other orders end after their first loads",
         lambda c: {"destination.*": ALL},
+        from_dram={"p_edges": 1 / 4},
         turns=_once,
+        working=1 / 4,
     ),
     CommonPath(
         "sum_rows*",

@@ -7,6 +7,7 @@ Sorts are estimates. The host's time is left out. Trust ratios within 1.3 times,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from . import launches as meta
-from .common_path import PATHS
+from .common_path import PATHS, common_path
 from .machine_code import analysed, registers_of
 from .occupancy import CARDS, Card
 from .pointers import POINTERS
@@ -31,6 +32,7 @@ DTYPE, TARGET = torch.bfloat16, "sm_90"
 
 LAUNCH_US = 3.0  # from the end of a kernel to the first instructions of the next
 ROW_EFFICIENCY = 0.9  # of a copy's bandwidth: rows of 128 bytes at random
+IDLE_CYCLES = 600  # of a program that finds nothing to do: two loads from L2
 ISSUE = 4  # instructions a cycle that a multiprocessor issues
 SORT_SMALL, SORT_SMALL_US = 4096, 15.0  # entries that one block sorts
 SORT_US, SORT_PASS_US, SORT_BANDWIDTH = 8.0, 5.0, 2000.0  # a sort, the least of a pass over 8 bits of the keys; GB/s
@@ -69,6 +71,7 @@ def assumptions() -> dict[str, Any]:
         "launch_us": LAUNCH_US,
         "rows_reach_of_copy_bandwidth": ROW_EFFICIENCY,
         "instructions_a_cycle_sm": ISSUE,
+        "cycles_of_a_program_with_nothing_to_do": IDLE_CYCLES,
         "sort": {
             "up_to_4096_entries_us": SORT_SMALL_US,
             "start_us": SORT_US,
@@ -152,7 +155,10 @@ def floor_bytes(operation: str, sids: int) -> int:
 
 def _part(event: meta.Launch | meta.Operator, cost: Cost | None, card: Card) -> Part:
     if isinstance(event, meta.Launch):
-        return Part(event.kernel, event.programs, round(launch_us(card, event.programs, cost), 1))
+        path = common_path(event.kernel)
+        working = math.ceil(event.programs * path.working) if path else event.programs
+        idle = idle_us(card, event.programs - working, cost)
+        return Part(event.kernel, event.programs, round(launch_us(card, working, cost) + idle, 1))
     if event.name == "sort":
         return Part(f"sort {event.dtype}", None, round(sort_us(event.entries, event.dtype), 1))
     return Part(f"torch.{event.name}", None, round(LAUNCH_US + event.bytes / card.copy_bandwidth / 1e3, 1))
@@ -170,6 +176,12 @@ def launch_us(card: Card, programs: int, cost: Cost) -> float:
         cycles += max(cost.cycles, issue, memory)
         left -= wave
     return LAUNCH_US + cycles / card.ghz / 1e3
+
+
+def idle_us(card: Card, programs: int, cost: Cost) -> float:
+    """Programs that end after their first loads."""
+    waves = math.ceil(programs / (cost.resident * card.multiprocessors))
+    return waves * IDLE_CYCLES / card.ghz / 1e3
 
 
 def sort_us(entries: int, dtype: str) -> float:
