@@ -12,6 +12,7 @@ PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # Other releases of triton, whose machine code the slow tests hold too, each in a folder of its own.
 TRITONS := 3.4.0 3.6.0
+COMMA := ,
 TRITON_FOLDERS := $(TRITONS:%=.venv-triton/%/ready)
 
 .PHONY: test test-slow test-all test-oldest test-newest triton-releases compile-report demo bench gpu lint format clean
@@ -46,7 +47,7 @@ $(TRITON_FOLDERS): .venv-triton/%/ready: $(VENV)/ready
 # What every kernel compiles to, with each release of triton, and times by a model: bench/results/compile_triton_*.json
 compile-report: $(VENV)/ready triton-releases
 	OMP_NUM_THREADS=1 $(BIN)/prefixmem verify --compile --save bench/results
-	OMP_NUM_THREADS=1 $(BIN)/prefixmem verify --compile --save bench/results --triton '$(TRITONS)'
+	OMP_NUM_THREADS=1 $(BIN)/prefixmem verify --compile --save bench/results --triton '$(TRITONS:%=%$(COMMA))'
 
 demo: $(VENV)/ready
 	$(BIN)/prefixmem info

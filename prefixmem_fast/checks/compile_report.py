@@ -56,7 +56,14 @@ def compile_report(
         progress(kernel)
     predicts = prediction.TARGET in targets and "bfloat16" in dtypes
     predictions = list(prediction.predict(launchers)) if predicts else []
-    return CompileReport(facts()["versions"], kernels, list(_launches(targets[0], launchers)), predictions)
+    return CompileReport(_versions(), kernels, list(_launches(targets[0], launchers)), predictions)
+
+
+def _versions() -> dict[str, str]:
+    """Those of `facts`, but of the triton that has run: in a folder of its own it may lack metadata."""
+    import triton
+
+    return {**facts()["versions"], "triton": triton.__version__.partition("+")[0]}
 
 
 def _launches(target: str, launchers: tuple[str, ...] | None) -> Iterator[Launches]:
@@ -92,7 +99,7 @@ def as_text(report: CompileReport) -> str:
         _schedule_table(report.kernels),
         _launch_table(report.launches),
         _prediction_table(report.predictions) if report.predictions else "",
-        f"{len(report.kernels)} kernels compiled, {len(report.spilled)} with spills or local memory",
+        f"{len(report.kernels)} kernels compiled, {len(report.spilled)} with spills (on gfx: or local memory)",
     ]
     return "\n\n".join(filter(None, parts))
 

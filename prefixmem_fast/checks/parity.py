@@ -8,7 +8,9 @@ optimizers to the same cases, `decoding.py` single steps and `search.py` constra
 from __future__ import annotations
 
 import itertools
+import math
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -28,13 +30,16 @@ from .updates import check_updates, check_updates_at_size, random_settings
 _ORACLE_SIDS = 8
 
 
-def verify(backends: tuple[str, ...], cases: int, seed: int, device: str, batches: int = 1) -> Iterator[Report]:
+def verify(
+    backends: tuple[str, ...], cases: int, seed: int, device: str, batches: int = 1, until: float = math.inf
+) -> Iterator[Report]:
     """Check `cases` random configurations, yielding the growing report after each.
 
     Args:
         backends: backends other than the reference to hold against it; may be empty.
         device: where the tensors live.
         batches: of each configuration; what it compiles is compiled for the first.
+        until: start no batch but the first of a configuration from then on, by `time.monotonic`.
     """
     report = Report(seed, device, ("reference", *backends))
     for number in range(cases):
@@ -43,6 +48,8 @@ def verify(backends: tuple[str, ...], cases: int, seed: int, device: str, batche
         generator = torch.Generator().manual_seed(rng.randrange(1 << 32))
         settings = random_settings(rng)
         for batch in range(batches):
+            if batch and time.monotonic() >= until:
+                break
             case = another_batch(rng, case) if batch else case
             _check_oracle(report, case)
             _check_codes(report, case, backends, generator)

@@ -9,7 +9,7 @@ import torch
 from prefixmem_fast._choices import SHAPES
 from prefixmem_fast._environment import TESTED
 from prefixmem_fast.checks import cases
-from prefixmem_fast.cli import main
+from prefixmem_fast.cli import main, verify
 from prefixmem_fast.kernels import atomic_backward as backward
 from prefixmem_fast.kernels import forward, rows
 from prefixmem_fast.operation import cpu
@@ -214,9 +214,23 @@ def test_verify_finds_faults_around_the_operation(capsys, monkeypatch, fault):
         (["verify", "--cases", "0"], "--cases = 0"),
         (["verify", "--batches", "0"], "--batches = 0"),
         (["verify", "--largest", "31"], "--largest goes with --shapes"),
-        (["verify", "--shapes", "round"], "--shapes = 'round' is unknown; allowed are paper, float32"),
+        (["verify", "--shapes", "round"], "--shapes = 'round' is unknown; allowed are all, or some of paper, float32"),
         (["verify", "--compile"], "unset it"),
         (["verify", "--compile", "--triton", "0.0.1"], "neither a folder with triton in it nor a version"),
+        (
+            ["verify", "--compile", "--targets", "sm_1"],
+            "--targets = 'sm_1' is unknown; allowed are all, or some of sm_80",
+        ),
+        (["verify", "--compile", "--triton", ""], "--triton = '' names no release; give folders, or versions"),
+        (["verify", "--compile", "--launchers", ","], "--launchers = ',' names none; name some of the report's"),
+        (["verify", "--compile", "--save", "setup.py"], "--save = 'setup.py' is no folder that can be written"),
+        (["verify", "--compile", "--save", "setup.py/x"], "--save = 'setup.py/x' is no folder that can be written"),
+        (["verify", "--compile", "--cases", "3"], "--cases does not go with --compile; leave one of them out"),
+        (["verify", "--compile", "--seed", "0"], "--seed does not go with --compile"),
+        (["verify", "--traffic", "--backend", "auto"], "--backend does not go with --traffic"),
+        (["verify", "--traffic", "--seconds", "3"], "--seconds does not go with --traffic"),
+        (["verify", "--cases", "3", "--shapes", "all"], "--cases does not go with --shapes"),
+        (["verify", "--shapes", "all", "--largest", "65537"], "--largest = 65537; give 65536 or less"),
         (["verify", "--launchers", "sgd_bwd"], "--launchers goes with --compile"),
         (["verify", "--save", "."], "--save goes with --compile"),
     ],
@@ -249,6 +263,13 @@ def test_verify_stops_after_its_seconds(capsys):
     assert report["cases"] == 1
     assert main(["verify", "--seconds", "0"]) == 2
     assert "--seconds = 0.0; give more than 0" in capsys.readouterr().err
+    arguments = ["--backend", "reference", "--cases", "2", "--batches", "1000", "--seconds", "0.001"]
+    _, report = run_json(capsys, "verify", *arguments)
+    assert (report["cases"], report["batches"]) == (1, 1)
+
+
+def test_the_largest_batch_of_a_shape():
+    assert max(cases.BATCH_SIZES) == verify._LARGEST
 
 
 def test_bench_is_the_benchmark_suite(capsys, monkeypatch):

@@ -106,6 +106,7 @@ def test_a_warning_is_one_line(capsys, monkeypatch):
         (["train", "--synthetic", "--out", ""], "prefixmem train: argument --out: '' names no folder"),
         (["pretrain", "--synthetic", "--out="], "prefixmem pretrain: argument --out: '' names no folder"),
         (["evaluate", "--run", "x", "--out", ""], "prefixmem evaluate: argument --out: '' names no folder"),
+        (["verify", "--compile", "--save", ""], "prefixmem verify: argument --save: '' names no folder"),
         (["info", "-steps", "3"], "prefixmem info: -steps is unknown; prefixmem info --help"),
         (["verify", "stray"], "prefixmem verify: stray is unknown; prefixmem verify --help"),
         (["fly"], "prefixmem: argument info|verify"),
