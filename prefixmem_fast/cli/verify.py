@@ -93,9 +93,11 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} goes with --compile; add it, or leave --{name} out")
     if options.traffic:
+        from .._triton import interpreting
         from ..checks.counting import count_traffic
 
-        return _of_child(partial(count_traffic, options.json), "that counts")
+        count = partial(count_traffic, options.json)
+        return count() if interpreting() else _of_child(count, "that counts")
     return _verify(options)
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from prefixmem_fast._choices import DTYPES, TARGETS
-from prefixmem_fast.checks import compile_report, other_triton
+from prefixmem_fast.checks import compile_report, counting, other_triton
 from prefixmem_fast.cli import main
 
 
@@ -153,3 +153,18 @@ def test_an_interruption_is_told_once(child, to_all, said):
         (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
         _, error = process.communicate(timeout=30)
     assert (process.returncode, error) == (130, said)
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_whoever_counts_traffic_itself_is_interrupted_at_once(monkeypatch, interpret):
+    handlers = []
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    monkeypatch.setattr(
+        counting, "count_traffic", lambda as_json: handlers.append(signal.getsignal(signal.SIGINT)) or 0
+    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["verify", "--traffic"]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (handlers == [signal.default_int_handler]) == (interpret == "1")
