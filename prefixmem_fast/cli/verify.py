@@ -210,11 +210,9 @@ def _compile_with_others(
         arguments += [f"--save={_writable(options.save)}"]
     worst = 0
     for folder in folders:
-        code = _of_child(partial(run_with, folder, arguments), f"with the triton of {folder}")
+        code = _of_child(partial(run_with, folder, arguments), f"with the triton of {folder}", len(folders) > 1)
         if code == 130:
             return code
-        if code and len(folders) > 1:
-            say(f"prefixmem verify: exit code {code} with the triton of {folder}")
         worst = max(worst, code)
     return worst
 
@@ -230,7 +228,7 @@ def _writable(given: str) -> Path:
     return folder
 
 
-def _of_child(run: Callable[[], int], which: str) -> int:
+def _of_child(run: Callable[[], int], which: str, one_of_many: bool = False) -> int:
     """The exit code of `run`, which waits for a process: 1 if that crashed, 130 once it has said "interrupted"."""
     with _interrupts_are_the_childs() as interrupted:
         code = run()
@@ -239,6 +237,8 @@ def _of_child(run: Callable[[], int], which: str) -> int:
     if code < 0:
         say(f"prefixmem verify: the process {which} crashed: {signal.strsignal(-code) or 'signal'} ({-code})")
         return 1
+    if one_of_many and code not in (0, 130):
+        say(f"prefixmem verify: the process {which} ended with exit code {code}")
     return code
 
 

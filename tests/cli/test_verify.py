@@ -85,9 +85,9 @@ def releases(tmp_path, monkeypatch):
     ("old", "new", "code", "words"),
     [
         (0, 0, 0, []),
-        (0, -11, 1, ["with the triton of new crashed: Segmentation fault (11)", "exit code 1 with the triton of new"]),
-        (-9, 0, 1, ["with the triton of old crashed: Killed (9)", "exit code 1 with the triton of old"]),
-        (1, 2, 2, ["exit code 1 with the triton of old", "exit code 2 with the triton of new"]),
+        (0, -11, 1, ["with the triton of new crashed: Segmentation fault (11)"]),
+        (-9, 0, 1, ["with the triton of old crashed: Killed (9)"]),
+        (1, 2, 2, ["the triton of old ended with exit code 1", "the triton of new ended with exit code 2"]),
         (130, 1, 130, []),
         (-2, 1, 130, ["prefixmem verify: interrupted"]),
     ],
