@@ -23,7 +23,18 @@ from .clocks import Clock, DeviceClock, HostClock
 from .machine import copy_bandwidth, file_name, free_bytes, run_record
 from .registry import BENCHMARKS
 from .report import markdown
-from .rows import OURS, Row, append_rows, by_workload, describe, floor_percent, hardware, main_metric, short
+from .rows import (
+    OURS,
+    Row,
+    append_rows,
+    by_workload,
+    check_out,
+    describe,
+    floor_percent,
+    hardware,
+    main_metric,
+    short,
+)
 from .run import run as run_workload
 
 ROWS = (2_000_000, 1_000_000, 500_000, 200_000, 50_000)  # a table; the paper's first
@@ -54,7 +65,9 @@ def device() -> Device | None:
 def run(options: argparse.Namespace) -> int:
     began = time.monotonic()
     if not options.minutes > 0:
-        raise ValueError(f"--minutes {options.minutes} is not above 0")
+        raise ValueError(f"--minutes {options.minutes} is not a number above 0; give one, such as 3")
+    if options.out is not None:
+        check_out(options.out)
     found = device()
     if found is None:
         raise ValueError("torch finds no GPU; prefixmem bench run measures a CPU")
@@ -63,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"{found.free_bytes / 2**30:.1f} GiB of the GPU's memory are free, too few for any table")
     record = run_record()
     out = options.out or Path(f"prefixmem-{file_name(record)}-{datetime.date.today():%Y%m%d}.jsonl")
+    check_out(out)
     record["ceilings"] = {"copy_bytes_per_second": copy_bandwidth(found.kind)}
     print(f"{hardware(record)}: copies move {record['ceilings']['copy_bytes_per_second'] / 1e9:.4g} GB/s", flush=True)
     if not found.bfloat16:

@@ -34,7 +34,7 @@ from . import compare, host, plots, scale
 from .quality import cli as quality
 from .registry import BENCHMARKS
 from .report import page, table
-from .rows import append_rows, describe, latest, read_rows
+from .rows import append_rows, check_out, describe, latest, read_rows
 
 if TYPE_CHECKING:
     from .run import Planned
@@ -115,6 +115,8 @@ def _add_selection(option: Callable) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exit code: 0 done, 1 a check failed, 2 bad input; 141, as of a killed pipe, where nobody reads on."""
+    if options.action == "gpu" and getattr(options, "command", "") == "bench":
+        options.command = "bench gpu"  # as which `prefixmem` says what is wrong
     try:
         code = options.run_action(options)
         sys.stdout.flush()
@@ -146,7 +148,9 @@ def _run(options: argparse.Namespace) -> int:
     for name in ("seconds", "share"):
         value = getattr(options, name)
         if value is not None and not value > 0:
-            raise ValueError(f"--{name} {value} is not above 0")
+            raise ValueError(f"--{name} {value} is not above 0; give a number of seconds")
+    if options.out is not None:
+        check_out(options.out)
     todo = _changed(plan(_names(options.names), _device(), options.quick), options.set)
     record = run_record(options.commit)
     machine = file_name(record)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from .report import markdown
-from .rows import OURS, Row, append_rows
+from .rows import OURS, Row, append_rows, check_out
 
 TARGET = "sm_90"
 # Large enough for the usual number of launches, small enough that memory comes from the heap without a system call.
@@ -54,13 +54,15 @@ def run(options: argparse.Namespace) -> int:
     from .machine import run_record
 
     if not options.seconds > 0:
-        raise ValueError(f"--seconds {options.seconds} is not above 0")
+        raise ValueError(f"--seconds {options.seconds} is not above 0; give a number of seconds, such as 1")
+    if options.out is not None:
+        check_out(options.out)
     if problem() is not None:
         raise ValueError(f"host time cannot be taken: {problem()}")
     record = run_record(options.commit)
     with kernels_that_return_at_once():
         rows = _measure_all(options.seconds)
-    if options.out:
+    if options.out is not None:
         append_rows(options.out, record, rows)
     print("\n".join(json.dumps({**record, **row}) for row in rows) if options.json else table(rows))
     return 0

@@ -25,13 +25,14 @@ from .clocks import Clock, DeviceClock
 from .machine import copy_bandwidth, run_record
 from .registry import Mark
 from .report import markdown
-from .rows import Row, append_rows, hardware, short
+from .rows import Row, append_rows, check_out, hardware, short
 from .run import quantiles
 
 TURNS = 15
 
 
 def run(options: argparse.Namespace) -> int:
+    check_out(options.out)
     predictions = json.loads(options.static.read_text()).get("predictions")
     if not predictions:
         raise ValueError(f"{options.static} holds no predictions; compile for sm_90 and bfloat16")

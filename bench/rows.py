@@ -13,6 +13,9 @@ bytes, see `registry.Floor`; `state` is that of a GPU. Readers get each row with
 from __future__ import annotations
 
 import json
+import os
+import stat
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,49 @@ def hardware(record: dict[str, Any]) -> str:
     return machine["gpus"][0]["name"] if machine["gpus"] else f"{machine['cpu']}, {machine['threads']} threads"
 
 
+def check_out(out: Path) -> None:
+    """Whether `append_rows` can write there, asked before anything is measured. Nothing is made.
+
+    Raises:
+        ValueError: it is a folder, a pipe, a device other than the null device, a file of something else than rows, or
+            it cannot be written; the message names --out.
+    """
+    give, name = "give a new file, or one of rows that this command wrote", " ".join(str(out).split())[:200]
+    if out == Path():
+        raise ValueError(f"--out is empty, or the folder that you are in; {give}")
+    try:
+        mode = os.stat(out).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
+    except (OSError, ValueError) as error:  # too long, links in a circle, a null character
+        raise ValueError(f"--out {name} is no file's name ({getattr(error, 'strerror', error)}); {give}") from None
+    if mode is not None and stat.S_ISDIR(mode):
+        raise ValueError(f"--out {name} is a folder; {give}")
+    if mode is not None and not stat.S_ISREG(mode):
+        if out == Path(os.devnull):
+            return
+        raise ValueError(f"--out {name} is a pipe or a device; {give}")
+    try:
+        if mode is not None:
+            read_rows(out)
+            out.open("a").close()
+            return
+        folder = next(folder for folder in out.resolve().parents if folder.exists())
+        if not folder.is_dir():
+            raise ValueError(f"--out {name}: {folder} is a file and no folder; {give}")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror or error})"
+        raise ValueError(f"--out {name} {reason}; {give}, where you may write") from None
+    except (UnicodeDecodeError, RecursionError):
+        raise ValueError(f"--out {name} is no file of rows, and nothing is appended to it; {give}") from None
+    except ValueError as error:
+        if mode is None:
+            raise
+        raise ValueError(f"--out {name} is no file of rows, and nothing is appended to it: {error}; {give}") from None
+
+
 def append_rows(out: Path, record: dict[str, Any], rows: Iterable[Row]) -> None:
     """Append rows of a run in one write; its record goes before the first of them."""
     lines = [{"run": record["run"], **row} for row in rows]
@@ -43,10 +89,11 @@ def append_rows(out: Path, record: dict[str, Any], rows: Iterable[Row]) -> None:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     text = out.read_text() if out.exists() else ""
+    ends = "\n" if text and not text.endswith("\n") else ""  # a last line that has no end
     if json.dumps({"run": record["run"]})[:-1] not in text:
         lines.insert(0, record)
     with out.open("a") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
+        file.write(ends + "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_rows(path: Path, fields: tuple[str, ...] = ("benchmark", "workload", "provider")) -> list[Row]:
