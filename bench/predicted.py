@@ -11,14 +11,17 @@ import itertools
 import json
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prefixmem_fast import optim, prefix_memory, token_memory
+from prefixmem_fast._files import read_json
+from prefixmem_fast._inputs import clipped, shown
 from prefixmem_fast.checks.launches import WIDTH, paper_spec
-from prefixmem_fast.checks.prediction import DTYPE
+from prefixmem_fast.checks.prediction import DTYPE, OPERATIONS
 
 from .benchmarks.workloads import token_stream, vocabulary_of
 from .clocks import Clock, DeviceClock
@@ -29,13 +32,13 @@ from .rows import Row, append_rows, check_out, hardware, short
 from .run import quantiles
 
 TURNS = 15
+GIVE = "give a report as `prefixmem verify --compile --targets sm_90 --dtypes bfloat16 --save FOLDER` writes it"
+MOST_SIDS = 1 << 24
 
 
 def run(options: argparse.Namespace) -> int:
     check_out(options.out)
-    predictions = json.loads(options.static.read_text()).get("predictions")
-    if not predictions:
-        raise ValueError(f"{options.static} holds no predictions; compile for sm_90 and bfloat16")
+    predictions = read_predictions(options.static)
     if not torch.cuda.is_available():
         raise ValueError("predictions are for a GPU, and torch finds none")
     record = run_record(options.commit)
@@ -49,6 +52,53 @@ def run(options: argparse.Namespace) -> int:
     if not options.json:
         print(as_table(rows))
     return 0
+
+
+def read_predictions(report: Path) -> list[dict[str, Any]]:
+    """The predictions of a static report.
+
+    Raises:
+        ValueError: it is no such report, or one without predictions; the message names the file.
+    """
+    try:
+        if not report.exists():
+            raise ValueError("is not there")
+        if not report.is_file():
+            raise ValueError("is a folder, a pipe or a device")
+        stored = read_json(report)
+    except (OSError, ValueError) as error:
+        told = clipped(getattr(error, "strerror", None) or error).removeprefix("it ")
+        raise ValueError(f"report {clipped(report, 200)} {told}; {GIVE}") from None
+    predictions = stored.get("predictions") if isinstance(stored, dict) else None
+    if predictions is None or predictions == []:
+        raise ValueError(f"report {report} holds no predictions; {GIVE}")
+    if not isinstance(predictions, list):
+        raise ValueError(f"report {report}: predictions is {shown(predictions)} and no list; {GIVE}")
+    for i, prediction in enumerate(predictions, 1):
+        wrong = _wrong(prediction)
+        if wrong:
+            raise ValueError(f"report {report}, prediction {i}: {wrong}; {GIVE}")
+    return predictions
+
+
+def _wrong(prediction: Any) -> str | None:
+    """What `compared` cannot take."""
+    if not isinstance(prediction, dict):
+        return f"{shown(prediction)} is no object"
+    number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # noqa: E731
+    whole = lambda value: number(value) and isinstance(value, int)  # noqa: E731
+    for key, allowed, fits in (
+        ("operation", f"one of {', '.join(OPERATIONS)}", lambda value: isinstance(value, str) and value in OPERATIONS),
+        ("card", "a card's name", lambda value: isinstance(value, str) and value != ""),
+        ("sids", f"a whole number from 1 to {MOST_SIDS:,}", lambda value: whole(value) and 1 <= value <= MOST_SIDS),
+        ("microseconds", "a number above 0", lambda value: number(value) and value > 0),
+        ("floor_bytes", "a whole number from 0 on", lambda value: whole(value) and value >= 0),
+    ):
+        if key not in prediction:
+            return f"{key} is missing; it is {allowed}"
+        if not fits(prediction[key]):
+            return f"{key} is {shown(prediction[key])}, and not {allowed}"
+    return None
 
 
 def compared(predictions: list[dict[str, Any]], clock: Clock, gpu: str, rows: int = 2_000_000) -> Iterator[Row]:
