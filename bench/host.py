@@ -16,6 +16,7 @@ holds the counts to limits.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -30,6 +31,7 @@ from .report import markdown
 from .rows import OURS, Row, append_rows, check_out
 
 TARGET = "sm_90"
+LOADED = "loaded by the stand-in for a driver"
 # Large enough for the usual number of launches, small enough that memory comes from the heap without a system call.
 SIDS, SPARSE_SIDS = 1024, 64  # grad="sparse" fills its list of rows, which would hide the rest
 
@@ -95,7 +97,7 @@ def kernels_that_return_at_once(target: str = TARGET) -> Iterator[None]:
         if interpreting():
             stack.enter_context(mock.patch.object(_kernel_class(), "run", return_value=None))
         else:
-            stack.enter_context(stand_in_driver(target, module="loaded"))
+            stack.enter_context(stand_in_driver(target, module=LOADED))
             stack.callback(_drop_kernels)
         stack.enter_context(mock.patch.object(torch, "sort", sort_once))
         stack.enter_context(mock.patch.dict(backends._PROBLEMS, triton=lambda device: None))
@@ -112,7 +114,12 @@ def _kernel_class() -> type:
 
 
 def _drop_kernels() -> None:
-    """Drop what was compiled, while the driver that it was loaded by is there."""
+    """Drop what was compiled, while the driver that it was loaded by is there.
+
+    The frames of an exception, such as Ctrl-C, hold kernels for longer: Triton is to unload none of those.
+    """
+    from triton.compiler.compiler import CompiledKernel
+
     from prefixmem_fast._launch import forget
 
     forget()
@@ -120,6 +127,9 @@ def _drop_kernels() -> None:
         for value in vars(module).values():
             if isinstance(value, _kernel_class()):
                 value.device_caches.clear()
+    for kernel in [held for held in gc.get_objects() if type(held) is CompiledKernel]:
+        if kernel.module == LOADED:
+            kernel.module = None
 
 
 def calls() -> dict[str, Callable[[], Any]]:

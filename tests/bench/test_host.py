@@ -32,6 +32,31 @@ def test_seconds_are_above_0(capsys):
     assert "--seconds 0.0 is not above 0" in capsys.readouterr().err
 
 
+INTERRUPTED = """
+import sys
+from bench import host
+from bench.cli import main
+
+def interrupted(seconds):
+    name = "forward, of it the backend"
+    launches = host.single_launches(dict.fromkeys((name, "step, of it the backend"), host.calls()[name]))
+    [launch() for launch in launches.values()]
+    raise KeyboardInterrupt
+
+host._measure_all = interrupted
+sys.exit(main(["host"]))
+"""
+
+
+def test_kernels_that_an_interruption_holds_are_not_unloaded():
+    """By a driver that is not there."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr[-2000:]
+    assert "interrupted" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_rows_of_every_call(tmp_path):
     """The kernels are compiled, which takes a minute where no cache holds them."""
