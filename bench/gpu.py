@@ -30,6 +30,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -89,6 +90,34 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=530, help="for everything (default: %(default)s)")
     parser.add_argument("--commit", help="name of the revision, where the tree is a copy without git")
     options = parser.parse_args()
+    wrong = _wrong(options)
+    if wrong:
+        print(f"bench/gpu.py: {wrong}", file=sys.stderr)
+        return 2
+    try:
+        return _all_parts(options)
+    except KeyboardInterrupt:
+        print(f"bench/gpu.py: interrupted; what there is so far is in {options.out}", file=sys.stderr)
+        return 130
+
+
+def _wrong(options: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments, and what to give."""
+    if not 0 < options.seconds < float("inf"):
+        return f"--seconds {options.seconds} is not a number above 0; give one, such as 530"
+    give = "give a folder that you may write, or one that is to be made"
+    try:
+        out = options.out.resolve()
+        folder = next(folder for folder in (out, *out.parents) if folder.exists())
+        if not folder.is_dir():
+            return f"--out {options.out}: {folder} is no folder; {give}"
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, links in a circle
+        return f"--out {str(options.out)[:200]} cannot be written ({getattr(error, 'strerror', error)}); {give}"
+
+
+def _all_parts(options: argparse.Namespace) -> int:
     reason = _no_gpu()
     if reason:
         for name in PARTS:
@@ -258,16 +287,19 @@ def _run(jobs: list[Job], suite: Suite, seconds: float) -> None:
                 if cut:
                     _kill(process)
                 del running[name]
-                _ended(name, process.returncode, cut, log, time.monotonic() - started, suite)
-    finally:
+                _ended(name, process.returncode, "cut off" if cut else None, log, time.monotonic() - started, suite)
+    except BaseException:  # such as Ctrl-C: what they wrote until then is kept
         for process, _ in running.values():
             _kill(process)
+        for name, (process, log) in running.items():
+            _ended(name, process.returncode, "interrupted", log, time.monotonic() - started, suite)
+        raise
 
 
-def _ended(name: str, code: int, cut: bool, log: Path, seconds: float, suite: Suite) -> None:
-    """Print and keep what a process wrote."""
+def _ended(name: str, code: int, verdict: str | None, log: Path, seconds: float, suite: Suite) -> None:
+    """Print and keep what a process wrote; the verdict is that of its exit code where none is given."""
     text = log.read_text(errors="replace")
-    verdict = "cut off" if cut else "ok" if code == 0 else f"exit code {code}"
+    verdict = verdict or ("ok" if code == 0 else f"exit code {code}")
     if code and "ERR_NVGPUCTRPERM" in text:
         verdict, text = "skipped", f"{text}the driver lets only its owner read counters"
     if len(text) > LONGEST_LOG:
@@ -281,7 +313,8 @@ def _ended(name: str, code: int, cut: bool, log: Path, seconds: float, suite: Su
 
 def _kill(process: subprocess.Popen) -> None:
     """With the processes that it started."""
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 

@@ -87,7 +87,7 @@ def append_rows(out: Path, record: dict[str, Any], rows: Iterable[Row]) -> None:
     lines = [{"run": record["run"], **row} for row in rows]
     if not lines:
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out.resolve().parent.mkdir(parents=True, exist_ok=True)
     text = out.read_text() if out.exists() else ""
     ends = "\n" if text and not text.endswith("\n") else ""  # a last line that has no end
     if json.dumps({"run": record["run"]})[:-1] not in text:

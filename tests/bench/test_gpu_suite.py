@@ -4,6 +4,7 @@ import argparse
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,53 @@ def test_jobs_run_side_by_side_and_are_cut_off(suite, capsys):
     log = (suite.out / "gpu.log").read_text()
     assert "===== late: cut off\nbegun\n" in log, "what it wrote is kept"
     assert [path.name for path in (suite.out / "logs").iterdir()] == ["nowhere.log"], "the others are in gpu.log"
+
+
+def test_ctrl_c_keeps_what_a_running_job_wrote(tmp_path, capsys, monkeypatch):
+    """In gpu.log, and it ends quietly."""
+
+    def sleep(seconds, sleep=time.sleep):
+        sleep(0.05)
+        if "begun" in (tmp_path / "logs" / "long.log").read_text():
+            raise KeyboardInterrupt
+
+    code = "import time; print('begun', flush=True); time.sleep(60)"
+    part = lambda suite, seconds: [[gpu.Job("long", [sys.executable, "-c", code])]]  # noqa: E731
+    monkeypatch.setattr(gpu, "PARTS", {"long": (part, 0.98)})
+    monkeypatch.setattr(gpu, "_no_gpu", lambda: None)
+    monkeypatch.setattr(gpu, "_gpu_name", lambda: "a-gpu")
+    monkeypatch.setattr(gpu.time, "sleep", sleep)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), "--seconds", "30"])
+    assert gpu.main() == 130
+    assert capsys.readouterr().err == f"bench/gpu.py: interrupted; what there is so far is in {tmp_path}\n"
+    log = (tmp_path / "gpu.log").read_text()
+    assert log.splitlines()[0].split() == ["interrupted", "long"]
+    assert "===== long: interrupted\nbegun\n" in log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--seconds", "nan"], "--seconds nan is not a number above 0; give one"),
+        (["--seconds", "-1"], "--seconds -1.0 is not"),
+        (["--seconds", "0"], "--seconds 0.0 is not"),
+        (["--out", "file"], "is no folder; give a folder"),
+        (["--out", "file/deep"], "is no folder; give a folder"),
+        (["--out", "x" * 5000], "cannot be written (File name too long); give a folder"),
+        (["--out", "/proc/gpu"], "--out /proc/gpu cannot be written"),
+    ],
+)
+def test_bad_arguments_are_told_before_a_gpu_is_looked_for(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(gpu, "_no_gpu", lambda: pytest.fail("a GPU is looked for"))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    assert gpu.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bench/gpu.py: ")
+    assert words in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_long_log_stays_a_file_of_its_own(suite, capsys):

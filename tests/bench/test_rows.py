@@ -73,6 +73,14 @@ def test_new_files_empty_ones_and_rows_are_taken_and_nothing_is_made(tmp_path):
     assert len(read_rows(out)) == 1
 
 
+def test_a_link_to_what_is_yet_to_be_made(tmp_path):
+    out = tmp_path / "link"
+    out.symlink_to(tmp_path / "deep" / "rows.jsonl")
+    check_out(out)
+    append_rows(out, RECORD, [ROW])
+    assert len(read_rows(tmp_path / "deep" / "rows.jsonl")) == 1
+
+
 def test_rows_begin_on_a_line_of_their_own(tmp_path):
     out = tmp_path / "rows.jsonl"
     append_rows(out, RECORD, [ROW])
