@@ -43,8 +43,9 @@ SIDS, MORE_SIDS = 65_536, (4096, 262_144, 256)
 SHARE = 0.5  # seconds a provider and workload
 PARITY, BATCHES, LARGEST = 0.4, 24, 16_384  # share of the time that is left then, most batches, their most SIDs
 SEND = (
-    "Send it in by a pull request that adds it to bench/results/community/, or attach it to an issue. It holds the "
-    "times, the names of GPU and CPU, and versions; nothing else of this machine."
+    "Send it in by a pull request that adds it to bench/results/community/, or attach it to an issue. It holds "
+    "times and how the GPU ran, the names of GPU and CPU, memory, cores, threads, driver, versions, date and commit, "
+    "and up to 200 characters of each error; have a look whether those name a folder of yours."
 )
 
 

@@ -167,7 +167,7 @@ def _enter(contender: Contender, case: Case, device: str) -> _Entry | str:
 def _failure(error: Exception) -> str:
     """Why a contender has no time; what may be a fault is shown whole on the way."""
     if isinstance(error, torch.OutOfMemoryError):
-        return f"left out: {str(error).splitlines()[0]}"
+        return f"left out: {str(error).splitlines()[0][:200]}"
     text = " ".join(str(error).split())[:200]
     if isinstance(error, NotImplementedError):  # such as a dtype that a library has no kernel for on this device
         return f"not implemented there: {text}"
