@@ -44,10 +44,10 @@ $(TRITON_FOLDERS): .venv-triton/%/ready: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv-triton/$* triton==$*
 	touch $@
 
-# What every kernel compiles to, with each release of triton, and times by a model: bench/results/compile_triton_*.json
+# What every kernel compiles to, and times by a model: bench/results/compile_triton_*.json; with other releases in two dtypes
 compile-report: $(VENV)/ready triton-releases
 	OMP_NUM_THREADS=1 $(BIN)/prefixmem verify --compile --save bench/results
-	OMP_NUM_THREADS=1 $(BIN)/prefixmem verify --compile --save bench/results --triton '$(TRITONS:%=%$(COMMA))'
+	OMP_NUM_THREADS=1 $(BIN)/prefixmem verify --compile --save bench/results --triton '$(TRITONS:%=%$(COMMA))' --dtypes bfloat16,float32
 
 demo: $(VENV)/ready
 	$(BIN)/prefixmem info
