@@ -41,8 +41,8 @@ test-oldest test-newest: test-%:
 triton-releases: $(TRITON_FOLDERS)
 
 $(TRITON_FOLDERS): .venv-triton/%/ready: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv-triton/$* triton==$*
-	touch $@
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv-triton/$* triton==$* && touch $@ \
+		|| echo "triton $* cannot be installed here: its slow tests are skipped"
 
 # What every kernel compiles to, and times by a model: bench/results/compile_triton_*.json; with other releases in two dtypes
 compile-report: $(VENV)/ready triton-releases
