@@ -47,7 +47,7 @@ $(TRITON_FOLDERS): .venv-triton/%/ready: $(VENV)/ready
 # What every kernel compiles to, and times by a model: bench/results/compile_triton_*.json; with other releases in two dtypes
 compile-report: $(VENV)/ready triton-releases
 	OMP_NUM_THREADS=1 $(BIN)/prefixmem verify --compile --save bench/results
-	OMP_NUM_THREADS=1 $(BIN)/prefixmem verify --compile --save bench/results --triton '$(TRITONS:%=%$(COMMA))' --dtypes bfloat16,float32
+	OMP_NUM_THREADS=1 $(BIN)/prefixmem verify --compile --save bench/results --triton '$(TRITONS:%=%$(COMMA))' --targets sm_80,sm_90,sm_100 --dtypes bfloat16,float32
 
 demo: $(VENV)/ready
 	$(BIN)/prefixmem info
