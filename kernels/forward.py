@@ -195,7 +195,7 @@ def registers_for(spec: AddressSpec, dtype: torch.dtype, settings: Settings) -> 
     registers that no further warp could use."""
     elements = settings.forward_bytes // accumulator(dtype).itemsize // (32 * settings.forward_warps)  # a thread
     row = elements * dtype.itemsize // 4 * min(spec.max_order, spec.levels)
-    return 64 if row <= 32 else 128 if row <= 64 else 255
+    return 64 if row <= 32 and not address_of(spec).wide else 128 if row <= 64 else 255
 
 
 @of_a_kind
