@@ -27,7 +27,7 @@ from .shared_rows import Layout, make_claims, mark_claims, mark_sorted, merge_ro
 from .sorted_codes import SortPlan, most_sids, sort_plan_of, sort_prefixes
 from .sorted_prefixes import sum_prefixes
 from .sorted_rows import sum_terms, sum_values, terms_of
-from .tiles import zero_table
+from .tiles import index_dtype, zero_table
 from .update import STORE, Destination, Ending, Epilogue, ending_of
 
 
@@ -122,7 +122,7 @@ def crowded(most: int, plan: SortPlan, spec: AddressSpec) -> bool:
 
 def _sum_suffixes_of(grad, codes, n_tokens, spec, ending):
     W, dtype = grad.shape[-1] // spec.heads, accumulator(grad.dtype)
-    rows = pair_rows(codes, terms_of(spec).pairs, _row_dtype(spec), spec)
+    rows = pair_rows(codes, terms_of(spec).pairs, index_dtype(spec.total_rows), spec)
     if not rows.numel():
         return _empty(grad, W) if ending is None else None
     keys, order = torch.sort(rows.flatten(), stable=True)
@@ -147,7 +147,3 @@ def _rank(rows: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor,
 
 def _empty(grad: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return grad.new_empty((0,), dtype=torch.int64), grad.new_empty((0, width))
-
-
-def _row_dtype(spec: AddressSpec) -> torch.dtype:
-    return torch.int32 if spec.total_rows < 1 << 31 else torch.int64

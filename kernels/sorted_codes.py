@@ -22,7 +22,7 @@ from prefixmem_fast.addressing import AddressSpec
 
 from .address import address_of, load_sid_codes, order_rows
 from .shared_rows import Claims, claim
-from .tiles import LAUNCH, Device, blocks, current_device, roomy_launch
+from .tiles import LAUNCH, Device, blocks, current_device, index_dtype, roomy_launch
 
 # Prefixes of an order whose runs are long: few end, so they are put aside and not updated in every turn of the walk.
 FEW = 4096
@@ -172,27 +172,23 @@ def _first_tokens(n_tokens: Tensor, slots: int, spec: AddressSpec) -> Tensor:
 
 
 class _Launches(NamedTuple):
-    """Of one kind: the launches, SIDs a program of the second one, and dtypes of what they fill."""
+    """Of one kind: the launches, SIDs a program of the second one, and the dtype of targets."""
 
     pack: Launch
-    mark: Launch
+    prefixes: Launch
     BM: int
-    keys: torch.dtype
-    sids: torch.dtype
     targets: torch.dtype
 
 
 @of_a_kind
-def _launches_of(device: Device, spec: AddressSpec, plan: SortPlan, few_sids: bool, *kind: Hashable) -> _Launches:
+def _launches_of(device: Device, spec: AddressSpec, plan: SortPlan, *kind: Hashable) -> _Launches:
     address, BH = address_of(spec), triton.next_power_of_2(spec.heads)
     BM = max(min(256 // BH, 64), 1)
     return _Launches(
         Launch(pack_codes_kernel, plan, address, 128, **LAUNCH),
         Launch(prefixes_kernel, plan, address, BM, BH, **roomy_launch(device, 4)),
         BM,
-        keys=torch.int32 if plan.narrow else torch.int64,
-        sids=torch.int32 if few_sids else torch.int64,
-        targets=torch.int32 if spec.total_rows < 1 << 31 else torch.int64,
+        index_dtype(spec.total_rows),
     )
 
 
@@ -203,27 +199,23 @@ def sort_prefixes(
     M, device = most_sids(codes, n_tokens, spec), codes.device
     first = None if n_tokens is None else _first_tokens(n_tokens, M, spec)
     once, twice, n_bits = (None, None, 0) if claims is None else (claims.once, claims.twice, 32 * claims.once.shape[0])
-    few_sids = codes.shape[0] < 1 << 31
-    kind = codes.dtype, n_tokens is None, claims is None, M < 1 << 31, n_bits < 1 << 31
-    launches = _launches_of(current_device(), spec, plan, few_sids, *kind)
-    if plan.n_words == 1:
-        keys = torch.empty(M, dtype=launches.keys, device=device)
-        launches.pack((blocks(M, 128), 1, 1), codes, first, keys, M)
-        order = torch.sort(keys, stable=True)[1]
-    else:
-        keys = torch.empty(plan.n_words, M, dtype=launches.keys, device=device)
-        launches.pack((blocks(M, 128), 1, 1), codes, first, keys, M)
-        order = torch.sort(keys[0], stable=True)[1]
-        for key in keys[1:]:
-            order = order[torch.sort(key[order], stable=True)[1]]
+    sids = index_dtype(codes.shape[0])
+    kind = codes.dtype, n_tokens is None, claims is None, M < 1 << 31, sids
+    launches = _launches_of(current_device(), spec, plan, *kind)
+    keys = torch.empty(plan.n_words * M, dtype=torch.int32 if plan.narrow else torch.int64, device=device)
+    launches.pack((blocks(M, 128), 1, 1), codes, first, keys, M)
+    key, *others = (keys,) if plan.n_words == 1 else keys.split(M)
+    order = torch.sort(key, stable=True)[1]
+    for key in others:
+        order = order[torch.sort(key[order], stable=True)[1]]
     if first is not None:
         order = first[order]
 
     found = Prefixes(
-        sids=torch.empty(M, dtype=launches.sids, device=device),
+        sids=torch.empty(M, dtype=sids, device=device),
         counts=None if n_tokens is None else torch.empty(M, dtype=torch.int32, device=device),
         differs=torch.empty(M + 1, dtype=torch.int16, device=device),
         targets=torch.empty(M, len(plan.orders), spec.heads, dtype=launches.targets, device=device),
     )
-    launches.mark((blocks(M, launches.BM), 1, 1), order, codes, n_tokens, *found, once, twice, n_bits, M)
+    launches.prefixes((blocks(M, launches.BM), 1, 1), order, codes, n_tokens, *found, once, twice, n_bits, M)
     return found

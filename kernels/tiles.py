@@ -98,6 +98,11 @@ class Tile(NamedTuple):
     columns: int
 
 
+def index_dtype(size: int) -> torch.dtype:
+    """Of indices below `size`, and of -1."""
+    return torch.int32 if size < 1 << 31 else torch.int64
+
+
 def blocks(size: int, block: int) -> int:
     """ceil(size / block); triton.cdiv takes microseconds on the host."""
     return -(-size // block)
