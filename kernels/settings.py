@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefixmem_fast._environment import installed_version
-from prefixmem_fast._files import read_json, write_text
+from prefixmem_fast._files import check_writable, read_json, write_text
 from prefixmem_fast._version import __version__
 
 
@@ -87,12 +87,11 @@ def check_store(gpu: str) -> Path:
     if file is None:
         raise ValueError("there is no home folder to keep the choice in; set XDG_CACHE_HOME to a folder")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        possible = os.access(file.parent, os.W_OK | os.X_OK) and not file.is_dir()
+        check_writable(file.parent)
+        if file.is_dir():
+            raise IsADirectoryError(f"{file} is a folder")
     except OSError:
-        possible = False
-    if not possible:
-        raise ValueError(f"{file} cannot be written; set XDG_CACHE_HOME to a folder that can")
+        raise ValueError(f"{file} cannot be written; set XDG_CACHE_HOME to a folder that can") from None
     return file
 
 
@@ -103,6 +102,7 @@ def store(gpu: str, settings: Settings) -> Path:
         OSError, ValueError: the file cannot be written.
     """
     file = check_store(gpu)
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps({**_made_for(gpu), "settings": settings._asdict()}, indent=2) + "\n")
     return file
 

@@ -46,6 +46,18 @@ def write_file(file: Path, write: Callable[[str], object]) -> None:
         flush(file.parent)
 
 
+def check_writable(folder: Path) -> None:
+    """Raises OSError where no file can be made in a folder, or the folder itself cannot."""
+    present = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not present.is_dir():
+        raise NotADirectoryError(f"{present} is no folder, so {folder} cannot be made")
+    try:
+        with tempfile.TemporaryFile(dir=present):
+            pass
+    except OSError as error:
+        raise type(error)(error.errno, f"nothing can be written to {present}: {error.strerror}") from None
+
+
 def write_text(file: Path, text: str) -> None:
     """`write_file` of a text, in UTF-8."""
     write_file(file, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))

@@ -47,9 +47,8 @@ def run(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     import numpy as np
 
-    from .._files import write_file, write_text
+    from .._files import check_writable, write_file, write_text
     from ..recommender.evaluation.report import as_json, evaluate, table
-    from ..recommender.training.folder import check_writable
     from ..recommender.training.run import load_run
 
     folder = Path(options.run if options.out is None else options.out)

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import signal
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -19,20 +18,13 @@ from functools import partial
 from pathlib import Path
 
 from .._choices import BACKENDS, DTYPES, SHAPES, TARGETS
-from .._files import write_text
+from .._files import check_writable, write_text
 from .._progress import Progress, say
 from .train import folder_name
 
 _LARGEST = 65_536  # SIDs of the largest batch of a shape
-_OF_CHECKS = (
-    "backend",
-    "cases",
-    "batches",
-    "shapes",
-    "largest",
-    "seconds",
-    "seed",
-)  # of neither --compile nor --traffic
+# Options of neither --compile nor --traffic.
+_OF_CHECKS = ("backend", "cases", "batches", "shapes", "largest", "seconds", "seed")
 _CHILD_SECONDS = 5.0  # for a child to say that it is interrupted, before it is killed
 
 
@@ -221,8 +213,8 @@ def _writable(given: str) -> Path:
     """The folder of --save, made and tried before minutes of compiling."""
     try:
         folder = Path(given)
+        check_writable(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
     except (OSError, ValueError) as error:
         raise ValueError(f"--save = {given!r} is no folder that can be written ({error}); give another") from None
     return folder

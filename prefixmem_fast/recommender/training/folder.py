@@ -11,14 +11,13 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..._files import flush, flush_folder, read_json, remove_leftovers, sha256_of, write_text
+from ..._files import check_writable, flush, flush_folder, read_json, remove_leftovers, sha256_of, write_text
 from ..._version import __version__
 
 MARKER = "run.json"
@@ -279,18 +278,6 @@ def check_new(path: str | Path) -> None:
     elif os.path.lexists(folder):
         raise NotADirectoryError(f"out = {path} is no folder; give an empty or a new one")
     check_writable(folder)
-
-
-def check_writable(folder: Path) -> None:
-    """Raises OSError where no file can be made in a folder, or the folder itself cannot."""
-    present = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not present.is_dir():
-        raise NotADirectoryError(f"{present} is no folder, so {folder} cannot be made")
-    try:
-        with tempfile.TemporaryFile(dir=present):
-            pass
-    except OSError as error:
-        raise type(error)(error.errno, f"nothing can be written to {present}: {error.strerror}") from None
 
 
 def digests_of(folder: Path) -> dict[str, dict[str, Any]]:
