@@ -270,7 +270,7 @@ def _merge_of(
 def mark_claims(targets: Tensor, claims: Claims, layout: Layout) -> None:
     """Mark the shared ones of targets ``[M, orders, H]``."""
     S, n_bits, n_buckets = claims.links.shape[0], 32 * claims.once.shape[0], claims.heads.shape[0]
-    kind = targets.dtype, S < 1 << 31, n_bits < 1 << 31, n_buckets < 1 << 31
+    kind = targets.dtype, S < 1 << 31
     launch = _mark_claims_of(current_device(), layout, *kind)
     launch((blocks(S, 512), 1, 1), targets, *claims[1:], S, n_bits, n_buckets)
 
@@ -283,7 +283,7 @@ def mark_sorted(
     S = rows.shape[0]
     keys = torch.empty_like(rows) if claims is None else None
     chains, n_buckets = ((None,) * 4, 1) if claims is None else (claims[2:], claims.heads.shape[0])
-    kind = targets.dtype, ranks is None, claims is None, S < 1 << 31, n_buckets < 1 << 31
+    kind = targets.dtype, ranks is None, claims is None, S < 1 << 31
     launch = _mark_sorted_of(current_device(), layout, *kind)
     launch((blocks(S, 512), 1, 1), rows, order, ranks, targets, *chains, keys, S, n_buckets)
     return keys
@@ -293,7 +293,7 @@ def merge_rows(targets: Tensor, claims: Claims, aside: Tensor, ending: Ending, l
     """Sum and write the rows of the slots that are marked; their sums are in `aside` (see `room_for_sums`)."""
     S, n_buckets, W = claims.links.shape[0], claims.heads.shape[0], aside.shape[-1]
     dtype = torch.float64 if aside.dtype == torch.float64 else torch.float32
-    kind = ending.kind, aside.dtype, targets.dtype, S < 1 << 31, n_buckets < 1 << 31
+    kind = ending.kind, aside.dtype, targets.dtype, S < 1 << 31
     BM, columns, launch = _merge_of(ending.device, layout, W, dtype, ending.epilogue, *kind)
     grid = (min(blocks(S, 8 * BM), ending.device.settings.merge_programs), columns, 1)
     destination = ending.of_programs(grid[0] * columns, dtype)

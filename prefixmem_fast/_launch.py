@@ -1,8 +1,8 @@
 """Launching a Triton kernel again without what Triton works out anew each time.
 
 `kernel[grid](...)` binds the arguments, classes them, reads the environment and looks for the compiled kernel by all of
-it: 7 us for forward and 12 for the walk of a step (triton 3.9). A `Launch` has found it once, and takes 2 or 3 (python
--m bench host).
+it: 7 us for forward and 13 for the walk of a step (bench/results/host.jsonl). A `Launch` has
+found it once, and takes 2.
 """
 
 from __future__ import annotations

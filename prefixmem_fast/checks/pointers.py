@@ -54,8 +54,6 @@ POINTERS = {
         "p_differs",  # a byte an entry
         "destination.step",
         "destination.lr",
-        "destination.correction1",
-        "destination.correction2",
     ),
 }
 _CLASS_OF = {pointer: kind for kind, pointers in POINTERS.items() for pointer in pointers}

@@ -49,12 +49,8 @@ class FusedGradient(Tensor):
         operator, first = str(func.overloadpacket).removeprefix("aten."), args[0]
         second = args[1] if len(args) > 1 else 2  # the order of a norm, or a factor
         if operator == "linalg_vector_norm" and second == 2 and not any(args[2:]):
-            return (
-                torch.cat(first.squares or [torch.zeros(1, dtype=first.dtype, device=first.device)])
-                .sum()
-                .sqrt()
-                .to(first.dtype)
-            )
+            squares = first.squares or [torch.zeros(1, dtype=first.dtype, device=first.device)]
+            return torch.cat(squares).sum().sqrt().to(first.dtype)
         if operator == "zero_":
             first.cleared = True
             return first
