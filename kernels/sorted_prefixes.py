@@ -167,9 +167,8 @@ def sum_prefixes_kernel(
     for _j in tl.static_range(J):
         b_sums = b_sums + (tl.zeros([BB, BH, BW], ACC),)
     b_squares = tl.zeros([BB, BH], ACC)
+    # Least of `differs` up to here: above an order, its run came over the edge. Before the first place it is 1.
     b_least = tl.load(p_differs, mask=n_places > 0, other=1).to(tl.int32)  # [BB]
-    # Least of `differs` up to here: above an order, its run came over the edge.
-    b_least = tl.where(i_block > 0, b_least, 1)
     b_sid, b_count, b_next, b_targets = load_place(
         p_sids, p_counts, p_differs, p_targets, 0, n_places > 0, o_h, plan, address
     )

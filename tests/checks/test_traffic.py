@@ -93,6 +93,16 @@ def test_sorting_backward_and_update(count):
     assert count.traffic.loaded["grad"] == count.sids * A * H * W * itemsize, "dS is read once"
 
 
+def test_the_gradient_of_a_sid_without_codes_is_not_read():
+    """Padding: half of the batch."""
+    spec, codes = traffic.spec_of(), traffic.codes_of(32)
+    codes[::2] = -1
+    grad = torch.randn(32, A, H * W)
+    with counted(grad=grad) as count:
+        traffic.backend.dense_gradient(grad, codes, spec, deterministic=True)
+    assert count.loaded["grad"] == 16 * A * H * W * 4
+
+
 def once_a_level(monkeypatch):
     """Without the running sum, levels 3 and 4 read 3 + 4 orders and not 4."""
     address = forward.address_of(traffic.spec_of(table_rows=3000))

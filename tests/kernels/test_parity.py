@@ -198,3 +198,35 @@ def test_nan_in_unread_rows_does_not_leak():
     out = prefix_memory(codes, weight, spec, backend="triton")
     assert out.isfinite().all()
     assert torch.equal(out, reference.forward(codes, weight, spec))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_row_of_tokens_begins_anew(mode):
+    """Levels 1 and 2 at the end of a row, 3 and 4 at the start of the next: no SID. The tokens before a tensor are not
+    looked at either."""
+    spec = AddressSpec((6, 30, 9, 4), max_order=4, heads=2, table_rows=50, mode=mode)
+    table = torch.tensor([[0, 0], *([level, 1] for level in range(1, 5))], dtype=torch.int32)
+    ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 0, 1, 2], [3, 4, 1, 2, 3, 4, 0, 0, 2, 3, 4, 1, 2, 3]])
+    weight = torch.randn(spec.total_rows, 4)
+    whole = torch.cat([ids.new_tensor([1, 2]), ids.flatten()])[2:].view(
+        2, 14
+    )  # levels 1 and 2 stand before it in memory
+    found = token_memory(whole, table, weight, spec, backend="triton")
+    assert torch.equal(found, reference.forward(TokenStream(ids, table, None), weight, spec))
+    assert not found[1, :2].any()
+    starts = ids.clone()
+    starts[0, :2] = torch.tensor([3, 4])
+    whole = torch.cat([ids.new_tensor([1, 2]), starts.flatten()])[2:].view(2, 14)
+    assert not token_memory(whole, table, weight, spec, backend="triton")[0, :2].any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_code_that_is_none_ends_a_prefix_of_tokens(mode):
+    """In suffix mode too, where the orders behind it would not take it in."""
+    spec = AddressSpec((6, 5, 9, 4), max_order=3, heads=2, table_rows=50, mode=mode)
+    table = torch.tensor([[0, 0], [1, 1], [2, 5], [3, 1], [4, 1], [2, 4], [2, -1]], dtype=torch.int32)
+    ids = torch.tensor([[1, 2, 3, 4, 0, 1, 5, 3, 4, 1, 6, 3, 4]])  # codes 5 of 5, 4 and -1 at level 2
+    weight = torch.randn(spec.total_rows, 4)
+    found = token_memory(ids, table, weight, spec, backend="triton")
+    assert torch.equal(found, reference.forward(TokenStream(ids, table, None), weight, spec))
+    assert found[0, 5:8].any(1).all()

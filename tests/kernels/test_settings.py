@@ -336,3 +336,11 @@ def test_what_is_not_measured_keeps_the_earlier_choice():
     earlier = settings.DEFAULTS._replace(edge_warps=4, forward_warps=8)
     assert trial_times({}, earlier, seconds=-1) == earlier
     assert trial_times({}, earlier) == settings.DEFAULTS
+
+
+@pytest.mark.parametrize(("warps", "registers"), [(1, 255), (8, 255), (16, 128), (32, 64)])
+def test_a_program_has_the_registers_of_a_multiprocessor_at_most(warps, registers):
+    device = tiles.Device("cuda", 32, DEFAULTS)
+    assert tiles.roomy_launch(device, warps)["maxnreg"] == registers
+    assert tiles.roomy_launch(device, warps, 64)["maxnreg"] == 64
+    assert "maxnreg" not in tiles.roomy_launch(tiles.Device("hip", 64, DEFAULTS), warps)

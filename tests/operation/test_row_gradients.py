@@ -98,7 +98,7 @@ def test_a_hot_prefix_over_many_blocks(mode, block, addressing, monkeypatch):
     assert torch.equal(weight.grad.to_dense(), expected)
 
 
-@pytest.mark.parametrize("largest", [5, 2**20, 2**40])
+@pytest.mark.parametrize("largest", [5, 200, 2**9, 2**20, 2**40])
 def test_sorts_are_lexicographic_and_stable(largest):
     """In one key of 63 bits or in several; colliding rows would be merged, and hide a wrong order."""
     from prefixmem_fast.addressing.addresses import cut_prefix
