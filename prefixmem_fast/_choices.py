@@ -2,7 +2,7 @@
 
 MODES = ("prefix", "suffix", "full")
 ADDRESSING = ("auto", "hash")
-BACKENDS = ("auto", "triton", "cpu", "reference")
+BACKENDS = ("auto", "triton", "native", "cpu", "reference")
 GRADS = ("dense", "sparse", "fused")
 PARTS = ("validation", "test")
 SEARCHES = ("constrained", "unconstrained")

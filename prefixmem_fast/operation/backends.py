@@ -1,4 +1,4 @@
-"""Which implementation runs: `triton` on a GPU, `cpu` on a CPU, `reference` in plain PyTorch anywhere.
+"""Which implementation runs: `triton` on a GPU, `native` (C++) or `cpu` (PyTorch) on a CPU, `reference` anywhere.
 
 A backend is one file of this folder with the functions of `interface.py`.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._choices import BACKENDS
+from .._native import native_problem
 from .._triton import TRITON_PROBLEM, interpreting
 
 
@@ -60,7 +61,13 @@ def _default_backend(device: torch.device) -> str:
     if device.type == "cuda" and TRITON_PROBLEM is not None:
         warnings.warn(f"the reference runs, slowly: {TRITON_PROBLEM}", stacklevel=4)
         return "reference"
-    return {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
+    if device.type == "cpu":
+        return "cpu" if native_problem() else "native"
+    return "triton" if device.type == "cuda" else "reference"
+
+
+def _problem_of_native(device: torch.device) -> str | None:
+    return _problem_of_cpu(device) or native_problem()
 
 
 def _problem_of_cpu(device: torch.device) -> str | None:
@@ -77,4 +84,9 @@ def _problem_of_triton(device: torch.device) -> str | None:
     )
 
 
-_PROBLEMS = {"triton": _problem_of_triton, "cpu": _problem_of_cpu, "reference": lambda device: None}
+_PROBLEMS = {
+    "triton": _problem_of_triton,
+    "native": _problem_of_native,
+    "cpu": _problem_of_cpu,
+    "reference": lambda device: None,
+}

@@ -35,11 +35,17 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 15 & 0x1FFFF)
 
 
+def mix_word(x: int) -> int:
+    """`mix` of one unsigned integer."""
+    x = (x ^ x >> 16) * MULTIPLIERS[0] & 0xFFFFFFFF
+    x = (x ^ x >> 15) * MULTIPLIERS[1] & 0xFFFFFFFF
+    return x ^ x >> 15
+
+
 @lru_cache(maxsize=64)
 def mix_seed(seed: int) -> int:
     """What the words of a step and a row are mixed into: 0 .. 2^32 - 1."""
-    key = mix(torch.tensor(_signed(seed), dtype=torch.int32))
-    return mix(key ^ _signed(seed >> 32)).item() & 0xFFFFFFFF
+    return mix_word(mix_word(seed & 0xFFFFFFFF) ^ seed >> 32 & 0xFFFFFFFF)
 
 
 def random_bits(seed: int, step: Tensor, rows: Tensor, width: int) -> Tensor:

@@ -1,0 +1,57 @@
+// Semantic IDs in a token stream: a token of level l belongs to one where the l - 1 tokens before it have the levels
+// 1 .. l - 1 in that order, in the same row and, where segments are given, in the same segment.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "memory.h"
+#include "spec.h"
+
+namespace prefixmem {
+
+// Integers of 4 or 8 bytes.
+struct Ids {
+  const void* data = nullptr;
+  int32_t bytes = 8;
+
+  int64_t at(int64_t i) const {
+    return bytes == 8 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+struct TokenTable {
+  const int32_t* entries;  // [V, 2], level and code
+  int64_t vocabulary;
+
+  // Level and code of a token; 0 and 0 for text.
+  void read(int64_t id, int32_t levels, int64_t& level, int64_t& code) const {
+    level = code = 0;
+    if (id < 0 || id >= vocabulary) return;
+    level = entries[2 * id];
+    code = entries[2 * id + 1];
+    if (level < 0 || level > levels) level = 0;
+  }
+};
+
+struct TokenStream {
+  Ids ids, segments;  // [rows, length]; no segments where rows are not packed
+  TokenTable table;
+  int64_t rows, length;
+};
+
+// The Semantic IDs of a batch, wherever they stand: codes [M, L], or found in a token stream.
+struct Sids {
+  Codes codes;               // [M, L]
+  int64_t count = 0;         // M
+  Array<int64_t> found;      // the codes of a token stream
+  Array<int64_t> place;      // [M], of the level-1 token in the flattened stream
+  Array<int32_t> tokens;     // [M], how many tokens follow one another; no array where codes were given: all L
+  int64_t places = 0;        // tokens of the stream
+
+  bool in_stream() const { return tokens.size() > 0 || places > 0; }
+  int32_t tokens_of(int64_t sid, int32_t levels) const { return in_stream() ? tokens[sid] : levels; }
+};
+
+Sids find_sids(const TokenStream& stream, const Spec& spec);
+
+}  // namespace prefixmem

@@ -1,0 +1,171 @@
+"""The C++ kernels of the CPU as a shared library: compiled where it is first needed, found again after that.
+
+The library knows neither Python nor PyTorch, so that one serves every release of both; it is called through ctypes. A
+build makes one library for each instruction set of the architecture, and a process takes the widest that its
+processor has. Builds of several processes, and one that was interrupted, are safe: a library gets its name when it is
+complete.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ._files import locked, write_text
+
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
+# By the names of torch.backends.cpu.get_cpu_capability(), the widest first.
+INSTRUCTION_SETS = {
+    "AVX512": ("-mavx2", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+    "AVX2": ("-mavx2",),
+    "DEFAULT": (),
+}
+SECONDS = 300  # that a compiler gets
+
+
+class BuildError(Exception):
+    """The library cannot be had; the message says why and what to do."""
+
+
+@torch.compiler.assume_constant_result
+def native_problem() -> str | None:
+    """Why the C++ kernels cannot run here, or None; the first call may compile them."""
+    return _loaded()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The library.
+
+    Raises:
+        BuildError: it cannot be had.
+    """
+    loaded, problem = _loaded()
+    if loaded is None:
+        raise BuildError(problem)
+    return loaded
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    if os.environ.get("PREFIXMEM_NATIVE", "").lower() in ("0", "off", "false", "no"):
+        return None, "PREFIXMEM_NATIVE=off"
+    if sys.platform == "win32":
+        return None, "the C++ kernels are written for Linux and macOS"
+    try:
+        return ctypes.CDLL(str(find_or_build())), None
+    except BuildError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"the compiled kernels cannot be loaded ({error}); delete {folder()} to have them compiled again"
+
+
+def sources() -> list[Path]:
+    """The C++ files, headers among them."""
+    kernels = find_spec("prefixmem_fast.kernels")
+    places = list(kernels.submodule_search_locations or ()) if kernels else []
+    found = sorted(path for place in places for path in Path(place, "native").glob("*") if path.suffix in (".h", ".cpp"))
+    if not found:
+        raise BuildError("the C++ files of prefixmem_fast.kernels are not installed; install the package again")
+    return found
+
+
+def instruction_sets() -> list[str]:
+    """Those of this architecture, the widest first."""
+    return list(INSTRUCTION_SETS) if platform.machine().lower() in ("x86_64", "amd64") else ["DEFAULT"]
+
+
+def folder() -> Path:
+    """Where the libraries of these sources lie, in the cache of torch.utils.cpp_extension."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache_home, "torch_extensions"))
+    key = hashlib.sha256(repr((FLAGS, INSTRUCTION_SETS, platform.system(), platform.machine())).encode())
+    for path in sources():
+        key.update(path.name.encode() + b"\0" + path.read_bytes())
+    return root / f"prefixmem_fast-{key.hexdigest()[:16]}"
+
+
+def find_or_build() -> Path:
+    """The library for this processor; compiled, with those for the others, if it is not there.
+
+    Raises:
+        BuildError: there is no compiler, it fails, or the cache cannot be written.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    sets = instruction_sets()
+    usable = sets[sets.index(capability) :] if capability in sets else sets[-1:]
+    wanted = folder() / f"{usable[0].lower()}.so"
+    if wanted.exists():
+        return wanted
+    try:
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        with locked(wanted.parent):
+            if not wanted.exists():
+                _build(wanted.parent, sets)
+    except OSError as error:
+        raise BuildError(
+            f"the cache of compiled kernels cannot be written ({error}); set TORCH_EXTENSIONS_DIR to a folder that can"
+        ) from error
+    return wanted
+
+
+def compiler() -> list[str]:
+    """The command of CXX, or the first of the usual compilers.
+
+    Raises:
+        BuildError: there is none.
+    """
+    given = shlex.split(os.environ.get("CXX", ""))
+    for command in [given] if given else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    missing = f"CXX = {given[0]!r} is not there" if given else "there is no C++ compiler"
+    raise BuildError(f"{missing}; install g++ or clang++ (Debian: apt install g++) for a faster CPU path")
+
+
+def _build(target: Path, sets: list[str]) -> None:
+    command = compiler()
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
+    failed = target / f"failed-{hashlib.sha256(repr((command, version)).encode()).hexdigest()[:16]}.log"
+    if failed.exists():  # nobody waits for the same failure twice
+        raise _failure(failed)
+    print(f"prefixmem_fast: compiling its CPU kernels with {command[0]}, once on this machine ...", file=sys.stderr, flush=True)
+    start = time.monotonic()
+    files = [str(path) for path in sources() if path.suffix == ".cpp"]
+    made = {target / f"{name.lower()}.so": target / f"{name.lower()}.{os.getpid()}.part" for name in sets}
+    runs = []
+    try:
+        for name, part in zip(sets, made.values(), strict=True):
+            arguments = [*command, *FLAGS, *INSTRUCTION_SETS[name], *files, "-o", str(part)]
+            runs.append(subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        texts = [run.communicate(timeout=SECONDS)[0] for run in runs]
+        if any(run.returncode for run in runs):
+            write_text(failed, "\n".join([shlex.join(command), version, *texts]))
+            raise _failure(failed)
+        for path, part in made.items():
+            os.replace(part, path)
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{command[0]} took more than {SECONDS} s to compile the C++ kernels") from None
+    finally:
+        for run in runs:
+            run.kill()
+        for part in made.values():
+            part.unlink(missing_ok=True)
+    print(f"prefixmem_fast: compiled in {time.monotonic() - start:.1f} s, kept in {target}", file=sys.stderr, flush=True)
+
+
+def _failure(log: Path) -> BuildError:
+    lines = [line for line in log.read_text().splitlines() if "error" in line.lower()]
+    reason = f": {lines[0].strip()[:200]}" if lines else ""
+    return BuildError(f"the C++ kernels do not compile here{reason} (all of it in {log}; delete it to try again)")

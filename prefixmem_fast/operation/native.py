@@ -1,0 +1,372 @@
+"""PrefixMem on a CPU by the C++ kernels of kernels/native/: each function is one call, or two where sizes are asked."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import c_double, c_int32, c_int64, c_uint32, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .._dtypes import accumulator
+from ..addressing import AddressSpec, TokenStream
+from . import cpu
+from .interface import PrefixState, RowSums
+from .rounding import mix_seed, mix_word
+from .rules import RowUpdate
+
+__all__ = [
+    "decoding_step",
+    "dense_gradient",
+    "forward",
+    "fused_update",
+    "prefix_rows",
+    "row_sums",
+    "sparse_update",
+    "state_copies",
+]
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_DLPACK = {torch.float32: (2, 32), torch.float64: (2, 64), torch.bfloat16: (4, 16), torch.float16: (2, 16)}
+_MODES = {"prefix": 0, "suffix": 1, "full": 2}
+_RULES = {"sgd": 0, "row_adagrad": 1, "row_adam": 2, "lazy_adam": 3}
+_MOST_ENTRIES = 1 << 32  # of one sort
+# From here on, results come in memory that the kernels keep: new pages would cost more than the work.
+_KEPT_BYTES = 1 << 20
+
+
+class _Source(ctypes.Structure):
+    _fields_ = [
+        ("codes", c_void_p),
+        ("code_bytes", c_int64),
+        ("sids", c_int64),
+        ("ids", c_void_p),
+        ("id_bytes", c_int64),
+        ("segments", c_void_p),
+        ("segment_bytes", c_int64),
+        ("token_table", c_void_p),
+        ("vocabulary", c_int64),
+        ("rows", c_int64),
+        ("length", c_int64),
+        ("is_stream", c_int64),
+    ]
+
+
+class _Update(ctypes.Structure):
+    _fields_ = [
+        ("table", c_void_p),
+        ("first_moment", c_void_p),
+        ("second_moment", c_void_p),
+        ("width", c_int64),
+        ("dtype", c_int32),
+        ("rule", c_int32),
+        ("stochastic", c_int32),
+        ("key", c_uint32),
+        *((name, c_double) for name in ("lr", "decay", "eps", "beta1", "beta2", "correction1", "correction2")),
+    ]
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("levels", "orders", "heads", "mode", "narrow", "actives")),
+        *((name, c_void_p) for name in ("codebooks", "multipliers", "rows", "offsets", "exact", "active")),
+    ]
+
+
+class _Functions:
+    """The functions of the library, with the types of their arguments."""
+
+    def __init__(self) -> None:
+        library = _native.library()
+        p, i = c_void_p, c_int64
+        for name, result, arguments in (
+            ("spec", p, [p]),
+            ("free_spec", None, [p]),
+            ("rows", i, [p, p, i, i, p, i]),
+            ("forward", i, [p, p, p, p, i, i, p, i, i]),
+            ("decode", i, [p, p, i, p, i, i, p, p, p, p, p, i, i, p, i, i]),
+            ("plan", p, [p, p, i]),
+            ("free_plan", None, [p]),
+            ("number", i, [p, p]),
+            ("sum", i, [p, p, i, i, p, i, p, p]),
+            ("sum_sparse", i, [p, i, i, p, i, p, p, i]),
+            ("output", p, [p, i, i, i]),
+            ("keep_at_most", i, [i]),
+            ("bytes_kept", i, []),
+        ):
+            function = getattr(library, f"prefixmem_{name}")
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+
+
+_functions: _Functions | None = None
+_specs: dict[str, _Spec] = {}
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [c_void_p, ctypes.c_char_p, c_void_p]
+
+
+def functions() -> _Functions:
+    global _functions
+    if _functions is None:
+        _functions = _Functions()
+    return _functions
+
+
+class _Spec:
+    """A spec in the memory of the library, until nobody holds it."""
+
+    def __init__(self, spec: AddressSpec) -> None:
+        flat = {
+            "codebooks": spec.codebook_sizes,
+            "multipliers": [prime for primes in spec.multipliers for prime in primes],
+            "rows": spec.rows_per_order,
+            "offsets": [offset for offsets in spec.offsets for offset in offsets],
+            "exact": [order in spec.exact_orders for order in range(1, spec.max_order + 1)],
+            "active": spec.active_levels,
+        }
+        arrays = {name: (c_int64 * len(values))(*values) for name, values in flat.items()}
+        sizes = _Sizes(
+            spec.levels,
+            spec.max_order,
+            spec.heads,
+            _MODES[spec.mode],
+            spec.product_bits == 31,
+            len(spec.active_levels),
+            **{name: ctypes.addressof(array) for name, array in arrays.items()},
+        )
+        self.address = functions().spec(ctypes.addressof(sizes))
+        if not self.address:
+            raise MemoryError("there is no memory for an address spec")
+
+    def __del__(self) -> None:
+        if getattr(self, "address", None):
+            functions().free_spec(self.address)
+
+
+def _address(spec: AddressSpec) -> int:
+    held = _specs.get(spec.key)
+    if held is None:
+        if len(_specs) >= 64:
+            _specs.pop(next(iter(_specs)))
+        held = _specs[spec.key] = _Spec(spec)
+    return held.address
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        raise MemoryError("there is no memory for the temporary arrays of the CPU kernels; take a smaller batch")
+    return result
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor that is not initialized; large ones in kept memory."""
+    size = dtype.itemsize
+    for side in shape:
+        size *= side
+    filled = torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+    if size < _KEPT_BYTES or filled:
+        return torch.empty(shape, dtype=dtype)
+    made = functions().output((c_int64 * len(shape))(*shape), len(shape), *_DLPACK[dtype])
+    if not made:
+        raise MemoryError(f"there is no memory for a result of {size} bytes")
+    return torch.from_dlpack(_new_capsule(made, b"dltensor", None))
+
+
+def _source(source: Tensor | TokenStream) -> tuple[_Source, Any]:
+    """The source as the library takes it, and what must live as long."""
+    if not isinstance(source, TokenStream):
+        codes = source.contiguous()
+        return _Source(codes.data_ptr(), codes.element_size(), len(codes)), codes
+    ids, table = source.input_ids.contiguous(), source.token_table.contiguous()
+    segments = None if source.segment_ids is None else source.segment_ids.contiguous()
+    given = _Source(
+        ids=ids.data_ptr(),
+        id_bytes=ids.element_size(),
+        segments=None if segments is None else segments.data_ptr(),
+        segment_bytes=8 if segments is None else segments.element_size(),
+        token_table=table.data_ptr(),
+        vocabulary=len(table),
+        rows=ids.shape[0],
+        length=ids.shape[1],
+        is_stream=True,
+    )
+    return given, (ids, table, segments)
+
+
+# Forward
+
+
+def prefix_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
+    codes = codes.contiguous()
+    rows = _empty_rows((len(codes), spec.levels, spec.max_order, spec.heads))
+    threads = torch.get_num_threads()
+    given = codes.data_ptr(), codes.element_size(), len(codes)
+    _checked(functions().rows(_address(spec), *given, rows.data_ptr(), threads))
+    return rows
+
+
+def _empty_rows(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64)
+
+
+def forward(source: Tensor | TokenStream, weight: Tensor, spec: AddressSpec) -> Tensor:
+    """S; see `reference.forward`."""
+    given, _alive = _source(source)
+    weight = weight.contiguous()
+    shape = source.input_ids.shape if isinstance(source, TokenStream) else (len(source), len(spec.active_levels))
+    out = _empty((*shape, spec.heads * weight.shape[1]), weight.dtype)
+    dtype = _DTYPES[weight.dtype]
+    table = weight.data_ptr(), None, dtype, weight.shape[1]
+    _checked(
+        functions().forward(
+            _address(spec), ctypes.addressof(given), *table, out.data_ptr(), dtype, torch.get_num_threads()
+        )
+    )
+    return out
+
+
+# Gradient
+
+
+@contextmanager
+def _plan(source: Tensor | TokenStream, spec: AddressSpec) -> Iterator[int]:
+    """The rows that a batch touches."""
+    given, _alive = _source(source)
+    plan = functions().plan(_address(spec), ctypes.addressof(given), torch.get_num_threads())
+    if not plan:
+        _checked(-1)
+    try:
+        yield plan
+    finally:
+        functions().free_plan(plan)
+
+
+def _sum(plan: int, grad: Tensor, sums: Tensor | None, update: _Update | None) -> float:
+    squares = c_double()
+    to = (None, 0) if sums is None else (sums.data_ptr(), _DTYPES[sums.dtype])
+    update_address = None if update is None else ctypes.addressof(update)
+    given = grad.data_ptr(), _DTYPES[grad.dtype], grad.shape[-1]
+    _checked(functions().sum(plan, *given, *to, update_address, ctypes.addressof(squares)))
+    return squares.value
+
+
+def _too_many(grad: Tensor, spec: AddressSpec) -> bool:
+    return grad.numel() // max(grad.shape[-1], 1) >= _MOST_ENTRIES
+
+
+def dense_gradient(
+    grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec, deterministic: bool = False
+) -> Tensor:
+    """``[R, w]`` of the dtype of `grad`, the same bits run after run."""
+    if _too_many(grad, spec):
+        return cpu.dense_gradient(grad, source, spec, deterministic)
+    total = torch.zeros((spec.total_rows, grad.shape[-1] // spec.heads), dtype=grad.dtype)
+    with _plan(source, spec) as plan:
+        _sum(plan, grad.contiguous(), total, None)
+    return total
+
+
+def row_sums(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec, dtype: torch.dtype) -> RowSums:
+    """The touched rows, ascending and each once, and their sums in `dtype`."""
+    if _too_many(grad, spec):
+        return cpu.row_sums(grad, source, spec, dtype)
+    with _plan(source, spec) as plan:
+        rows = _empty_rows((functions().number(plan, None),))
+        sums = _empty((len(rows), grad.shape[-1] // spec.heads), dtype)
+        _checked(functions().number(plan, rows.data_ptr()))
+        _sum(plan, grad.contiguous(), sums, None)
+    return RowSums(rows, sums, True)
+
+
+def fused_update(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec, update: RowUpdate) -> None:
+    """Update the touched rows of the update's table, each once."""
+    if _too_many(grad, spec) or not _fits(update):
+        return cpu.fused_update(grad, source, spec, update)
+    with _plan(source, spec) as plan:
+        _count(update, _sum(plan, grad.contiguous(), None, _numbers(update)))
+
+
+def sparse_update(grad: Tensor, update: RowUpdate) -> None:
+    """Update the rows of a sparse gradient ``[R, w]``; entries of one row are summed first, in float32."""
+    rows, values = grad._indices()[0].contiguous(), grad._values().contiguous()
+    if len(rows) >= _MOST_ENTRIES or not _fits(update):
+        return cpu.sparse_update(grad, update)
+    squares, numbers = c_double(), _numbers(update)
+    given = rows.data_ptr(), len(rows), values.shape[1], values.data_ptr(), _DTYPES[values.dtype]
+    to = ctypes.addressof(numbers), ctypes.addressof(squares)
+    _checked(functions().sum_sparse(*given, *to, torch.get_num_threads()))
+    _count(update, squares.value)
+
+
+def _fits(update: RowUpdate) -> bool:
+    """Whether the kernels can write the table and its state where they lie."""
+    sums = accumulator(update.weight.dtype)
+    state = [tensor for tensor in update.state if tensor is not None]
+    return update.weight.is_contiguous() and all(s.dtype == sums and s.is_contiguous() for s in state)
+
+
+def _numbers(update: RowUpdate) -> _Update:
+    hyper, weight = update.hyper, update.weight
+    first_moment, second_moment = [None, None, *update.state][-2:]
+    lr, t = float(hyper.lr), int(update.step)
+    return _Update(
+        weight.data_ptr(),
+        None if first_moment is None else first_moment.data_ptr(),
+        None if second_moment is None else second_moment.data_ptr(),
+        weight.shape[1],
+        _DTYPES[weight.dtype],
+        _RULES[update.rule],
+        update.seed is not None,
+        0 if update.seed is None else mix_word(t & 0xFFFFFFFF ^ mix_seed(update.seed)),
+        lr,
+        1 - lr * float(hyper.weight_decay),
+        float(hyper.eps),
+        float(hyper.beta1),
+        float(hyper.beta2),
+        1 - float(hyper.beta1) ** t,
+        1 - float(hyper.beta2) ** t,
+    )
+
+
+def _count(update: RowUpdate, squares: float) -> None:
+    if update.squares is not None:
+        update.squares.append(torch.tensor([squares], dtype=accumulator(update.weight.dtype)))
+
+
+# Decoding
+
+
+def state_copies(weight: Tensor, spec: AddressSpec) -> int:
+    return 1
+
+
+def decoding_step(tokens: Tensor, token_table: Tensor, state: PrefixState, weight: Tensor, spec: AddressSpec) -> Tensor:
+    """S ``[B, H * w]`` after one more token; see `reference.decoding_step`."""
+    tokens, token_table, weight = tokens.contiguous(), token_table.contiguous(), weight.contiguous()
+    out = torch.empty((len(tokens), spec.heads * weight.shape[1]), dtype=weight.dtype)
+    dtype = _DTYPES[weight.dtype]
+    _checked(
+        functions().decode(
+            _address(spec),
+            token_table.data_ptr(),
+            len(token_table),
+            tokens.data_ptr(),
+            tokens.element_size(),
+            len(tokens),
+            state.codes.data_ptr(),
+            state.level.data_ptr(),
+            state.total.data_ptr(),
+            weight.data_ptr(),
+            None,
+            dtype,
+            weight.shape[1],
+            out.data_ptr(),
+            dtype,
+            torch.get_num_threads(),
+        )
+    )
+    return out
