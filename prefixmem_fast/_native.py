@@ -25,7 +25,16 @@ import torch
 
 from ._files import locked, write_text
 
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+)
 # By the names of torch.backends.cpu.get_cpu_capability(), the widest first.
 INSTRUCTION_SETS = {
     "AVX512": ("-mavx2", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
@@ -33,6 +42,7 @@ INSTRUCTION_SETS = {
     "DEFAULT": (),
 }
 SECONDS = 300  # that a compiler gets
+MOST_WAITS = 5  # for the build of another process, a minute each
 
 
 class BuildError(Exception):
@@ -75,7 +85,9 @@ def sources() -> list[Path]:
     """The C++ files, headers among them."""
     kernels = find_spec("prefixmem_fast.kernels")
     places = list(kernels.submodule_search_locations or ()) if kernels else []
-    found = sorted(path for place in places for path in Path(place, "native").glob("*") if path.suffix in (".h", ".cpp"))
+    found = sorted(
+        path for place in places for path in Path(place, "native").glob("*") if path.suffix in (".h", ".cpp")
+    )
     if not found:
         raise BuildError("the C++ files of prefixmem_fast.kernels are not installed; install the package again")
     return found
@@ -110,14 +122,19 @@ def find_or_build() -> Path:
         return wanted
     try:
         wanted.parent.mkdir(parents=True, exist_ok=True)
-        with locked(wanted.parent):
-            if not wanted.exists():
-                _build(wanted.parent, sets)
+        for _ in range(MOST_WAITS):
+            try:
+                with locked(wanted.parent):
+                    if not wanted.exists():
+                        _build(wanted.parent, sets)
+                return wanted
+            except TimeoutError as error:  # somebody else's build, on a machine that has much to do
+                waited = error
+        raise BuildError(str(waited))
     except OSError as error:
         raise BuildError(
             f"the cache of compiled kernels cannot be written ({error}); set TORCH_EXTENSIONS_DIR to a folder that can"
         ) from error
-    return wanted
 
 
 def compiler() -> list[str]:
@@ -140,7 +157,11 @@ def _build(target: Path, sets: list[str]) -> None:
     failed = target / f"failed-{hashlib.sha256(repr((command, version)).encode()).hexdigest()[:16]}.log"
     if failed.exists():  # nobody waits for the same failure twice
         raise _failure(failed)
-    print(f"prefixmem_fast: compiling its CPU kernels with {command[0]}, once on this machine ...", file=sys.stderr, flush=True)
+    print(
+        f"prefixmem_fast: compiling its CPU kernels with {command[0]}, once on this machine ...",
+        file=sys.stderr,
+        flush=True,
+    )
     start = time.monotonic()
     files = [str(path) for path in sources() if path.suffix == ".cpp"]
     made = {target / f"{name.lower()}.so": target / f"{name.lower()}.{os.getpid()}.part" for name in sets}
@@ -162,7 +183,9 @@ def _build(target: Path, sets: list[str]) -> None:
             run.kill()
         for part in made.values():
             part.unlink(missing_ok=True)
-    print(f"prefixmem_fast: compiled in {time.monotonic() - start:.1f} s, kept in {target}", file=sys.stderr, flush=True)
+    print(
+        f"prefixmem_fast: compiled in {time.monotonic() - start:.1f} s, kept in {target}", file=sys.stderr, flush=True
+    )
 
 
 def _failure(log: Path) -> BuildError:

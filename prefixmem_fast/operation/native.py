@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import c_double, c_int32, c_int64, c_uint32, c_void_p
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ _DLPACK = {torch.float32: (2, 32), torch.float64: (2, 64), torch.bfloat16: (4, 1
 _MODES = {"prefix": 0, "suffix": 1, "full": 2}
 _RULES = {"sgd": 0, "row_adagrad": 1, "row_adam": 2, "lazy_adam": 3}
 _MOST_ENTRIES = 1 << 32  # of one sort
+_MOST_SPECS = 64  # held in the library
 # From here on, results come in memory that the kernels keep: new pages would cost more than the work.
 _KEPT_BYTES = 1 << 20
 
@@ -103,21 +106,17 @@ class _Functions:
             setattr(self, name, function)
 
 
-_functions: _Functions | None = None
-_specs: dict[str, _Spec] = {}
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [c_void_p, ctypes.c_char_p, c_void_p]
 
 
-def functions() -> _Functions:
-    global _functions
-    if _functions is None:
-        _functions = _Functions()
-    return _functions
+@cache
+def _library() -> _Functions:
+    return _Functions()
 
 
 class _Spec:
-    """A spec in the memory of the library, until nobody holds it."""
+    """A spec in the memory of the library, for as long as this object is held; functions of the library take it."""
 
     def __init__(self, spec: AddressSpec) -> None:
         flat = {
@@ -138,22 +137,22 @@ class _Spec:
             len(spec.active_levels),
             **{name: ctypes.addressof(array) for name, array in arrays.items()},
         )
-        self.address = functions().spec(ctypes.addressof(sizes))
-        if not self.address:
+        self._as_parameter_ = _library().spec(ctypes.addressof(sizes))
+        if not self._as_parameter_:
             raise MemoryError("there is no memory for an address spec")
-
-    def __del__(self) -> None:
-        if getattr(self, "address", None):
-            functions().free_spec(self.address)
+        weakref.finalize(self, _library().free_spec, self._as_parameter_).atexit = False
 
 
-def _address(spec: AddressSpec) -> int:
+_specs: dict[str, _Spec] = {}
+
+
+def _given(spec: AddressSpec) -> _Spec:
     held = _specs.get(spec.key)
     if held is None:
-        if len(_specs) >= 64:
-            _specs.pop(next(iter(_specs)))
+        if len(_specs) >= _MOST_SPECS:
+            _specs.pop(next(iter(_specs)), None)
         held = _specs[spec.key] = _Spec(spec)
-    return held.address
+    return held
 
 
 def _checked(result: int) -> int:
@@ -170,7 +169,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     filled = torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
     if size < _KEPT_BYTES or filled:
         return torch.empty(shape, dtype=dtype)
-    made = functions().output((c_int64 * len(shape))(*shape), len(shape), *_DLPACK[dtype])
+    made = _library().output((c_int64 * len(shape))(*shape), len(shape), *_DLPACK[dtype])
     if not made:
         raise MemoryError(f"there is no memory for a result of {size} bytes")
     return torch.from_dlpack(_new_capsule(made, b"dltensor", None))
@@ -205,7 +204,7 @@ def prefix_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
     rows = _empty_rows((len(codes), spec.levels, spec.max_order, spec.heads))
     threads = torch.get_num_threads()
     given = codes.data_ptr(), codes.element_size(), len(codes)
-    _checked(functions().rows(_address(spec), *given, rows.data_ptr(), threads))
+    _checked(_library().rows(_given(spec), *given, rows.data_ptr(), threads))
     return rows
 
 
@@ -222,8 +221,8 @@ def forward(source: Tensor | TokenStream, weight: Tensor, spec: AddressSpec) -> 
     dtype = _DTYPES[weight.dtype]
     table = weight.data_ptr(), None, dtype, weight.shape[1]
     _checked(
-        functions().forward(
-            _address(spec), ctypes.addressof(given), *table, out.data_ptr(), dtype, torch.get_num_threads()
+        _library().forward(
+            _given(spec), ctypes.addressof(given), *table, out.data_ptr(), dtype, torch.get_num_threads()
         )
     )
     return out
@@ -236,13 +235,14 @@ def forward(source: Tensor | TokenStream, weight: Tensor, spec: AddressSpec) -> 
 def _plan(source: Tensor | TokenStream, spec: AddressSpec) -> Iterator[int]:
     """The rows that a batch touches."""
     given, _alive = _source(source)
-    plan = functions().plan(_address(spec), ctypes.addressof(given), torch.get_num_threads())
+    held = _given(spec)
+    plan = _library().plan(held, ctypes.addressof(given), torch.get_num_threads())
     if not plan:
         _checked(-1)
     try:
         yield plan
     finally:
-        functions().free_plan(plan)
+        _library().free_plan(plan)
 
 
 def _sum(plan: int, grad: Tensor, sums: Tensor | None, update: _Update | None) -> float:
@@ -250,7 +250,7 @@ def _sum(plan: int, grad: Tensor, sums: Tensor | None, update: _Update | None) -
     to = (None, 0) if sums is None else (sums.data_ptr(), _DTYPES[sums.dtype])
     update_address = None if update is None else ctypes.addressof(update)
     given = grad.data_ptr(), _DTYPES[grad.dtype], grad.shape[-1]
-    _checked(functions().sum(plan, *given, *to, update_address, ctypes.addressof(squares)))
+    _checked(_library().sum(plan, *given, *to, update_address, ctypes.addressof(squares)))
     return squares.value
 
 
@@ -275,9 +275,9 @@ def row_sums(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec, dtyp
     if _too_many(grad, spec):
         return cpu.row_sums(grad, source, spec, dtype)
     with _plan(source, spec) as plan:
-        rows = _empty_rows((functions().number(plan, None),))
+        rows = _empty_rows((_library().number(plan, None),))
         sums = _empty((len(rows), grad.shape[-1] // spec.heads), dtype)
-        _checked(functions().number(plan, rows.data_ptr()))
+        _checked(_library().number(plan, rows.data_ptr()))
         _sum(plan, grad.contiguous(), sums, None)
     return RowSums(rows, sums, True)
 
@@ -298,7 +298,7 @@ def sparse_update(grad: Tensor, update: RowUpdate) -> None:
     squares, numbers = c_double(), _numbers(update)
     given = rows.data_ptr(), len(rows), values.shape[1], values.data_ptr(), _DTYPES[values.dtype]
     to = ctypes.addressof(numbers), ctypes.addressof(squares)
-    _checked(functions().sum_sparse(*given, *to, torch.get_num_threads()))
+    _checked(_library().sum_sparse(*given, *to, torch.get_num_threads()))
     _count(update, squares.value)
 
 
@@ -350,8 +350,8 @@ def decoding_step(tokens: Tensor, token_table: Tensor, state: PrefixState, weigh
     out = torch.empty((len(tokens), spec.heads * weight.shape[1]), dtype=weight.dtype)
     dtype = _DTYPES[weight.dtype]
     _checked(
-        functions().decode(
-            _address(spec),
+        _library().decode(
+            _given(spec),
             token_table.data_ptr(),
             len(token_table),
             tokens.data_ptr(),

@@ -26,7 +26,7 @@ def test_info(capsys):
     assert {"prefixmem_fast", "python", "torch", "triton", "numpy", "transformers", "peft"} < set(facts["versions"])
     assert facts["versions"]["python"] == platform.python_version()
     assert facts["tested"]["transformers"] == list(TESTED["transformers"])
-    assert facts["backends"] == {"triton": None, "cpu": None, "reference": None}
+    assert facts["backends"] == {"triton": None, "native": None, "cpu": None, "reference": None}
     main(["info"])
     assert f"tested with {', '.join(TESTED['transformers'])}" in capsys.readouterr().out
 
@@ -52,7 +52,7 @@ def test_verify(capsys, number):
     assert report["cases"] == number
     assert report["comparisons"] > 10 * number
     assert report["mismatches"] == []
-    assert report["backends"] == ["reference", "triton", "cpu"]
+    assert report["backends"] == ["reference", "triton", "native", "cpu"]
     assert all(0 <= worst["of_bound"] <= 1 for worst in report["worst"].values())
 
 

@@ -11,7 +11,7 @@ from prefixmem_fast.checks.report import exact_sums
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MODES = ["prefix", "suffix", "full"]
-BACKENDS = ["reference", "cpu", "triton"]
+BACKENDS = ["reference", "cpu", "native", "triton"]
 
 
 def dtype_name(value):

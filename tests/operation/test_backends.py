@@ -62,7 +62,7 @@ def test_the_named_backend_runs(backend, deterministic, backend_calls):
 
 
 def test_auto_goes_by_the_device():
-    assert choose_backend("auto", codes=torch.empty(0)) == "cpu"
+    assert choose_backend("auto", codes=torch.empty(0)) == "native"
     assert choose_backend("auto", codes=torch.empty(0, device="meta")) == "reference"
     assert backend_problem("cpu", torch.device("cuda")).startswith("it needs tensors on the CPU")
     assert backend_problem("reference", torch.device("cuda")) is None

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixmem_fast import AddressSpec, prefix_memory
+from prefixmem_fast import AddressSpec
 from prefixmem_fast.addressing import TokenStream
 from prefixmem_fast.operation import cpu, reference
 from tests.helpers.cases import assert_exact_sums, token_case
@@ -69,9 +69,3 @@ def test_nan_in_unread_rows_does_not_leak():
     rows = reference.prefix_rows(codes, spec)
     weight[rows[rows >= 0]] = 1.0
     assert torch.equal(cpu.forward(codes, weight, spec), reference.forward(codes, weight, spec))
-
-
-def test_auto_takes_it_on_the_cpu(backend_calls):
-    spec = AddressSpec((4, 4), table_rows=40)
-    prefix_memory(torch.zeros(2, 2, dtype=torch.int64), torch.zeros(spec.total_rows, 3), spec)
-    assert backend_calls == [("cpu", "forward")]

@@ -24,7 +24,8 @@ def weight(dtype=torch.float32):
 
 
 @pytest.mark.parametrize(
-    ("backend", "deterministic"), [("reference", False), ("cpu", False), slow("triton", False), slow("triton", True)]
+    ("backend", "deterministic"),
+    [("reference", False), ("cpu", False), ("native", False), slow("triton", False), slow("triton", True)],
 )
 def test_opcheck(backend, deterministic):
     """Schema, fakes, autograd registration and AOT dispatch of every operator."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from prefixmem_fast import AddressSpec, PrefixMem, PrefixMemConfig, optim, prefix_memory
 from prefixmem_fast.optim import clip_grad_norm_, for_model
+from tests.helpers.cases import BACKENDS
 
 SPEC = AddressSpec((6, 5, 4), table_rows=20, heads=2, active_levels=(1, 2))
 
@@ -136,7 +137,7 @@ def test_torch_clips_sparse_gradients_too(foreach):
     assert found[0][0] > 0.5
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", ["prefix", "suffix"])
 def test_the_norm_of_a_spent_gradient(mode, backend):
     """What a trainer logs. A clip is refused, one that would not scale too; an infinite norm is no clip."""

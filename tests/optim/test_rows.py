@@ -234,7 +234,7 @@ def test_learning_rate_schedules():
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "native", "triton"])
 def test_learning_rate_in_a_tensor(backend):
     spec, batches = case(sids=8)
     start = torch.randn(spec.total_rows, 4)
@@ -253,7 +253,7 @@ def test_the_step_takes_the_backend_of_the_last_reading(backend_calls):
     optimizer = optim.SGD([weight])
     weight.grad = torch.sparse_coo_tensor([[3, 1]], torch.ones(2, 4), weight.shape)
     optimizer.step()
-    assert backend_calls == [("cpu", "sparse_update")]
+    assert backend_calls == [("native", "sparse_update")]
     weight.grad = None
     for codes in batches:
         prefix_memory(codes, weight, spec, backend="triton", grad="sparse").sum().backward()
