@@ -34,13 +34,20 @@ template <class A, class T> struct Sums final : Destination<A> {
   void put(int64_t row, const A* sum, double&) const override { round_into(out + row * width, sum, width); }
 };
 
-// sum += vector of any dtype that gradients have
-template <class A> INLINE void add_vector(A* sum, const void* vector, DType dtype, int64_t n) {
+// sum += vector, or sum = vector where nothing is held
+template <class A, class T> INLINE void add_or_copy(A* __restrict sum, uint8_t& held, const T* __restrict vector, int64_t n) {
+  if (held) return add(sum, vector, n);
+  for (int64_t i = 0; i < n; ++i) sum[i] = widen(vector[i]);
+  held = 1;
+}
+
+// The same of any dtype that gradients have.
+template <class A> INLINE void add_vector(A* sum, uint8_t& held, const void* vector, DType dtype, int64_t n) {
   switch (dtype) {
-    case FLOAT64: return add(sum, static_cast<const double*>(vector), n);
-    case BFLOAT16: return add(sum, static_cast<const BFloat16*>(vector), n);
-    case FLOAT16: return add(sum, static_cast<const Float16*>(vector), n);
-    default: return add(sum, static_cast<const float*>(vector), n);
+    case FLOAT64: return add_or_copy(sum, held, static_cast<const double*>(vector), n);
+    case BFLOAT16: return add_or_copy(sum, held, static_cast<const BFloat16*>(vector), n);
+    case FLOAT16: return add_or_copy(sum, held, static_cast<const Float16*>(vector), n);
+    default: return add_or_copy(sum, held, static_cast<const float*>(vector), n);
   }
 }
 

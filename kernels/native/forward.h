@@ -1,6 +1,7 @@
 // S_a = sum over n <= min(a, N) of concat_h E[n, h][row(n, h)]: each row is read once a SID, the sum runs over levels.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "numbers.h"
@@ -65,6 +66,7 @@ template <class Out> struct Writer {
 
   template <class Sum> INLINE void write(Out* out, const Sum* sum) {
     if (!streamed) return round_into(out, sum, width);
+    if constexpr (std::is_same_v<Out, Sum>) return stream(out, sum, width * int64_t(sizeof(Out)));
     round_into(rounded.data(), sum, width);
     stream(out, rounded.data(), width * int64_t(sizeof(Out)));
   }

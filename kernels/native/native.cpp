@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <new>
 
+#include "interface.h"
 #include "kernels.h"
 #include "outputs.h"
 
@@ -22,23 +23,6 @@ template <class F> int64_t guarded(F&& f) {
   }
 }
 
-struct Sizes {  // as numbers of Python
-  int64_t levels, orders, heads, mode, narrow, actives;
-  const int64_t *codebooks, *multipliers, *rows, *offsets, *exact, *active;
-};
-
-// A batch: codes [M, L], or a token stream.
-struct Source {
-  const void* codes;
-  int64_t code_bytes, sids;
-  const void* ids;
-  int64_t id_bytes;
-  const void* segments;
-  int64_t segment_bytes;
-  const int32_t* token_table;
-  int64_t vocabulary, rows, length, is_stream;
-};
-
 Sids sids_of(const Source& source, const Spec& spec) {
   if (source.is_stream)
     return find_sids({{source.ids, int32_t(source.id_bytes)}, {source.segments, int32_t(source.segment_bytes)},
@@ -51,7 +35,6 @@ Sids sids_of(const Source& source, const Spec& spec) {
 
 }  // namespace
 
-#pragma GCC visibility push(default)
 extern "C" {
 
 const Spec* prefixmem_spec(const Sizes* sizes) {
@@ -163,4 +146,3 @@ int64_t prefixmem_keep_at_most(int64_t bytes) { return int64_t(keep_at_most(size
 int64_t prefixmem_bytes_kept() { return int64_t(bytes_kept()); }
 
 }  // extern "C"
-#pragma GCC visibility pop

@@ -69,7 +69,7 @@ template <class A> class PrefixSums {
     const int64_t ahead = std::max<int64_t>(1, std::min<int64_t>(16, 48 / std::max<int64_t>(1, int64_t(last) * spec_.heads)));
     std::vector<A> sums(last * width_, A(0));
     std::vector<int64_t> next(p_.starts.begin() + block * last, p_.starts.begin() + (block + 1) * last), coming = next;
-    std::vector<uint8_t> continued(last, 0);
+    std::vector<uint8_t> continued(last, 0), held(last, 0);  // held: the sum has a summand
     std::vector<int32_t> added(actives, 0);  // to which order a level's gradient is added; 0 for none
     for (int64_t a = 0; a < actives; ++a) {
       const int32_t level = spec_.active[a].level;
@@ -84,6 +84,7 @@ template <class A> class PrefixSums {
       const bool at_end = place == end;
       for (int32_t n = last; n > kept; --n) {
         A* sum = sums.data() + (n - 1) * width_;
+        if (!held[n - 1]) clear(sum, width_);
         const bool goes_on = at_end && p_.equal[end] >= n;
         if (continued[n - 1])
           std::memcpy(piece(block, n, false), sum, width_ * sizeof(A));
@@ -92,8 +93,8 @@ template <class A> class PrefixSums {
         else
           deliver(n, next[n - 1] - 1, sum, squares);
         continued[n - 1] = 0;
-        if (nested_ && n > 1) add(sum - width_, static_cast<const A*>(sum), width_);
-        clear(sum, width_);
+        if (nested_ && n > 1 && held[n - 1]) add_or_copy(sum - width_, held[n - 2], static_cast<const A*>(sum), width_);
+        held[n - 1] = 0;
       }
     };
     for (int64_t i = first; i < std::min(first + ahead, end); ++i) look_ahead(i);
@@ -112,7 +113,7 @@ template <class A> class PrefixSums {
       for (int64_t a = 0; a < actives; ++a) {
         const char* vector = gradient(sid, a);
         if (vector != nullptr && added[a] > 0)
-          add_vector(sums.data() + (added[a] - 1) * width_, vector, grad_.dtype, width_);
+          add_vector(sums.data() + (added[a] - 1) * width_, held[added[a] - 1], vector, grad_.dtype, width_);
       }
     }
     finish(0, end);

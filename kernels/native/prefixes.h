@@ -180,7 +180,13 @@ INLINE Prefixes find_prefixes(const Spec& spec, const Sids& sids, int threads) {
   });
   p.starts.resize((p.blocks + 1) * p.last, 0);
   for (size_t i = 0; i < begun.size(); ++i) p.starts[i + p.last] = p.starts[i] + begun[i];
-  for (int32_t n = 1; n <= p.last; ++n) p.targets.emplace_back(p.prefixes(n) * spec.heads);
+  std::vector<int64_t*> places;
+  std::vector<uint8_t> read(p.last, 0);
+  for (const Read& r : spec.reads) read[r.order - 1] = 1;
+  for (int32_t n = 1; n <= p.last; ++n) {
+    p.targets.emplace_back(p.prefixes(n) * spec.heads);
+    places.push_back(p.targets.back().data());
+  }
   parallel(p.blocks, p.threads, [&](int64_t block) {
     std::vector<int64_t> next(p.starts.begin() + block * p.last, p.starts.begin() + (block + 1) * p.last);
     std::vector<int64_t> codes(spec.levels);
@@ -188,15 +194,17 @@ INLINE Prefixes find_prefixes(const Spec& spec, const Sids& sids, int threads) {
       if (p.equal[i] == p.last) continue;
       const int64_t sid = p.sorted[i].item;
       read_codes(spec, sids.codes, sid, codes.data());
-      for (int32_t n = p.equal[i] + 1; n <= p.last; ++n) {
-        int64_t* rows = p.targets[n - 1].data() + next[n - 1]++ * spec.heads;
-        bool read = spec.mode == PREFIX;
-        for (const Read& r : spec.reads) read |= r.order == n;
-        if (read && n <= p.reach[sid])
-          order_rows(spec, codes.data(), n, rows);
-        else
-          for (int32_t h = 0; h < spec.heads; ++h) rows[h] = -1;
+      const int32_t heads = spec.heads, first = p.equal[i] + 1, reach = p.reach[sid];
+      for (int32_t n = first; n <= p.last; ++n) {
+        int64_t* rows = places[n - 1] + next[n - 1]++ * heads;
+        if (n > reach || !read[n - 1])
+          for (int32_t h = 0; h < heads; ++h) rows[h] = -1;
       }
+      all_nested_rows(spec, codes.data(), reach, [&](int32_t n, int32_t head, const int64_t* found, int32_t count) {
+        if (n < first || !read[n - 1]) return;
+        int64_t* rows = places[n - 1] + (next[n - 1] - 1) * heads + head;
+        for (int32_t h = 0; h < count; ++h) rows[h] = found[h];
+      });
     }
   });
   share_rows(p);

@@ -5,6 +5,7 @@
 //
 // Orders and levels count from 1, as in the paper; arrays of them have no place 0.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -59,38 +60,81 @@ INLINE int32_t read_codes(const Spec& spec, const Codes& codes, int64_t sid, int
   return length;
 }
 
-// x mod T_n. Below 2^32: Lemire, Kaser and Kurz, "Faster remainder by direct computation", 2019.
-INLINE uint64_t modulo(const Spec& spec, int32_t order, uint64_t x) {
-  uint64_t rows = uint64_t(spec.rows[order - 1]);
-  if (!spec.narrow) return x % rows;
-  uint64_t fraction = spec.reciprocals[order - 1] * x;
-  return uint64_t((static_cast<unsigned __int128>(fraction) * rows) >> 64);
+// x mod T. Below 2^32: Lemire, Kaser and Kurz, "Faster remainder by direct computation", 2019.
+INLINE uint64_t modulo(uint64_t x, uint64_t rows, uint64_t reciprocal, bool narrow) {
+  if (!narrow) return x % rows;
+  return uint64_t((static_cast<unsigned __int128>(reciprocal * x) * rows) >> 64);
 }
 
 // Rows [H] of one order whose window begins at `window`.
-INLINE void order_rows(const Spec& spec, const int64_t* window, int32_t order, int64_t* rows) {
-  const int64_t* offsets = &spec.offsets[(order - 1) * spec.heads];
+INLINE void order_rows(const Spec& spec, const int64_t* __restrict window, int32_t order, int64_t* __restrict rows) {
+  const int32_t heads = spec.heads;
+  const int64_t* __restrict offsets = &spec.offsets[(order - 1) * heads];
   if (spec.exact[order - 1]) {
     int64_t index = 0;
     for (int32_t i = 0; i < order; ++i) index = index * spec.sizes[i] + window[i];
-    for (int32_t h = 0; h < spec.heads; ++h) rows[h] = offsets[h] + index;
+    for (int32_t h = 0; h < heads; ++h) rows[h] = offsets[h] + index;
     return;
   }
-  for (int32_t h = 0; h < spec.heads; ++h) {
+  const int64_t* __restrict multipliers = spec.multipliers.data();
+  const uint64_t total = uint64_t(spec.rows[order - 1]), reciprocal = spec.reciprocals[order - 1];
+  const bool narrow = spec.narrow;
+  for (int32_t h = 0; h < heads; ++h) {
     uint64_t hash = 0;
-    for (int32_t i = 0; i < order; ++i) hash ^= uint64_t(window[i] * spec.multipliers[i * spec.heads + h]);
-    rows[h] = offsets[h] + int64_t(modulo(spec, order, hash));
+    for (int32_t i = 0; i < order; ++i) hash ^= uint64_t(window[i] * multipliers[i * heads + h]);
+    rows[h] = offsets[h] + int64_t(modulo(hash, total, reciprocal, narrow));
   }
+}
+
+// Calls rows_of(order, rows [HEADS]) for orders 1 .. `last` of a prefix, `HEADS` heads from `head` on: one running hash.
+template <int HEADS, class F>
+INLINE void nested_rows(const Spec& spec, const int64_t* __restrict codes, int32_t last, int32_t head, F&& rows_of) {
+  uint64_t hash[HEADS] = {};
+  int64_t rows[HEADS], index = 0;
+  const int32_t heads = spec.heads;
+  const bool narrow = spec.narrow;
+  for (int32_t n = 0; n < last; ++n) {
+    const int64_t code = codes[n];
+    const int64_t* __restrict multipliers = &spec.multipliers[n * heads + head];
+    const int64_t* __restrict offsets = &spec.offsets[n * heads + head];
+    for (int h = 0; h < HEADS; ++h) hash[h] ^= uint64_t(code * multipliers[h]);
+    if (spec.exact[n]) {
+      index = index * spec.sizes[n] + code;
+      for (int h = 0; h < HEADS; ++h) rows[h] = offsets[h] + index;
+    } else {
+      const uint64_t total = uint64_t(spec.rows[n]), reciprocal = spec.reciprocals[n];
+      for (int h = 0; h < HEADS; ++h) rows[h] = offsets[h] + int64_t(modulo(hash[h], total, reciprocal, narrow));
+    }
+    rows_of(n + 1, rows);
+  }
+}
+
+// The same for all heads; rows_of(order, first head, rows, how many).
+template <class F> INLINE void all_nested_rows(const Spec& spec, const int64_t* codes, int32_t last, F&& rows_of) {
+  int32_t head = 0;
+  for (; head + 4 <= spec.heads; head += 4)
+    nested_rows<4>(spec, codes, last, head, [&](int32_t n, const int64_t* rows) { rows_of(n, head, rows, 4); });
+  for (; head < spec.heads; ++head)
+    nested_rows<1>(spec, codes, last, head, [&](int32_t n, const int64_t* rows) { rows_of(n, head, rows, 1); });
 }
 
 // Rows [reads, H] of a SID with `length` codes; -1 for what does not exist.
 INLINE void sid_rows(const Spec& spec, const int64_t* codes, int32_t length, int64_t* rows) {
+  const int32_t heads = spec.heads;
+  if (spec.mode == PREFIX) {  // order n is read n-th
+    const int32_t last = std::min(length, spec.last_order);
+    all_nested_rows(spec, codes, last, [&](int32_t n, int32_t head, const int64_t* found, int32_t count) {
+      for (int32_t h = 0; h < count; ++h) rows[(n - 1) * heads + head + h] = found[h];
+    });
+    for (int64_t e = int64_t(last) * heads; e < spec.rows_a_sid(); ++e) rows[e] = -1;
+    return;
+  }
   for (const Read& read : spec.reads) {
     if (read.last <= length)
       order_rows(spec, codes + read.first - 1, read.order, rows);
     else
-      for (int32_t h = 0; h < spec.heads; ++h) rows[h] = -1;
-    rows += spec.heads;
+      for (int32_t h = 0; h < heads; ++h) rows[h] = -1;
+    rows += heads;
   }
 }
 

@@ -6,7 +6,7 @@
 #include "numbers.h"
 
 #if defined(__SSE2__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace prefixmem {
@@ -15,7 +15,11 @@ constexpr int64_t STREAMED_BYTES = 8 << 20;
 
 // Copies whole lines of 64 bytes to a place that begins one; call `end_streams` before another thread reads them.
 INLINE void stream(void* __restrict to, const void* __restrict from, int64_t bytes) {
-#if defined(__SSE2__)
+#if defined(__AVX2__)
+  auto* out = static_cast<__m256i*>(to);
+  auto* in = static_cast<const __m256i*>(from);
+  for (int64_t i = 0; i < bytes / 32; ++i) _mm256_stream_si256(out + i, _mm256_loadu_si256(in + i));
+#elif defined(__SSE2__)
   auto* out = static_cast<__m128i*>(to);
   auto* in = static_cast<const __m128i*>(from);
   for (int64_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(out + i, _mm_loadu_si128(in + i));

@@ -1,8 +1,9 @@
 // The row-wise optimizers: rules.py is their definition, rounding.py that of stochastic rounding.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
+#include <type_traits>
 
 #include "destination.h"
 
@@ -29,20 +30,15 @@ INLINE uint32_t mix(uint32_t x) {
 }
 
 // float32 to bfloat16, up with a probability equal to the part that is cut off; two columns share a word of random bits.
-INLINE void round_stochastically(BFloat16* out, const float* x, int64_t n, uint32_t key, int64_t row) {
-  const uint32_t row_key = mix(key ^ (uint32_t(row) + uint32_t(uint64_t(row) >> 32) * GOLDEN));
-  auto round = [](float value, uint32_t random) {
-    const uint32_t bits = bits_of(value);
-    BFloat16 nearest;
-    narrow(value, nearest);
-    const bool finite = (bits & 0x7f800000) != 0x7f800000;
-    return BFloat16{finite ? uint16_t((bits + random) >> 16) : nearest.bits};
-  };
-  for (int64_t pair = 0; 2 * pair < n; ++pair) {
-    uint32_t word = row_key * (uint32_t(pair + 1) * GOLDEN | 1);
+INLINE void round_stochastically(BFloat16* __restrict out, const float* __restrict x, int64_t first, int64_t n, uint32_t row_key) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t column = uint32_t(first + i);
+    uint32_t word = row_key * (((column >> 1) + 1) * GOLDEN | 1);
     word ^= word >> 15;
-    out[2 * pair] = round(x[2 * pair], word * FIRST >> 16);
-    if (2 * pair + 1 < n) out[2 * pair + 1] = round(x[2 * pair + 1], word * SECOND >> 16);
+    const uint32_t random = word * (column & 1 ? SECOND : FIRST) >> 16, bits = bits_of(x[i]);
+    BFloat16 nearest;
+    narrow(x[i], nearest);
+    out[i].bits = (bits & 0x7f800000) != 0x7f800000 ? uint16_t((bits + random) >> 16) : nearest.bits;
   }
 }
 
@@ -69,58 +65,54 @@ template <class A, class T> struct Update final : Destination<A> {
                ? nullptr : static_cast<A*>(numbers.second_moment) + row * (numbers.rule == LAZY_ADAM ? w : 1);
     const double square = sum_of_squares(g, w);
     squares += square;
-    A stack[256];
-    std::vector<A> heap(w > 256 ? w : 0);
-    A* x = w > 256 ? heap.data() : stack;
-    for (int64_t i = 0; i < w; ++i) x[i] = widen(values[i]);
-    if (numbers.decay != 1.0) {
-      const A decay = A(numbers.decay);
-      for (int64_t i = 0; i < w; ++i) x[i] *= decay;
-    }
-    step(x, g, m, v, A(square / double(w)));
-    if constexpr (sizeof(T) == 2 && sizeof(A) == 4) {
-      if (numbers.stochastic) return round_row(values, x, row);
-    }
-    round_into(values, x, w);
+    step(row, values, g, m, v, A(square / double(w)));
   }
 
  private:
-  void round_row(BFloat16* values, const float* x, int64_t row) const {
-    round_stochastically(values, x, numbers.width, numbers.key, row);
-  }
-  void round_row(Float16* values, const float* x, int64_t) const { round_into(values, x, numbers.width); }
-
-  static INLINE void first_moment(A* __restrict m, const A* __restrict g, double beta, int64_t w) {
-    const A kept = A(beta), added = A(1 - beta);
-    for (int64_t i = 0; i < w; ++i) m[i] = kept * m[i] + added * g[i];
-  }
-
-  INLINE void step(A* __restrict x, const A* __restrict g, A* m, A* v, A mean_square) const {
+  // values[i] = f(values[i], i), rounded as the table is.
+  template <class F> INLINE void change(int64_t row, T* __restrict values, F&& f) const {
     const int64_t w = numbers.width;
-    const A lr = A(numbers.lr), eps = A(numbers.eps), beta2 = A(numbers.beta2), rest = A(1 - numbers.beta2);
-    if (numbers.rule == SGD) {
-      for (int64_t i = 0; i < w; ++i) x[i] -= lr * g[i];
-      return;
+    const A decay = A(numbers.decay);  // 1 changes nothing
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (numbers.stochastic) {
+        constexpr int64_t COLUMNS = 64;
+        const uint32_t key = mix(numbers.key ^ (uint32_t(row) + uint32_t(uint64_t(row) >> 32) * GOLDEN));
+        for (int64_t first = 0; first < w; first += COLUMNS) {
+          float x[COLUMNS];
+          const int64_t n = std::min(COLUMNS, w - first);
+          for (int64_t i = 0; i < n; ++i) x[i] = f(widen(values[first + i]) * decay, first + i);
+          round_stochastically(values + first, x, first, n, key);
+        }
+        return;
+      }
     }
+    for (int64_t i = 0; i < w; ++i) narrow(f(widen(values[i]) * decay, i), values[i]);
+  }
+
+  INLINE void step(int64_t row, T* values, const A* __restrict g, A* __restrict m, A* __restrict v, A mean_square) const {
+    const A lr = A(numbers.lr), eps = A(numbers.eps), beta2 = A(numbers.beta2), rest2 = A(1 - numbers.beta2);
+    if (numbers.rule == SGD) return change(row, values, [=](A x, int64_t i) { return x - lr * g[i]; });
     if (numbers.rule == ROW_ADAGRAD) {
       *v += mean_square;
       const A scale = lr / (std::sqrt(*v) + eps);
-      for (int64_t i = 0; i < w; ++i) x[i] -= scale * g[i];
-      return;
+      return change(row, values, [=](A x, int64_t i) { return x - scale * g[i]; });
     }
-    if (m != nullptr) first_moment(m, g, numbers.beta1, w);
-    const A* direction = m == nullptr ? g : m;
-    const A correction1 = m == nullptr ? A(1) : A(numbers.correction1), correction2 = A(numbers.correction2);
+    const A *direction = g, correction2 = A(numbers.correction2);
+    A correction1 = 1;
+    if (m != nullptr) {
+      const A beta1 = A(numbers.beta1), rest1 = A(1 - numbers.beta1);
+      for (int64_t i = 0; i < numbers.width; ++i) m[i] = beta1 * m[i] + rest1 * g[i];
+      direction = m, correction1 = A(numbers.correction1);
+    }
     if (numbers.rule == ROW_ADAM) {
-      *v = beta2 * *v + rest * mean_square;
+      *v = beta2 * *v + rest2 * mean_square;
       const A scale = lr / (std::sqrt(*v / correction2) + eps);
-      for (int64_t i = 0; i < w; ++i) x[i] -= scale * (direction[i] / correction1);
-      return;
+      return change(row, values, [=](A x, int64_t i) { return x - scale * (direction[i] / correction1); });
     }
-    for (int64_t i = 0; i < w; ++i) {
-      v[i] = beta2 * v[i] + rest * (g[i] * g[i]);
-      x[i] -= lr / (std::sqrt(v[i] / correction2) + eps) * (direction[i] / correction1);
-    }
+    change(row, values, [=](A x, int64_t i) {
+      v[i] = beta2 * v[i] + rest2 * (g[i] * g[i]);
+      return x - lr / (std::sqrt(v[i] / correction2) + eps) * (direction[i] / correction1);
+    });
   }
 };
 

@@ -76,10 +76,10 @@ double sum_table(const TableEntries& table, DType dtype, int64_t width, const De
   double squares = 0;
   for (size_t row = first; row < last; ++row) {
     if (row + AHEAD < last) destination.fetch(table.targets[row + AHEAD]);
-    clear(sum.data(), width);
+    uint8_t held = 0;
     for (int64_t i = table.firsts[row]; i < table.end(row); ++i) {
       if (i + AHEAD < table.sorted.size()) prefetch(vector(table.sorted[i + AHEAD].item), width * bytes_of(dtype));
-      add_vector(sum.data(), vector(table.sorted[i].item), dtype, width);
+      add_vector(sum.data(), held, vector(table.sorted[i].item), dtype, width);
     }
     destination.put(table.targets[row], sum.data(), squares);
   }
