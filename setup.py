@@ -39,7 +39,7 @@ setup(
     ],
     # Top-level packages named "kernels" and "bench" would shadow others; the Hugging Face package "kernels" is one.
     package_dir={"prefixmem_fast.kernels": "kernels", "prefixmem_fast.bench": "bench"},
-    package_data={"prefixmem_fast.kernels": ["native/*"]},
+    package_data={"prefixmem_fast.kernels": ["native/*"], "prefixmem_fast.bench": ["cpp/*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

@@ -200,6 +200,18 @@ class Reference(DenseAdamW):
     backend = "reference"
 
 
+class PyTorchOnly(Ours):
+    """The library's path of PyTorch operators, which runs where the C++ kernels cannot."""
+
+    reads = "prefixmem_fast, PyTorch alone"
+    backend = "cpu"
+
+
+class PyTorchOnlyAdagrad(FusedAdagrad):
+    reads = PyTorchOnly.reads
+    backend = "cpu"
+
+
 class EagerTables(Provider):
     """What a user writes first: one nn.Embedding a table, hashes in PyTorch, a sum over orders a level, AdamW."""
 
@@ -418,3 +430,5 @@ TRAINERS = (
     LigerTable,
 )
 SWEEP_TRAINERS = (FusedAdagrad, FusedLazyAdam, SparseAdagrad, FusedTable, FbgemmTables)
+CPU_READERS = (Ours, PyTorchOnly, EagerTables, FusedTable, FbgemmTables)
+CPU_TRAINERS = (FusedAdagrad, SparseAdagrad, PyTorchOnlyAdagrad, FusedTable, FbgemmTables)
