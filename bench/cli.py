@@ -102,7 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--commit", help="name of the library's revision, where it is not a checkout's")
     add("traffic", _traffic, "Count the bytes of each kernel in Triton's interpreter, in minutes.")
     host.add_arguments(add("host", host.run, "Time the host's work of a call, with kernels that return at once."))
-    counted.add_arguments(add("counted", counted.run, "Count instructions and cache misses of the CPU kernels in valgrind."))
+    counted.add_arguments(
+        add("counted", counted.run, "Count instructions and cache misses of the CPU kernels in valgrind.")
+    )
     scale.add_arguments(add("scale", scale.run, "What a catalogue costs in rows, bytes and devices, by formulas."))
     summary, form = quality.__doc__.splitlines()[0], argparse.RawDescriptionHelpFormatter
     action = actions.add_parser("quality", help=summary, description=quality.__doc__, formatter_class=form)

@@ -98,6 +98,7 @@ INLINE int64_t find_shared(Prefixes& p, int32_t order, int32_t head, std::vector
   const int32_t heads = p.spec->heads;
   int64_t* targets = p.targets[order - 1].data() + head;
   const int64_t offset = p.spec->offsets[(order - 1) * heads + head];
+  if (count < 2) return 0;
   uint64_t bits = 1024;
   while (bits < uint64_t(count) * 8) bits *= 2;
   Array<uint64_t> filter(int64_t(bits / 32));  // two bits a place: claimed, and claimed again

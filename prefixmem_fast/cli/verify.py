@@ -118,7 +118,9 @@ def _verify(options: argparse.Namespace) -> int:
     skipped = None
     if backend == "auto":
         skipped = backend_problem("triton", torch.device(device))
-        backends = tuple(name for name in ("triton", "native", "cpu") if backend_problem(name, torch.device(device)) is None)
+        backends = tuple(
+            name for name in ("triton", "native", "cpu") if backend_problem(name, torch.device(device)) is None
+        )
     else:
         choose_backend(backend, tensors=torch.empty(0, device=device))
         backends = () if backend == "reference" else (backend,)

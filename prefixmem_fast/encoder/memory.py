@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._pages import ask_for_huge_pages
 from ..operation import prefix_memory, token_memory
 from ..operation.functions import check_options
 from ..sid import SIDVocabulary
@@ -46,6 +47,7 @@ class PrefixMemory(nn.Module):
         self.config = config
         self.backend, self.grad, self.deterministic = backend, grad, deterministic
         self.weight = nn.Parameter(torch.empty(config.spec.total_rows, config.row_width, device=device, dtype=dtype))
+        ask_for_huge_pages(self.weight)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import checkpoint
 from .._inputs import clipped
+from .._pages import ask_for_huge_pages
 from ..checkpoint import CONFIG, CheckpointError
 from ..sid import SIDVocabulary
 
@@ -85,6 +86,8 @@ def load_encoder(
                 size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors_of(encoder).values())
                 raise MemoryError(f"{folder}: the encoder takes {size} bytes, more than there is ({error})") from None
             targets = {name: tensor for name, tensor in _tensors_of(encoder).items() if name in shapes}
+            for tensor in targets.values():
+                ask_for_huge_pages(tensor)
             checkpoint.copy_tensors(targets, folder, stored, verify=verify)
             if fresh:
                 encoder.reset_output()

@@ -1,0 +1,43 @@
+"""What the CPU kernels read and write, and their instructions, held to limits; counted in valgrind."""
+
+import pytest
+
+from bench import counted
+
+# Instructions a SID and lines over the floor: at most these, a few percent above what is counted.
+LIMITS = {
+    ("forward", 1024, "float32"): (2800, 1.06),
+    ("forward", 1024, "bfloat16"): (3600, 1.06),
+    ("step", 1024, "float32"): (9000, 1.10),
+    ("step", 1024, "bfloat16"): (13_800, 1.15),
+    ("decode", 1024, "float32"): (1200, 1.03),
+    ("step", 1, "float32"): (40_000, 2.0),
+}
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    if reason := counted.problem():
+        pytest.skip(reason)
+    return counted.build(tmp_path_factory.mktemp("counted"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LIMITS)
+def test_each_row_and_gradient_is_touched_once(case, program):
+    call, sids, dtype = case
+    instructions, lines = LIMITS[case]
+    counts = counted.count(program, call, sids, dtype, 2048)
+    assert counts.instructions / sids <= instructions
+    assert counts.floor <= counts.lines <= lines * counts.floor
+
+
+@pytest.mark.slow
+def test_counts_repeat(program):
+    first, second = (counted.count(program, "step", 64, "float32", 2048) for _ in range(2))
+    assert first == second
+
+
+def test_without_valgrind(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert counted.problem().startswith("valgrind is not there; install it")
