@@ -8,7 +8,7 @@
     python -m bench scale --items 1e9
     python -m bench traffic
     python -m bench host
-    python -m bench counted
+    python -m bench callgrind
     python -m bench gpu --minutes 3
     python -m bench quality --help
 
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from prefixmem_fast._files import write_file
 
-from . import compare, counted, host, plots, scale
+from . import callgrind, compare, host, plots, scale
 from .quality import cli as quality
 from .registry import BENCHMARKS
 from .report import page, table
@@ -40,7 +40,7 @@ from .rows import append_rows, check_out, describe, latest, read_rows
 if TYPE_CHECKING:
     from .run import Planned
 
-ACTIONS = ("list", "run", "report", "compare", "gpu", "predicted", "scale", "traffic", "host", "counted", "quality")
+ACTIONS = ("list", "run", "report", "compare", "gpu", "predicted", "scale", "traffic", "host", "callgrind", "quality")
 # Git ignores it; rows that are to be committed go to --out bench/results/<machine>.jsonl.
 RUNS = Path("runs/bench")
 
@@ -102,8 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--commit", help="name of the library's revision, where it is not a checkout's")
     add("traffic", _traffic, "Count the bytes of each kernel in Triton's interpreter, in minutes.")
     host.add_arguments(add("host", host.run, "Time the host's work of a call, with kernels that return at once."))
-    counted.add_arguments(
-        add("counted", counted.run, "Count instructions and cache misses of the CPU kernels in valgrind.")
+    callgrind.add_arguments(
+        add("callgrind", callgrind.run, "Count instructions and cache misses of the CPU kernels in valgrind.")
     )
     scale.add_arguments(add("scale", scale.run, "What a catalogue costs in rows, bytes and devices, by formulas."))
     summary, form = quality.__doc__.splitlines()[0], argparse.RawDescriptionHelpFormatter

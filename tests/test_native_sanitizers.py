@@ -33,7 +33,7 @@ for i in range(CASES):
     torch.set_num_threads(1 + i % 3)
     weight = torch.nn.Parameter(torch.randn(spec.total_rows, width).to(dtype))
     codes = torch.stack([torch.randint(-1, min(size, 2**62) + 1, (sids,)) for size in spec.codebook_sizes], 1)
-    codes[::2] = codes[:1]
+    codes[::2] = codes[:1].clone()
     ids, table = token_case(spec, (3, 50), i)
     segments = torch.randint(0, 2, ids.shape) if i % 2 else None
     optimizer = (optim.SGD, optim.RowWiseAdagrad, optim.RowWiseAdam, optim.LazyAdam)[i // 4 % 4]([weight], lr=0.1)

@@ -184,7 +184,7 @@ def kept_memory():
     torch.use_deterministic_algorithms(False)
     native._library().keep_at_most(0)
     native._library().keep_at_most(1 << 29)
-    yield native._library()
+    return native._library()
 
 
 def read(seed, weight):

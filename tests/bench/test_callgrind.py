@@ -2,9 +2,9 @@
 
 import pytest
 
-from bench import counted
+from bench import callgrind
 
-# Instructions a SID and lines over the floor: at most these, a few percent above what is counted.
+# Instructions a SID and lines over the floor: at most these, a few percent above what is callgrind.
 LIMITS = {
     ("forward", 1024, "float32"): (2800, 1.06),
     ("forward", 1024, "bfloat16"): (3600, 1.06),
@@ -17,9 +17,9 @@ LIMITS = {
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    if reason := counted.problem():
+    if reason := callgrind.problem():
         pytest.skip(reason)
-    return counted.build(tmp_path_factory.mktemp("counted"))
+    return callgrind.build(tmp_path_factory.mktemp("counted"))
 
 
 @pytest.mark.slow
@@ -27,17 +27,17 @@ def program(tmp_path_factory):
 def test_each_row_and_gradient_is_touched_once(case, program):
     call, sids, dtype = case
     instructions, lines = LIMITS[case]
-    counts = counted.count(program, call, sids, dtype, 2048)
+    counts = callgrind.count(program, call, sids, dtype, 2048)
     assert counts.instructions / sids <= instructions
     assert counts.floor <= counts.lines <= lines * counts.floor
 
 
 @pytest.mark.slow
 def test_counts_repeat(program):
-    first, second = (counted.count(program, "step", 64, "float32", 2048) for _ in range(2))
+    first, second = (callgrind.count(program, "step", 64, "float32", 2048) for _ in range(2))
     assert first == second
 
 
 def test_without_valgrind(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert counted.problem().startswith("valgrind is not there; install it")
+    assert callgrind.problem().startswith("valgrind is not there; install it")

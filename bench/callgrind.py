@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from .rows import OURS, Row, append_rows, check_out
 
-SOURCE = Path(__file__).parent / "cpp" / "counted.cpp"
+SOURCE = Path(__file__).parent / "cpp" / "one_call.cpp"
 LINE = 64
 CACHES = ("--I1=32768,8,64", "--D1=32768,8,64", "--LL=1048576,16,64")
 COUNTED = {
@@ -28,7 +28,7 @@ COUNTED = {
     "step": ("prefixmem_plan", "prefixmem_sum", "prefixmem_free_plan"),
     "decode": ("prefixmem_decode",),
 }
-# Of counted.cpp, but for the first two, which it is given.
+# Of one_call.cpp, but for the first two, which it is given.
 TABLE_ROWS, WIDTH, HEADS, LEVELS, ACTIVE = 20_000, 64, 4, 5, 2
 WORKLOADS = [
     {"call": call, "sids": sids, "dtype": dtype, "first_codes": first}
@@ -72,7 +72,7 @@ def build(folder: Path) -> Path:
 
     library = _native.find_or_build().with_name("avx2.so")
     include = next(path.parent for path in _native.sources() if path.name == "interface.h")
-    program = folder / "counted"
+    program = folder / "one_call"
     command = [*_native.compiler(), "-std=c++17", "-O1", "-I", str(include), str(SOURCE), str(library)]
     subprocess.run([*command, f"-Wl,-rpath,{library.parent}", "-o", str(program)], check=True)
     return program
@@ -135,7 +135,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _rows(workload: dict[str, Any], counts: Counts) -> list[Row]:
-    common = {"benchmark": "counted", "workload": workload, "provider": OURS, "repeats": 1}
+    common = {"benchmark": "callgrind", "workload": workload, "provider": OURS, "repeats": 1}
     units = {"instructions": "instructions", "lines": "lines", "floor": "lines"}
     return [
         {**common, "metric": name, "unit": units[name], **dict.fromkeys(("p50", "p20", "p80"), value)}
