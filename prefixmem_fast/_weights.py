@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import mmap
 import os
+import platform
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +83,27 @@ def _opened(file: Path) -> Iterator[Any]:
         raise OSError(f"{file} cannot be read: {error}") from None
 
 
+# Of Linux on these machines; a map larger than memory is refused without it, as each page might be written to.
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else None
+
+
+def _mapped(file: Path, key: str, dtype: torch.dtype) -> Tensor:
+    """A tensor of a safetensors file, flat, as private pages of the file: a write makes a page of memory of it."""
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        start, end = json.loads(opened.read(length))[key]["data_offsets"]
+        if _MAP_NORESERVE is None:
+            pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        else:
+            flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+            pages = mmap.mmap(opened.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    if hasattr(mmap, "MADV_RANDOM"):
+        pages.madvise(mmap.MADV_RANDOM)  # rows are far apart: what would be read ahead is not used
+    if (8 + length + start) % dtype.itemsize:
+        raise ValueError(f"{key} begins at byte {8 + length + start}, which is no multiple of {dtype.itemsize}")
+    return torch.frombuffer(pages, dtype=dtype, count=(end - start) // dtype.itemsize, offset=8 + length + start)
+
+
 class Rows:
     """The rows of one tensor in the files that hold them, read from a memory map chunk by chunk.
 
@@ -121,6 +147,36 @@ class Rows:
                 yield from chunks_in(file, key)
         except FileNotFoundError:
             raise CheckpointError(f"{file} is not there any more, and {CONFIG} names it for {self.name}") from None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.entry["dtype"])
+
+    def mapped(self, *, verify: bool = True) -> Tensor:
+        """A view of the file that holds the rows, without a copy; what is written into it stays in memory.
+
+        Args:
+            verify: compare the SHA-256 first, in one pass over the file.
+
+        Raises:
+            ValueError: several files hold the rows.
+            CheckpointError: the rows are damaged, or the file is not there any more.
+        """
+        if len(self.parts) > 1:
+            size = self.dtype.itemsize * math.prod(self.entry["shape"])
+            raise ValueError(
+                f'{self.name} is stored in {len(self.parts)} parts, and tables="mapped" reads one file; save the '
+                f"encoder again with max_shard_size={size} or larger"
+            )
+        if verify:
+            self.check()
+        (file, key), shape = self.parts[0], self.entry["shape"]
+        try:
+            return _mapped(file, key, self.dtype).view(shape)
+        except FileNotFoundError:
+            raise CheckpointError(f"{file} is not there any more, and {CONFIG} names it for {self.name}") from None
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be mapped ({error}); {SAVE_AGAIN}") from None
 
     def check(self) -> None:
         digest = entry_of(self.chunks())["sha256"]

@@ -2,6 +2,8 @@
 
 config.py           PrefixMemConfig
 memory.py           PrefixMemory: the tables, S
+host_tables.py      tables that stay in the host's memory: what crosses, and gathers ahead
+table_worker.py     the thread that gathers and updates beside the model
 projection.py       W_out
 prefixmem.py        PrefixMem: m = W_out * S
 decoding.py         DecodingState: one token of each sequence

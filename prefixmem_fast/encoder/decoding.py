@@ -14,6 +14,7 @@ from .._dtypes import accumulator
 from ..operation.backends import choose_backend, functions_of
 from ..operation.interface import PrefixState
 from ..sid import SIDVocabulary
+from .host_tables import copy_across
 from .prefixmem import PrefixMem
 
 _ID_DTYPES = (torch.int32, torch.int64)
@@ -23,6 +24,7 @@ class DecodingState:
     """Where each sequence of a batch stands within a SID.
 
     On a GPU a step is one kernel and the projection, on tensors of fixed shapes and addresses, as CUDA graphs need it.
+    With tables in the host's memory the state is there too, and tokens and S cross in each step.
 
     Args:
         encoder: only its forward is used; nothing is differentiated.
@@ -91,11 +93,15 @@ class DecodingState:
 
     def _step(self, tokens: Tensor) -> Tensor:
         memory = self.encoder.memory
-        return self._functions.decoding_step(tokens, self._table, self._state, memory.weight, memory.config.spec)
+        here = tokens if memory.tables == "device" else copy_across(tokens, memory.weight.device)
+        S = self._functions.decoding_step(here, self._table, self._state, memory.weight, memory.config.spec)
+        return S if here is tokens else copy_across(S, tokens.device)
 
     def reorder(self, beams: Tensor) -> None:
         """Follow a beam search: sequence i goes on from sequence ``beams[i]``; another length changes the batch."""
         _checks.tensor("beams", beams, _ID_DTYPES, 1, "[B]")
+        if self.encoder.memory.tables != "device":
+            beams = copy_across(beams, self._state.level.device)
         moved = PrefixState(
             codes=self._state.codes.index_select(1, beams),
             level=self._state.level.index_select(1, beams),

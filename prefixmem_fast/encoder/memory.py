@@ -5,18 +5,23 @@ S_l = sum_{n <= min(l, N)} concat_h E[n, h][ idx[n, h] ]        (PrefixMem, arXi
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._pages import ask_for_huge_pages
+from ..addressing import TokenStream
 from ..operation import prefix_memory, token_memory
 from ..operation.functions import check_options
 from ..sid import SIDVocabulary
 from .config import PrefixMemConfig
+from .host_tables import HOST, HostReader, check_tables, device_of_table, staying_on_host
+from .table_worker import OverlappedTable
 
 
 class PrefixMemory(nn.Module):
@@ -25,6 +30,12 @@ class PrefixMemory(nn.Module):
     Args:
         config: sizes and spec.
         backend, grad, deterministic: how `prefix_memory` computes; not part of the checkpoint.
+        tables: "device": the table moves with the module. "host": it and its optimizer's state stay in the host's
+            memory, wherever the module moves; codes, S and dS alone cross. torch.compile breaks its graph there, and a
+            CUDA graph cannot hold it. "mapped", of `PrefixMem.from_pretrained`: a read-only map of the file.
+        overlap: with tables="host" and grad="fused", the backward pass hands the update to a thread and returns. What
+            reads the table or the optimizer's state next waits for it, and raises what it raised; see
+            `OverlappedTable`. The optimizer's step waits for nothing.
 
     The state_dict carries the spec as JSON bytes (a uint8 tensor, so that safetensors takes it). Loading a checkpoint
     whose spec differs raises RuntimeError with both specs before anything of this module is changed; one without a
@@ -38,24 +49,83 @@ class PrefixMemory(nn.Module):
         backend: str = "auto",
         grad: str = "dense",
         deterministic: bool = False,
+        tables: str = "device",
+        overlap: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_config(config)
         check_options(backend, grad, deterministic)
+        check_tables(tables, overlap, grad)
+        if tables != "device":
+            device = device_of_table(device)
+        if tables == "mapped" and device.type != "meta":
+            raise ValueError('tables = "mapped" reads a file; give it to PrefixMem.from_pretrained')
         self.config = config
         self.backend, self.grad, self.deterministic = backend, grad, deterministic
-        self.weight = nn.Parameter(torch.empty(config.spec.total_rows, config.row_width, device=device, dtype=dtype))
-        ask_for_huge_pages(self.weight)
+        self.tables, self.overlap = tables, overlap
+        self._reader = None if tables == "device" else HostReader()
+        weight = torch.empty(config.spec.total_rows, config.row_width, device=device, dtype=dtype)
+        ask_for_huge_pages(weight)
+        self.weight = nn.Parameter(weight, requires_grad=tables != "mapped")
+        self._keep_table()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        self.check_writable()
         nn.init.normal_(self.weight, std=self.config.memory_init_std)
+
+    def check_writable(self) -> None:
+        """Refuse to write into a table that is a map of its file.
+
+        Raises:
+            RuntimeError: tables = "mapped".
+        """
+        if self.tables == "mapped" and not self.weight.is_meta:
+            raise RuntimeError(
+                'tables = "mapped" is read-only, and nothing can be loaded into it; load another file with '
+                'PrefixMem.from_pretrained, or this one with tables="host"'
+            )
+
+    def _keep_table(self) -> None:
+        """The table in the host's memory, as the kind of parameter that it has to be; others may have replaced it."""
+        weight = self.weight
+        if self.tables == "device" or self._is_sharded():
+            return
+        kind = OverlappedTable if self.overlap else nn.Parameter
+        if weight.device not in (HOST, torch.device("meta")) or (self.overlap and not isinstance(weight, kind)):
+            self.weight = kind(weight.data.to(HOST if not weight.is_meta else "meta"), weight.requires_grad)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrefixMemory:
+        if self.tables != "device":
+            fn = staying_on_host(fn, self.tables == "mapped")
+        super()._apply(fn, recurse)
+        self._keep_table()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep_table()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrefixMemory:
+        if self.tables == "mapped":  # one map serves all, as nothing is written into it
+            memo[id(self.weight)] = self.weight
+        duplicate = memo[id(self)] = type(self).__new__(type(self))
+        duplicate.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return duplicate
 
     def forward(self, codes: Tensor) -> Tensor:
         """S of every active level: integer ``[..., L]`` to ``[..., A, memory_dim]``."""
-        return prefix_memory(codes, self.weight, self.config.spec, **self._options())
+        if self.tables != "device":
+            return self._reader.read(self, codes)
+        return prefix_memory(codes, self.weight, self.config.spec, **self.options())
+
+    def prefetch(self, codes: Tensor, *, stale: bool = False) -> None:
+        """Begin to gather S of a coming batch; see `PrefixMem.prefetch`."""
+        if self.tables == "device":
+            raise ValueError('prefetch is for tables in the host\'s memory, and tables = "device"; give tables="host"')
+        self._reader.prefetch(self, codes, stale)
 
     def read_tokens(self, input_ids: Tensor, vocabulary: SIDVocabulary, segment_ids: Tensor | None = None) -> Tensor:
         """S over a token stream: ``[B, T]`` to ``[B, T, memory_dim]``, zero at text; see `token_memory`.
@@ -70,19 +140,23 @@ class PrefixMemory(nn.Module):
                 "give a tensor [B, T] and a SIDVocabulary"
             )
         vocabulary.check_codebooks(spec)
+        if self.tables != "device":
+            return self._reader.read(self, TokenStream(input_ids, vocabulary.token_table(HOST), segment_ids))
         table = vocabulary.token_table(input_ids.device)
-        return token_memory(input_ids, table, self.weight, spec, segment_ids=segment_ids, **self._options())
+        return token_memory(input_ids, table, self.weight, spec, segment_ids=segment_ids, **self.options())
 
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         return {"backend": self.backend, "grad": self.grad, "deterministic": self.deterministic}
 
     def extra_repr(self) -> str:
         spec = self.config.spec
         deterministic = ", deterministic" if self.deterministic else ""
+        place = "" if self.tables == "device" else f", tables={self.tables}{', overlap' if self.overlap else ''}"
         return (
             f"rows={spec.total_rows}, width={self.config.row_width}, codebooks={spec.codebook_sizes}, "
             f"orders={spec.max_order}, exact_orders={spec.exact_orders}, heads={spec.heads}, mode={spec.mode}, "
             f"active_levels={spec.active_levels}, backend={self.backend}, grad={self.grad}{deterministic}"
+            f"{place}"
         )
 
     def get_extra_state(self) -> Tensor:
@@ -101,6 +175,8 @@ class PrefixMemory(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         key = prefix + "_extra_state"
+        if prefix + "weight" in state_dict:
+            self.check_writable()
         if key in state_dict:
             difference = self._spec_difference(state_dict[key])
             if difference is not None:  # raised at once, not collected: later modules keep their weights too
@@ -112,6 +188,7 @@ class PrefixMemory(nn.Module):
                 stacklevel=2,
             )
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._keep_table()
         if key in missing_keys and self._is_sharded():
             missing_keys.remove(key)
 

@@ -26,7 +26,7 @@ class PrefixMem(nn.Module):
 
     Args:
         config: with `hidden_size` set.
-        backend, grad, deterministic: see `PrefixMemory`.
+        backend, grad, deterministic, tables, overlap: see `PrefixMemory`.
         dropout: in training, share of the tokens whose memory is left out; the others are scaled by 1 / (1 - dropout).
             Not in the paper; it keeps a model of a small catalogue from leaning on rows it has learnt by heart.
 
@@ -44,6 +44,8 @@ class PrefixMem(nn.Module):
         grad: str = "dense",
         deterministic: bool = False,
         dropout: float = 0.0,
+        tables: str = "device",
+        overlap: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -54,9 +56,8 @@ class PrefixMem(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout = {dropout!r}; allowed are 0 <= p < 1")
         self.config, self.dropout = config, dropout
-        self.memory = PrefixMemory(
-            config, backend=backend, grad=grad, deterministic=deterministic, device=device, dtype=dtype
-        )
+        options = {"backend": backend, "grad": grad, "deterministic": deterministic}
+        self.memory = PrefixMemory(config, **options, tables=tables, overlap=overlap, device=device, dtype=dtype)
         self.out_proj = OutputProjection(config, device=device, dtype=dtype)
 
     def reset_output(self) -> None:
@@ -93,6 +94,8 @@ class PrefixMem(nn.Module):
         grad: str = "dense",
         deterministic: bool = False,
         dropout: float = 0.0,
+        tables: str = "device",
+        overlap: bool = False,
     ) -> PrefixMem:
         """Read an encoder from its folder, or from that of a model or adapters saved with it attached.
 
@@ -105,9 +108,13 @@ class PrefixMem(nn.Module):
                 the rows are the same.
             device, dtype: of the parameters; by default the stored dtype, on the default device.
             verify: compare the SHA-256 of each tensor with the stored one; one more pass over the files.
-            backend, grad, deterministic, dropout: see `PrefixMem`.
+            backend, grad, deterministic, dropout, overlap: see `PrefixMem`.
+            tables: "device" or "host", see `PrefixMem`. "mapped": the table is a map of its file, so that it may be
+                larger than memory. It stays on the host, needs no gradient, and nothing can be loaded into it. The file
+                must stay as it is meanwhile.
 
         Raises:
+            ValueError: tables="mapped", and the table lies in several files or `dtype` is not the stored one.
             FileNotFoundError: no encoder is there.
             CheckpointError: a ValueError; a file is damaged, cut or missing, or of another version.
         """
@@ -123,7 +130,27 @@ class PrefixMem(nn.Module):
             grad=grad,
             deterministic=deterministic,
             dropout=dropout,
+            tables=tables,
+            overlap=overlap,
         )
+
+    def prefetch(self, codes: Tensor, *, stale: bool = False) -> None:
+        """Begin to gather the rows of a coming batch, for tables in the host's memory.
+
+        A thread gathers S in the order of the calls. The next `encoder(codes)` with the same codes takes it, whatever
+        their device. Up to four batches wait to be taken; taking one drops those before it. Codes on a GPU are copied
+        to the host first, which waits for the GPU; give them on the host.
+
+        Args:
+            codes: integer ``[..., L]``.
+            stale: the rows may lack one update of the table, so that it can run beside this gather. Each number is then
+                of before or after that update. Otherwise an S that an update has outdated is gathered anew, so that
+                results are those without `prefetch`. Writes through `weight.data` are not seen.
+
+        Raises:
+            TypeError, ValueError: an argument is not as stated, or tables="device".
+        """
+        self.memory.prefetch(codes, stale=stale)
 
     def forward(self, codes: Tensor) -> Tensor:
         """m of every level: integer ``[..., L]`` to ``[..., L, hidden_size]``, zero at inactive levels."""

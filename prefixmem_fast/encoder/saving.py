@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import checkpoint
 from .._inputs import clipped
@@ -17,6 +17,7 @@ from .._pages import ask_for_huge_pages
 from ..checkpoint import CONFIG, CheckpointError
 from ..sid import SIDVocabulary
 
+_TABLE = "memory.weight"
 _HOW_WEIGHTS_STARTED = ("memory_init_std", "output_init_std")  # does not matter any more once they are read
 
 
@@ -77,7 +78,11 @@ def load_encoder(
             encoder = _on_meta(kind, config, folder, dtype=dtype or stored_dtype, **options)
             names = [name for name in _tensors_of(encoder) if not (fresh and name == "out_proj.weight")]
             shapes = {name: _tensors_of(encoder)[name].shape for name in names}
-            checkpoint.check_tensors(shapes, folder, stored)
+            sources = checkpoint.check_tensors(shapes, folder, stored)
+            if options.get("tables") == "mapped":
+                _check_dtype(dtype, sources[_TABLE].dtype)
+                encoder.memory.weight = nn.Parameter(sources[_TABLE].mapped(verify=verify), requires_grad=False)
+                del shapes[_TABLE]
             try:
                 encoder = encoder.to_empty(device=device or torch.get_default_device())
             except RuntimeError as error:
@@ -123,6 +128,14 @@ def _config_of(
     return config, fresh
 
 
+def _check_dtype(dtype: torch.dtype | None, stored: torch.dtype) -> None:
+    if dtype not in (None, stored):
+        raise ValueError(
+            f'dtype = {dtype}, and tables="mapped" reads the file as it is, in {stored}; leave dtype out, or load with '
+            'tables="host"'
+        )
+
+
 def _on_meta(kind: type[Encoder], config: Any, folder: Path, **options: Any) -> Encoder:
     try:
         return kind(config, device="meta", **options)
@@ -147,6 +160,8 @@ def load_weights(encoder: Encoder, path: str | Path) -> bool:
     """
 
     def load(folder: Path, stored: dict[str, Any]) -> bool:
+        if hasattr(encoder, "memory"):
+            encoder.memory.check_writable()
         own = encoder.config.to_dict()
         names = [name for name in own if name not in _HOW_WEIGHTS_STARTED and stored["encoder"].get(name) != own[name]]
         if names:

@@ -5,6 +5,9 @@ Neither holds a dense gradient at any time. Both differentiate once, and both ar
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -13,16 +16,28 @@ from .backends import functions_of
 from .rules import RowUpdate
 from .sparse_norm import register_sparse_norm
 from .spent_gradient import FusedGradient
-from .table_state import table_state
+from .table_state import Updates, finish_updates, table_state
 
 
 @torch.compiler.disable
-def read_memory(weight: Tensor, source: Tensor | TokenStream, spec: AddressSpec, backend: str, grad: str) -> Tensor:
+def read_memory(
+    weight: Tensor,
+    source: Tensor | TokenStream,
+    spec: AddressSpec,
+    backend: str,
+    grad: str,
+    *,
+    S: Tensor | None = None,
+    updates: Updates | None = None,
+) -> Tensor:
     """S of codes ``[M, L]`` or of a token stream, differentiated into rows.
 
     Args:
         backend: a chosen one; a later step of the table's optimizer uses it too.
         grad: "sparse" or "fused".
+        S: where it has been gathered already.
+        updates: where a fused update is to run, beside the caller; nobody may change `source` or the gradient of S in
+            place until it has ended.
     """
     if weight.requires_grad and torch.is_grad_enabled():
         _check_one_process(grad)
@@ -30,8 +45,11 @@ def read_memory(weight: Tensor, source: Tensor | TokenStream, spec: AddressSpec,
             _check_fusible(weight)
         else:
             register_sparse_norm()
-        table_state(weight).backend = backend
-    return _RowGradient.apply(weight, spec, backend, grad, isinstance(source, TokenStream), *_tensors(source))
+        state = table_state(weight)
+        state.backend = backend
+        state.updates = updates or state.updates
+    is_stream = isinstance(source, TokenStream)
+    return _RowGradient.apply(weight, spec, backend, grad, S, updates, is_stream, *_tensors(source))
 
 
 def _tensors(source: Tensor | TokenStream) -> tuple[Tensor | None, ...]:
@@ -40,27 +58,32 @@ def _tensors(source: Tensor | TokenStream) -> tuple[Tensor | None, ...]:
 
 class _RowGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, spec, backend, grad, is_stream, *tensors):
-        ctx.weight, ctx.options = weight, (spec, backend, grad, is_stream)
+    def forward(ctx, weight, spec, backend, grad, S, updates, is_stream, *tensors):
+        ctx.weight, ctx.options = weight, (spec, backend, grad, updates, is_stream)
         ctx.save_for_backward(*tensors)
+        if S is not None:
+            return S.view_as(S)
         source = TokenStream(*tensors) if is_stream else tensors[0]
         return functions_of(backend).forward(source, weight, spec)
 
     @staticmethod
     def backward(ctx, grad):
-        spec, backend, mode, is_stream = ctx.options
+        spec, backend, mode, updates, is_stream = ctx.options
         if torch.is_grad_enabled():
             raise RuntimeError(f'grad="{mode}" differentiates once; use grad="dense" for create_graph=True')
         tensors = ctx.saved_tensors  # checkpointing unpacks them once
         source = TokenStream(*tensors) if is_stream else tensors[0]
         weight, functions = ctx.weight, functions_of(backend)
-        no_gradients = [None] * (4 + len(tensors))
+        no_gradients = [None] * (6 + len(tensors))
         if mode == "fused":
             _check_accumulates(ctx.next_functions[0][0])
             update = _begin_update(weight)
-            functions.fused_update(grad, source, spec, update)
+            if updates is None:
+                functions.fused_update(grad, source, spec, update)
+            else:
+                updates.start(partial(functions.fused_update, grad, source, spec, _set_apart(update)))
             torch.autograd.graph.increment_version(weight)
-            weight.grad = FusedGradient(weight, update.squares)
+            weight.grad = FusedGradient(weight, update.squares, updates)
             return None, *no_gradients
         rows, sums, unique = functions.row_sums(grad, source, spec, weight.dtype)
         gradient = torch.sparse_coo_tensor(rows[None], sums, weight.shape, is_coalesced=unique, check_invariants=False)
@@ -81,7 +104,11 @@ def _check_fusible(weight: Tensor) -> None:
     if not weight.is_leaf:
         raise RuntimeError('grad="fused" updates a parameter, and weight was computed from one; use grad="dense"')
     _optimizer_of(weight)
-    kind = weight.device.type
+    check_unscaled(weight.device.type)
+
+
+def check_unscaled(kind: str) -> None:
+    """Refuse grad="fused" where the gradients that come from devices of this kind are those of GradScaler."""
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
         raise RuntimeError(
             'grad="fused" would apply gradients as GradScaler scaled them, and autocast is in float16; use bfloat16, '
@@ -111,7 +138,15 @@ def _optimizer_of(weight: Tensor):
     return optimizer
 
 
+def _set_apart(update: RowUpdate) -> RowUpdate:
+    """The update for a thread: schedules and later steps do not reach its numbers, nor it the table's version."""
+    lr = update.hyper.lr
+    hyper = update.hyper._replace(lr=lr.clone() if isinstance(lr, Tensor) else lr)
+    return replace(update, weight=update.weight.data, step=update.step.clone(), hyper=hyper)
+
+
 def _begin_update(weight: Tensor) -> RowUpdate:
+    finish_updates(weight)
     if weight.grad is not None and not getattr(weight.grad, "cleared", False):
         raise RuntimeError(
             'grad="fused" has a gradient of this step already: gradients cannot be accumulated over backward passes, '

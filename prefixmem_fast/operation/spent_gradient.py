@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .table_state import Updates
+
 
 class FusedGradient(Tensor):
     """A gradient that the backward pass has spent. It has a shape, a norm and no storage.
@@ -19,15 +21,17 @@ class FusedGradient(Tensor):
     Args:
         weight: the table.
         squares: sums of the squared gradient, 1-dimensional, one or none for each kernel; summed where a norm is asked.
+        updates: where the update runs that fills `squares`, if it runs beside the caller; a norm waits for it.
     """
 
     cleared: bool
     squares: list[Tensor]
+    updates: Updates | None
 
     @staticmethod
-    def __new__(cls, weight: Tensor, squares: list[Tensor]) -> FusedGradient:
+    def __new__(cls, weight: Tensor, squares: list[Tensor], updates: Updates | None = None) -> FusedGradient:
         gradient = Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
-        gradient.cleared, gradient.squares = False, squares
+        gradient.cleared, gradient.squares, gradient.updates = False, squares, updates
         return gradient
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -49,6 +53,8 @@ class FusedGradient(Tensor):
         operator, first = str(func.overloadpacket).removeprefix("aten."), args[0]
         second = args[1] if len(args) > 1 else 2  # the order of a norm, or a factor
         if operator == "linalg_vector_norm" and second == 2 and not any(args[2:]):
+            if first.updates is not None:
+                first.updates.finish()
             squares = first.squares or [torch.zeros(1, dtype=first.dtype, device=first.device)]
             return torch.cat(squares).sum().sqrt().to(first.dtype)
         if operator == "zero_":

@@ -1,8 +1,10 @@
-"""What is known of a table between calls: the backend that read it last, and the optimizer of its backward pass."""
+"""What is known of a table between calls: the backend that read it last, the optimizer of its backward pass, and an
+update that runs beside the caller."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -20,15 +22,30 @@ class TableOptimizer(Protocol):
         """Count a step of `weight` and give what is needed to apply it."""
 
 
+class Updates(Protocol):
+    """Where the updates of a table run beside the caller, in their order."""
+
+    def start(self, update: Callable[[], None]) -> None:
+        """Begin an update and return."""
+
+    def finish(self) -> None:
+        """Wait for the updates; raise what one of them raised, once."""
+
+    def raise_failed(self) -> None:
+        """Raise what an update that has ended raised, once; wait for nothing."""
+
+
 class TableState:
     """Kept on the parameter. A copy or a pickle of the parameter starts with an empty one.
 
     Attributes:
         backend: the chosen backend that read the table last with grad="sparse" or "fused"; None before that.
+        updates: where updates of the table may be under way; None where each ends before its backward pass returns.
     """
 
     def __init__(self) -> None:
         self.backend: str | None = None
+        self.updates: Updates | None = None
         self._optimizer: weakref.ref | None = None
 
     def __reduce__(self) -> Any:
@@ -50,3 +67,10 @@ def table_state(weight: Tensor) -> TableState:
         state = TableState()
         setattr(weight, _ATTRIBUTE, state)
     return state
+
+
+def finish_updates(weight: Tensor) -> None:
+    """Before the table or its optimizer's state is read or written: no update of it is under way any more."""
+    state = getattr(weight, _ATTRIBUTE, None)
+    if state is not None and state.updates is not None:
+        state.updates.finish()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..encoder import PrefixMem, PrefixMemory, SIDTransformer
-from .rows import RowOptimizer, RowWiseAdagrad, check_state, is_table, restore_state
+from .rows import RowOptimizer, RowWiseAdagrad, WaitsForUpdates, check_state, is_table, restore_state
 
 
 def for_model(
@@ -94,7 +94,7 @@ def _trainable(parameters) -> list[nn.Parameter]:
     return list(dict.fromkeys(p for p in parameters if p.requires_grad))
 
 
-class ModelOptimizer(torch.optim.Optimizer):
+class ModelOptimizer(WaitsForUpdates, torch.optim.Optimizer):
     """Several optimizers as one: their groups and their state, in one state_dict, under one schedule.
 
     Args:

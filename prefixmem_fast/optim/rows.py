@@ -18,13 +18,28 @@ from .._dtypes import accumulator
 from ..operation.backends import choose_backend, functions_of
 from ..operation.rules import RULES, Hyper, RowUpdate
 from ..operation.spent_gradient import FusedGradient
-from ..operation.table_state import table_state
+from ..operation.table_state import finish_updates, table_state
 
 # Their state has the shape of the parameter, that of Adafactor and others has shapes of its own.
 _OF_ELEMENTS = tuple(getattr(torch.optim, name) for name in ("AdamW", "Muon") if hasattr(torch.optim, name))
 
 
-class RowOptimizer(torch.optim.Optimizer):
+class WaitsForUpdates:
+    """An optimizer whose `state` is read and replaced once no update of its tables is under way (`overlap=True`)."""
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Any]]:
+        for group in self.__dict__.get("param_groups", ()):
+            for parameter in group["params"]:
+                finish_updates(parameter)
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        self.__dict__["state"] = state
+
+
+class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
     """What the optimizers below share. Parameters are tables ``[R, w]``, trained with grad="sparse" or "fused".
 
     A table has one optimizer at a time, since its backward pass may call it. `release` lets another one take over.
@@ -58,9 +73,12 @@ class RowOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the rows that ``weight.grad`` holds; tables that the backward pass has updated are only closed.
 
+        An update that still runs (`overlap=True`) is not waited for: the step reads nothing of the table.
+
         Raises:
             TypeError: a gradient is dense.
             RuntimeError: `release` has let go of a table.
+            Exception: what an update that ran beside the caller has raised.
         """
         loss = None
         if closure is not None:
@@ -78,6 +96,8 @@ class RowOptimizer(torch.optim.Optimizer):
                     )
                 if isinstance(grad, FusedGradient):
                     weight.grad = None
+                    if grad.updates is not None:
+                        grad.updates.raise_failed()
                 else:
                     self._step_sparse(weight, grad)
         return loss

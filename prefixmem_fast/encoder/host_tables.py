@@ -1,0 +1,257 @@
+"""Tables that stay in the host's memory, for a model on a GPU: codes go to the host, S comes back, and dS goes again.
+
+    codes [.., L] -> host,   S = gather on the host,   S -> the codes' device        forward
+    dS -> host,   dense, sparse or fused on the host                                 backward
+
+Nothing else crosses. With CUDA each crossing goes through pinned memory; the table never crosses, so it is not pinned
+(torch would hold a copy meanwhile, and round its size up to a power of two).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .._choices import TABLES
+from ..addressing import AddressSpec, TokenStream
+from ..operation import operators, prefix_memory, token_memory
+from ..operation.backends import choose_backend, functions_of
+from ..operation.functions import check_codes, check_stream
+from ..operation.row_gradients import check_unscaled, read_memory
+from .config import PrefixMemConfig
+from .table_worker import Worker, unguarded
+
+HOST = torch.device("cpu")
+_MOST_GATHERS = 4  # that wait to be taken; older ones are dropped
+
+
+class Memory(Protocol):
+    """What is read of a `PrefixMemory`."""
+
+    weight: Tensor
+    config: PrefixMemConfig
+    tables: str
+    overlap: bool
+    backend: str
+    grad: str
+    deterministic: bool
+
+    def options(self) -> dict[str, Any]:
+        """Those of `prefix_memory`."""
+
+
+def check_tables(tables: str, overlap: bool, grad: str) -> None:
+    """Refuse unknown places of tables, and `overlap` where nothing can overlap."""
+    _checks.choice("tables", tables, TABLES)
+    _checks.boolean("overlap", overlap)
+    if overlap and (tables != "host" or grad != "fused"):
+        raise ValueError(
+            f'overlap = True with tables = {tables!r} and grad = {grad!r}; it has the updates of grad="fused" run '
+            "beside the model where tables are in the host's memory; give these two, or leave overlap out"
+        )
+
+
+def device_of_table(device: torch.device | str | None) -> torch.device:
+    """The host, or meta where a module is made without memory."""
+    return torch.device("meta") if torch.device(device or torch.get_default_device()).type == "meta" else HOST
+
+
+def copy_across(x: Tensor, device: torch.device, *, own: bool = False) -> Tensor:
+    """`x` on a device: the one way that codes, S and dS take. It is ready for the device's current stream.
+
+    Args:
+        own: a copy also where `x` is there already.
+    """
+    if x.device == device:
+        return x.clone() if own else x
+    if x.is_cuda and device == HOST:
+        held = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        held.copy_(x, non_blocking=True)
+        torch.cuda.current_stream(x.device).synchronize()
+        return held
+    if device.type == "cuda" and x.device == HOST:
+        # The allocator of pinned memory hands a block out again once the copies from it have ended.
+        return (x if x.is_pinned() else x.pin_memory()).to(device, non_blocking=True)
+    return x.to(device)
+
+
+class _Crossing(torch.autograd.Function):
+    """`copy_across` there, and of the gradient back."""
+
+    @staticmethod
+    def forward(ctx, x, device, own):
+        ctx.back = x.device, own
+        return copy_across(x, device)
+
+    @staticmethod
+    def backward(ctx, grad):
+        device, own = ctx.back
+        if grad.device == device:
+            return grad.clone() if own else grad, None, None
+        return _Crossing.apply(grad, device, False), None, None
+
+
+class _Gathered(torch.autograd.Function):
+    """S that has been gathered before: its gradient is that of `prefix_memory`."""
+
+    @staticmethod
+    def forward(ctx, weight, S, codes, *options):
+        ctx.codes, ctx.options = codes, options
+        return S.view_as(S)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradient = operators.prefix_memory_backward(grad, ctx.codes, *ctx.options)
+        return gradient, *[None] * (2 + len(ctx.options))
+
+
+class _Gather(NamedTuple):
+    """A gather in the thread, and how often the table had changed when it was asked for."""
+
+    codes: Tensor
+    changes: int
+    stale: bool
+    weight: Tensor
+    S: Future[Tensor]
+
+
+class HostReader:
+    """Reads the table of one `PrefixMemory` on the host. Copies and pickles start with nothing under way."""
+
+    def __init__(self) -> None:
+        self.worker = Worker()
+        self._gathers: list[_Gather] = []
+        self._changes, self._table = 0, None
+
+    def __reduce__(self) -> Any:
+        self.worker.finish()
+        return HostReader, ()
+
+    @torch.compiler.disable
+    def read(self, memory: Memory, source: Tensor | TokenStream) -> Tensor:
+        """S of codes ``[..., L]`` or of a token stream, on their device.
+
+        Raises:
+            TypeError, ValueError: `source` is not as `prefix_memory` or `token_memory` take it.
+            RuntimeError: a mapped table would be trained, or a fused gradient would be one that GradScaler scaled.
+            Exception: what the thread has raised since the last call.
+        """
+        weight, spec, is_stream = memory.weight, memory.config.spec, isinstance(source, TokenStream)
+        check_stream(source) if is_stream else check_codes(source, spec.levels)
+        device = source.input_ids.device if is_stream else source.device
+        trains = weight.requires_grad and torch.is_grad_enabled()
+        if trains and memory.tables == "mapped":
+            raise RuntimeError(
+                'tables = "mapped" cannot be trained, and the table requires a gradient; load the encoder with '
+                'tables="host", or freeze it: encoder.memory.requires_grad_(False)'
+            )
+        if trains and memory.grad == "fused":
+            check_unscaled(device.type)
+        if weight.is_meta:
+            return _operation(source, memory)
+        updates = self.worker if memory.overlap and trains and memory.grad == "fused" else None
+        S, taken_old = None, False
+        if is_stream:
+            source = TokenStream(*(t if t is None else copy_across(t, HOST, own=updates is not None) for t in source))
+        else:
+            source = copy_across(source, HOST, own=updates is not None)
+            S, taken_old = self._take(source, weight)
+        self.worker.raise_failed() if taken_old else self.worker.finish()
+        if S is None and updates is None:
+            S = _operation(source, memory)
+        elif trains:
+            S = _differentiated(source, S, memory, updates)
+        return S if S.device == device and updates is None else _Crossing.apply(S, device, updates is not None)
+
+    def prefetch(self, memory: Memory, codes: Tensor, stale: bool) -> None:
+        """See `PrefixMem.prefetch`."""
+        spec, weight = memory.config.spec, memory.weight
+        check_codes(codes, spec.levels)
+        _checks.boolean("stale", stale)
+        codes = copy_across(codes, HOST, own=True)
+        backend = choose_backend(memory.backend, weight=weight)
+        changes = self._changes_of(weight)
+        S = self.worker.submit(_gather, codes, unguarded(weight), spec, backend)
+        self._gathers.append(_Gather(codes, changes, stale, weight, S))
+        del self._gathers[:-_MOST_GATHERS]
+
+    def _take(self, codes: Tensor, weight: Tensor) -> tuple[Tensor | None, bool]:
+        """S that has been gathered for these codes, if one may be used, and whether it is of older rows."""
+        for i, gather in enumerate(self._gathers):
+            same = gather.codes.shape == codes.shape and gather.codes.dtype == codes.dtype
+            if same and torch.equal(gather.codes, codes):
+                del self._gathers[: i + 1]
+                age = self._changes_of(weight) - gather.changes
+                if gather.weight is weight and age <= int(gather.stale):
+                    return gather.S.result(), age > 0
+                gather.S.cancel()
+                break
+        return None, False
+
+    def _changes_of(self, weight: Tensor) -> int:
+        """How often the table has been found to differ from what it was at the call before."""
+        rows = unguarded(weight)
+        table = object() if rows.is_inference() else (rows.data_ptr(), rows._version)  # the former have no version
+        if table != self._table:
+            self._table = table
+            self._changes += 1
+        return self._changes
+
+
+def _gather(codes: Tensor, weight: Tensor, spec: AddressSpec, backend: str) -> Tensor:
+    """S of codes ``[..., L]``, in memory from where it crosses fast."""
+    S = functions_of(backend).forward(codes.reshape(-1, spec.levels), weight, spec)
+    S = S.view(*codes.shape[:-1], *S.shape[1:])
+    return S.pin_memory() if torch.cuda.is_available() else S
+
+
+def _operation(source: Tensor | TokenStream, memory: Memory) -> Tensor:
+    weight, spec, options = memory.weight, memory.config.spec, memory.options()
+    if isinstance(source, TokenStream):
+        tokens, table, segments = source
+        return token_memory(tokens, table, weight, spec, segment_ids=segments, **options)
+    return prefix_memory(source, weight, spec, **options)
+
+
+def _differentiated(source: Tensor | TokenStream, S: Tensor | None, memory: Memory, updates: Worker | None) -> Tensor:
+    """S, gathered or not, with its derivative in the table."""
+    weight, spec = memory.weight, memory.config.spec
+    backend = choose_backend(memory.backend, weight=weight)
+    if isinstance(source, TokenStream):
+        return read_memory(weight, source, spec, backend, memory.grad, updates=updates)
+    codes = source.reshape(-1, spec.levels)
+    flat = None if S is None else S.flatten(0, -3) if S.dim() > 2 else S[None]
+    if memory.grad == "dense":
+        flat = _Gathered.apply(weight, flat, codes, spec.key, backend, memory.deterministic)
+    else:
+        flat = read_memory(weight, codes, spec, backend, memory.grad, S=flat, updates=updates)
+    return flat.view(*source.shape[:-1], *flat.shape[1:])
+
+
+def staying_on_host(fn: Callable[[Tensor], Tensor], mapped: bool) -> Callable[[Tensor], Tensor]:
+    """What `Module._apply` is to do to a table: the change of dtype of `fn`, and not that of device.
+
+    `fn` itself would copy the table to the GPU first, so it is asked on a tensor without elements.
+    """
+
+    def apply(table: Tensor) -> Tensor:
+        wanted = fn(torch.empty(0, dtype=table.dtype, device=table.device))
+        if mapped:
+            if wanted.dtype != table.dtype:
+                raise RuntimeError(
+                    f'tables = "mapped" is read from its file in {table.dtype} and cannot become {wanted.dtype}; load '
+                    f'the encoder with tables="host", dtype={wanted.dtype}'
+                )
+            return table
+        if wanted.device == table.device or wanted.device.type == "meta":
+            return fn(table)
+        if table.is_meta:
+            return torch.empty_like(table, device=HOST, dtype=wanted.dtype)
+        return table.to(wanted.dtype)
+
+    return apply
