@@ -153,11 +153,13 @@ class HostReader:
         if trains and memory.grad == "fused":
             check_unscaled(device.type)
         if weight.is_meta:
-            return _operation(source, memory)
+            return _operation(source._replace(token_table=source[1].to(device)) if is_stream else source, memory)
         updates = self.worker if memory.overlap and trains and memory.grad == "fused" else None
         S, taken_old = None, False
         if is_stream:
             source = TokenStream(*(t if t is None else copy_across(t, HOST, own=updates is not None) for t in source))
+            if self._gathers:
+                self._changes_of(weight)
         else:
             source = copy_across(source, HOST, own=updates is not None)
             S, taken_old = self._take(source, weight)
@@ -182,11 +184,12 @@ class HostReader:
 
     def _take(self, codes: Tensor, weight: Tensor) -> tuple[Tensor | None, bool]:
         """S that has been gathered for these codes, if one may be used, and whether it is of older rows."""
+        now = self._changes_of(weight) if self._gathers else 0
         for i, gather in enumerate(self._gathers):
             same = gather.codes.shape == codes.shape and gather.codes.dtype == codes.dtype
             if same and torch.equal(gather.codes, codes):
                 del self._gathers[: i + 1]
-                age = self._changes_of(weight) - gather.changes
+                age = now - gather.changes
                 if gather.weight is weight and age <= int(gather.stale):
                     return gather.S.result(), age > 0
                 gather.S.cancel()
