@@ -111,7 +111,10 @@ class _Gathered(torch.autograd.Function):
 
 
 class _Gather(NamedTuple):
-    """A gather in the thread, and how often the table had changed when it was asked for."""
+    """A gather in the thread, and how often the table had changed when it was asked for.
+
+    The table is kept, so that no other one gets its address meanwhile.
+    """
 
     codes: Tensor
     changes: int
@@ -186,11 +189,10 @@ class HostReader:
         """S that has been gathered for these codes, if one may be used, and whether it is of older rows."""
         now = self._changes_of(weight) if self._gathers else 0
         for i, gather in enumerate(self._gathers):
-            same = gather.codes.shape == codes.shape and gather.codes.dtype == codes.dtype
-            if same and torch.equal(gather.codes, codes):
+            if gather.codes.dtype == codes.dtype and torch.equal(gather.codes, codes):
                 del self._gathers[: i + 1]
                 age = now - gather.changes
-                if gather.weight is weight and age <= int(gather.stale):
+                if age <= int(gather.stale):
                     return gather.S.result(), age > 0
                 gather.S.cancel()
                 break

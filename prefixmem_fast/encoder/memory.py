@@ -104,10 +104,6 @@ class PrefixMemory(nn.Module):
         self._keep_table()
         return self
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._keep_table()
-
     def __deepcopy__(self, memo: dict[int, Any]) -> PrefixMemory:
         if self.tables == "mapped":  # one map serves all, as nothing is written into it
             memo[id(self.weight)] = self.weight

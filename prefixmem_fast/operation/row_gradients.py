@@ -16,7 +16,7 @@ from .backends import functions_of
 from .rules import RowUpdate
 from .sparse_norm import register_sparse_norm
 from .spent_gradient import FusedGradient
-from .table_state import Updates, finish_updates, table_state
+from .table_state import Updates, table_state
 
 
 @torch.compiler.disable
@@ -139,14 +139,13 @@ def _optimizer_of(weight: Tensor):
 
 
 def _set_apart(update: RowUpdate) -> RowUpdate:
-    """The update for a thread: schedules and later steps do not reach its numbers, nor it the table's version."""
+    """The update for a thread: a schedule does not reach its learning rate, nor it the version of the table."""
     lr = update.hyper.lr
     hyper = update.hyper._replace(lr=lr.clone() if isinstance(lr, Tensor) else lr)
-    return replace(update, weight=update.weight.data, step=update.step.clone(), hyper=hyper)
+    return replace(update, weight=update.weight.data, hyper=hyper)
 
 
 def _begin_update(weight: Tensor) -> RowUpdate:
-    finish_updates(weight)
     if weight.grad is not None and not getattr(weight.grad, "cleared", False):
         raise RuntimeError(
             'grad="fused" has a gradient of this step already: gradients cannot be accumulated over backward passes, '

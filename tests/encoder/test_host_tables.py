@@ -163,6 +163,22 @@ def test_overlapped_steps_are_those_of_steps_that_wait(rows, dtype):
             assert torch.equal(found_states[i][name], value), name
 
 
+def test_the_gradient_of_an_update_that_runs_is_its_own(gate):
+    tables = []
+    for options in ({"grad": "fused"}, OVERLAP):
+        gate.clear() if tables else gate.set()
+        memory = made(**options).memory
+        optimizer = optim.SGD([memory.weight], lr=0.5)
+        S = memory(codes())
+        gradient = torch.arange(S.numel()).view_as(S).sin()
+        S.backward(gradient)
+        gradient.zero_()
+        gate.set()
+        optimizer.step()
+        tables.append(memory.weight.detach())
+    assert torch.equal(*tables)
+
+
 @pytest.mark.parametrize("options", [{"grad": "dense"}, {"grad": "sparse"}, {"grad": "fused"}, OVERLAP])
 def test_checkpointing(options):
     results = []
@@ -210,8 +226,10 @@ def test_an_overlapped_table_stays_one():
     assert kind is not torch.nn.Parameter
     encoder.to(torch.bfloat16).float()
     encoder.load_state_dict(made().state_dict(), assign=True)
+    assert type(encoder.memory.weight) is kind
     assert_same(encoder, made())
     for other in (encoder, copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder)), made(**OVERLAP, device="meta")):
+        assert type(other.memory.weight) is kind
         assert type(other.to_empty(device="cpu").memory.weight) is kind
     encoder = made(**OVERLAP)
     encoder, optimizer = pickle.loads(pickle.dumps((encoder, optim.for_model(encoder, lr=0.1))))
@@ -269,12 +287,17 @@ def test_gathers_ahead_wait_their_turn(gathers):
     for step in range(1, 7):
         encoder.prefetch(codes(step))
     encoder.memory._reader.worker.wait()
-    for step, ahead in ((0, False), (4, True), (3, False), (6, True), (1, False)):
+    for step, ahead in ((0, False), (2, False), (4, True), (3, False), (6, True), (5, False)):
         gathers.clear()
         assert torch.equal(encoder(codes(step)), expected[step])
-        assert gathers == [] if ahead else in_thread(gathers) == [False], "3 was dropped with 4, and 1 when 6 came"
+        assert gathers == [] if ahead else in_thread(gathers) == [False], (
+            "2 was dropped when 6 came, 3 with 4, 5 with 6"
+        )
     encoder.prefetch(codes())
-    assert torch.equal(encoder(codes().int()), expected[0]), "of another dtype"
+    encoder.memory._reader.worker.wait()
+    gathers.clear()
+    assert torch.equal(encoder(codes().int()), expected[0])
+    assert in_thread(gathers) == [False], "of another dtype"
 
 
 @pytest.mark.parametrize("stale", [False, True])
@@ -326,12 +349,17 @@ def test_a_stale_gather_does_not_wait_for_the_update(gate, gathers):
     S = encoder.memory(codes(1))
     assert not gate.is_set()
     assert torch.equal(S, before)
-    encoder.prefetch(codes(2))
-    opens_soon(gate)
+    for step in (2, 3):
+        encoder.prefetch(codes(step))
     gathers.clear()
+    opens_soon(gate)
     S = encoder.memory(codes(2))
-    assert in_thread(gathers) == [True], "in its turn, after the update"
-    assert torch.equal(S, copy.deepcopy(encoder).requires_grad_(False).memory(codes(2)))
+    encoder.memory._reader.worker.wait()
+    following = encoder.memory(codes(3))
+    assert in_thread(gathers) == [True, True], "in their turn, after the update"
+    frozen = copy.deepcopy(encoder).requires_grad_(False)
+    assert torch.equal(S, frozen.memory(codes(2)))
+    assert torch.equal(following, frozen.memory(codes(3)))
 
 
 def test_a_failed_gather_is_raised_where_it_is_taken(monkeypatch):
@@ -478,6 +506,7 @@ def test_a_forked_process_trains_on(gate):
 NEXT_CALLS = {
     "forward": lambda e, o: e(codes()),
     "tokens": lambda e, o: e.encode_tokens(tokens(), VOCABULARY),
+    "a gather ahead": lambda e, o: [e.prefetch(codes()), e(codes())],
     "state_dict": lambda e, o: e.state_dict(),
     "step": lambda e, o: [e.memory._reader.worker.wait(), o.step()],
     "optimizer's state": lambda e, o: o.state,
