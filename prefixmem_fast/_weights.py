@@ -175,6 +175,8 @@ class Rows:
             return _mapped(file, key, self.dtype).view(shape)
         except FileNotFoundError:
             raise CheckpointError(f"{file} is not there any more, and {CONFIG} names it for {self.name}") from None
+        except OSError as error:
+            raise OSError(error.errno, f"{file} cannot be mapped into memory: {error.strerror}") from None
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{file} cannot be mapped ({error}); {SAVE_AGAIN}") from None
 

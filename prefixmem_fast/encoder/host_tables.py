@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _checks
 from .._choices import TABLES
@@ -144,34 +144,23 @@ class HostReader:
             RuntimeError: a mapped table would be trained, or a fused gradient would be one that GradScaler scaled.
             Exception: what the thread has raised since the last call.
         """
-        weight, spec, is_stream = memory.weight, memory.config.spec, isinstance(source, TokenStream)
-        check_stream(source) if is_stream else check_codes(source, spec.levels)
+        weight, is_stream = memory.weight, isinstance(source, TokenStream)
+        check_stream(source) if is_stream else check_codes(source, memory.config.levels)
         device = source.input_ids.device if is_stream else source.device
         trains = weight.requires_grad and torch.is_grad_enabled()
-        if trains and memory.tables == "mapped":
-            raise RuntimeError(
-                'tables = "mapped" cannot be trained, and the table requires a gradient; load the encoder with '
-                'tables="host", or freeze it: encoder.memory.requires_grad_(False)'
-            )
-        if trains and memory.grad == "fused":
-            check_unscaled(device.type)
+        if trains:
+            _check_trainable(memory, device)
         if weight.is_meta:
             return _operation(source._replace(token_table=source[1].to(device)) if is_stream else source, memory)
-        updates = self.worker if memory.overlap and trains and memory.grad == "fused" else None
-        S, taken_old = None, False
-        if is_stream:
-            source = TokenStream(*(t if t is None else copy_across(t, HOST, own=updates is not None) for t in source))
-            if self._gathers:
-                self._changes_of(weight)
-        else:
-            source = copy_across(source, HOST, own=updates is not None)
-            S, taken_old = self._take(source, weight)
-        self.worker.raise_failed() if taken_old else self.worker.finish()
-        if S is None and updates is None:
+        overlaps = trains and memory.overlap and memory.grad == "fused"
+        source = _on_host(source, own=overlaps)  # the caller may write into its own before the update has ended
+        S, lacks_update = self._take(source, weight)
+        self.worker.raise_failed() if lacks_update else self.worker.finish()
+        if S is None and not overlaps:
             S = _operation(source, memory)
         elif trains:
-            S = _differentiated(source, S, memory, updates)
-        return S if S.device == device and updates is None else _Crossing.apply(S, device, updates is not None)
+            S = _differentiated(source, S, memory, self.worker if overlaps else None)
+        return _Crossing.apply(S, device, overlaps) if S.device != device or overlaps else S
 
     def prefetch(self, memory: Memory, codes: Tensor, stale: bool) -> None:
         """See `PrefixMem.prefetch`."""
@@ -185,11 +174,13 @@ class HostReader:
         self._gathers.append(_Gather(codes, changes, stale, weight, S))
         del self._gathers[:-_MOST_GATHERS]
 
-    def _take(self, codes: Tensor, weight: Tensor) -> tuple[Tensor | None, bool]:
-        """S that has been gathered for these codes, if one may be used, and whether it is of older rows."""
+    def _take(self, source: Tensor | TokenStream, weight: Tensor) -> tuple[Tensor | None, bool]:
+        """S that has been gathered for these codes, if one may be used, and whether an update is not in it."""
         now = self._changes_of(weight) if self._gathers else 0
+        if isinstance(source, TokenStream):
+            return None, False
         for i, gather in enumerate(self._gathers):
-            if gather.codes.dtype == codes.dtype and torch.equal(gather.codes, codes):
+            if gather.codes.dtype == source.dtype and torch.equal(gather.codes, source):
                 del self._gathers[: i + 1]
                 age = now - gather.changes
                 if age <= int(gather.stale):
@@ -206,6 +197,24 @@ class HostReader:
             self._table = table
             self._changes += 1
         return self._changes
+
+
+def _check_trainable(memory: Memory, device: torch.device) -> None:
+    if memory.tables == "mapped":
+        raise RuntimeError(
+            'tables = "mapped" cannot be trained, and the table requires a gradient; load the encoder with '
+            'tables="host", or freeze it: encoder.memory.requires_grad_(False)'
+        )
+    if memory.grad == "fused":
+        check_unscaled(device.type)
+
+
+def _on_host(source: Tensor | TokenStream, *, own: bool) -> Tensor | TokenStream:
+    if not isinstance(source, TokenStream):
+        return copy_across(source, HOST, own=own)
+    tokens, table, segments = source  # the table is the vocabulary's own
+    segments = None if segments is None else copy_across(segments, HOST, own=own)
+    return TokenStream(copy_across(tokens, HOST, own=own), table, segments)
 
 
 def _gather(codes: Tensor, weight: Tensor, spec: AddressSpec, backend: str) -> Tensor:
@@ -236,6 +245,13 @@ def _differentiated(source: Tensor | TokenStream, S: Tensor | None, memory: Memo
     else:
         flat = read_memory(weight, codes, spec, backend, memory.grad, S=flat, updates=updates)
     return flat.view(*source.shape[:-1], *flat.shape[1:])
+
+
+class MappedTable(nn.Parameter):
+    """A table that is a map of its file. Nothing is written into it, so one map serves all deep copies."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MappedTable:
+        return self
 
 
 def staying_on_host(fn: Callable[[Tensor], Tensor], mapped: bool) -> Callable[[Tensor], Tensor]:

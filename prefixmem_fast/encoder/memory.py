@@ -5,7 +5,6 @@ S_l = sum_{n <= min(l, N)} concat_h E[n, h][ idx[n, h] ]        (PrefixMem, arXi
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -103,13 +102,6 @@ class PrefixMemory(nn.Module):
         super()._apply(fn, recurse)
         self._keep_table()
         return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PrefixMemory:
-        if self.tables == "mapped":  # one map serves all, as nothing is written into it
-            memo[id(self.weight)] = self.weight
-        duplicate = memo[id(self)] = type(self).__new__(type(self))
-        duplicate.__setstate__(copy.deepcopy(self.__dict__, memo))
-        return duplicate
 
     def forward(self, codes: Tensor) -> Tensor:
         """S of every active level: integer ``[..., L]`` to ``[..., A, memory_dim]``."""

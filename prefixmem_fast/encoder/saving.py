@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checkpoint
 from .._inputs import clipped
 from .._pages import ask_for_huge_pages
 from ..checkpoint import CONFIG, CheckpointError
 from ..sid import SIDVocabulary
+from .host_tables import MappedTable
 
 _TABLE = "memory.weight"
 _HOW_WEIGHTS_STARTED = ("memory_init_std", "output_init_std")  # does not matter any more once they are read
@@ -81,7 +82,7 @@ def load_encoder(
             sources = checkpoint.check_tensors(shapes, folder, stored)
             if options.get("tables") == "mapped":
                 _check_dtype(dtype, sources[_TABLE].dtype)
-                encoder.memory.weight = nn.Parameter(sources[_TABLE].mapped(verify=verify), requires_grad=False)
+                encoder.memory.weight = MappedTable(sources[_TABLE].mapped(verify=verify), requires_grad=False)
                 del shapes[_TABLE]
             try:
                 encoder = encoder.to_empty(device=device or torch.get_default_device())

@@ -120,8 +120,9 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
 
     def begin(self, weight: Tensor) -> RowUpdate:
         """Count a step of `weight` and give what is needed to apply it. No host synchronisation."""
+        finish_updates(weight)
         group = self._group_of(weight)
-        state = self.state[weight]
+        state = self.__dict__["state"][weight]  # of one table, and without the others' wait
         if not state:
             self._start(weight, group, state)
         if state["step"].device != weight.device:  # load_state_dict leaves it where the file had it

@@ -453,6 +453,24 @@ def test_reading_waits_for_the_update(read, gate):
     assert gate.is_set()
 
 
+def test_another_backward_pass_waits_for_the_update(gate):
+    """Adam's correction counts the steps of the table."""
+    tables = []
+    for options in ({"grad": "fused"}, OVERLAP):
+        gate.clear() if tables else gate.set()
+        encoder = made(**options)
+        optimizer = optim.for_model(encoder, lr=0.5, rows=optim.RowWiseAdam)
+        first, second = encoder(codes(0)).sin().sum(), encoder(codes(1)).sin().sum()
+        first.backward()
+        encoder.zero_grad()
+        if tables:
+            opens_soon(gate)
+        second.backward()
+        optimizer.step()
+        tables.append(encoder.memory.weight.detach())
+    assert torch.equal(*tables)
+
+
 def test_saving_waits_for_the_update(gate, tmp_path):
     expected, encoder = made(grad="fused"), made(**OVERLAP)
     for one in (expected, encoder):
