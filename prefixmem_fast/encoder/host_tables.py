@@ -221,7 +221,7 @@ def _gather(codes: Tensor, weight: Tensor, spec: AddressSpec, backend: str) -> T
     """S of codes ``[..., L]``, in memory from where it crosses fast."""
     S = functions_of(backend).forward(codes.reshape(-1, spec.levels), weight, spec)
     S = S.view(*codes.shape[:-1], *S.shape[1:])
-    return S.pin_memory() if torch.cuda.is_available() else S
+    return S.pin_memory() if torch.cuda.is_initialized() else S
 
 
 def _operation(source: Tensor | TokenStream, memory: Memory) -> Tensor:
