@@ -86,7 +86,7 @@ def gate(monkeypatch):
 
 
 def opens_soon(gate):
-    threading.Timer(0.1, gate.set).start()
+    threading.Timer(0.05, gate.set).start()
 
 
 # Another device

@@ -12,7 +12,7 @@ from prefixmem_fast import AddressSpec, CheckpointError, DecodingState, PrefixMe
 from prefixmem_fast._weights import _mapped
 from prefixmem_fast.encoder.saving import load_weights
 from tests.helpers import models
-from tests.helpers.cases import BACKENDS, FLOATS, dtype_name
+from tests.helpers.cases import BACKENDS, FLOATS
 
 
 def codes():
@@ -34,8 +34,9 @@ def file_of(folder):
     return file
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_name)
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [*((dtype, "auto") for dtype in FLOATS), *((torch.float32, one) for one in BACKENDS)], ids=str
+)
 def test_reads_are_those_of_a_loaded_table(dtype, backend, tmp_path):
     models.encoder(dtype=dtype).save_pretrained(tmp_path)
     loaded = PrefixMem.from_pretrained(tmp_path, backend=backend).requires_grad_(False)
