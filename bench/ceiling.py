@@ -41,9 +41,12 @@ def _visit() -> Callable:
                 command = [*_native.compiler(), *flags, str(SOURCE), str(kernels["threads.cpp"]), "-o", str(part)]
                 subprocess.run(command, check=True, capture_output=True)
                 os.replace(part, library)
-        visit = ctypes.CDLL(str(library)).visit_rows
+        loaded = ctypes.CDLL(str(library))
     except (_native.BuildError, OSError, subprocess.CalledProcessError) as error:
         raise ImportError(f"the loops over rows cannot be compiled here ({error})") from None
+    loaded.share_threads.argtypes = [ctypes.c_void_p]
+    loaded.share_threads(_native.openmp())  # those of the kernels
+    visit = loaded.visit_rows
     visit.argtypes = [ctypes.c_void_p, ctypes.c_void_p] + [ctypes.c_int64] * 5
     return visit
 

@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -79,6 +80,26 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
         return None, str(error)
     except OSError as error:
         return None, f"the compiled kernels cannot be loaded ({error}); delete {folder()} to have them compiled again"
+
+
+def openmp() -> int | None:
+    """The address of GOMP_parallel in the OpenMP of PyTorch, whose threads the kernels share; None where none is loaded.
+
+    Intel's and LLVM's OpenMP have the function of that name too.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    paths = {
+        line.split(None, 5)[5] for line in maps.read_text().splitlines() if re.search(r"/lib(g|i)?omp\d?[^/]*$", line)
+    }
+    of_torch = str(Path(torch.__file__).parent)
+    for path in sorted(paths, key=lambda path: (not path.startswith(of_torch), path)):
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
 
 
 def sources() -> list[Path]:

@@ -87,6 +87,7 @@ class Workload:
         generator = torch.Generator(device).manual_seed(0)
         block = torch.randn(min(BLOCK, total), WIDTH, device=device, generator=generator).mul_(0.02)
         weight = torch.empty(total, WIDTH, device=device, dtype=self.torch_dtype)
+        _ask_for_huge_pages(weight)
         for part in weight.split(BLOCK):
             part.copy_(block[: len(part)])
         return weight
@@ -122,6 +123,15 @@ class Workload:
 
     def _vector_bytes(self, codes: Tensor) -> int:
         return len(codes) * len(self.spec.active_levels) * HEADS * self._row_bytes
+
+
+def _ask_for_huge_pages(weight: Tensor) -> None:
+    """As `PrefixMemory` does; for every contender, where the library that is measured knows how."""
+    try:
+        from prefixmem_fast._pages import ask_for_huge_pages
+    except ImportError:
+        return
+    ask_for_huge_pages(weight)
 
 
 def touched(codes: Tensor, spec: AddressSpec) -> tuple[int, int]:

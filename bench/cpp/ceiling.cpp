@@ -29,11 +29,19 @@ template <bool WRITE> void visit(char* table, const int64_t* rows, int64_t first
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void visit_rows(char* table, const int64_t* rows, int64_t count,
-                                                                  int64_t bytes, int64_t write, int64_t ahead, int64_t threads) {
+#pragma GCC visibility push(default)
+extern "C" {
+
+void share_threads(void* openmp) { prefixmem::use_openmp(reinterpret_cast<prefixmem::OpenMP>(openmp)); }
+
+void visit_rows(char* table, const int64_t* rows, int64_t count, int64_t bytes, int64_t write, int64_t ahead,
+                int64_t threads) {
   const int64_t chunk = 1024, chunks = (count + chunk - 1) / chunk;
   prefixmem::parallel(chunks, int(threads), [&](int64_t c) {
     const int64_t last = (c + 1) * chunk < count ? (c + 1) * chunk : count;
     (write ? visit<true> : visit<false>)(table, rows, c * chunk, last, bytes, ahead);
   });
 }
+
+}
+#pragma GCC visibility pop

@@ -1,43 +1,100 @@
 // Where the summed gradient of a row goes: into a row of a dense or sparse gradient, or into an update of the table.
 #pragma once
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <vector>
 
 #include "numbers.h"
 
 namespace prefixmem {
+// Lines of the gradients of a SID that comes soon, fetched a few at a time.
+struct ComingLines {
+  static constexpr int64_t AT_A_TIME = 4;
+  std::vector<const char*> starts;
+  int64_t bytes = 0;
+  size_t vector = 0;
+  const char *at = nullptr, *end = nullptr;
+
+  INLINE void fetch() {
+    if (at >= end) {
+      if (vector == starts.size()) return;
+      at = starts[vector++], end = at + bytes;
+    }
+    for (int64_t line = 0; line < AT_A_TIME; ++line) __builtin_prefetch(at + 64 * line);  // some past the end: no harm
+    at += 64 * AT_A_TIME;
+  }
+  void fetch_rest() {
+    while (at < end || vector < starts.size()) fetch();
+  }
+  void begin() { starts.clear(), vector = 0, at = end = nullptr; }
+};
+
+// The H rows of a prefix whose sum is whole: rows, -1 for none, or -2 - slot of a sum that goes aside.
+template <class A> struct Delivery {
+  const int64_t* targets;
+  const int64_t* coming;  // targets that are fetched meanwhile, one with each: in a burst they would wait; may be null
+  ComingLines* gradients;
+  A* aside;
+  int32_t heads;
+  int64_t width;
+};
+
 // Sums come in A, float or double; each row comes once, from any thread.
 template <class A> struct Destination {
   virtual void fetch(int64_t row) const = 0;
   virtual void put(int64_t row, const A* sum, double& squares) const = 0;
+  virtual void deliver(const Delivery<A>& to, const A* sum, double& squares) const = 0;
   virtual ~Destination() = default;
+};
+
+template <class A, class Self> struct DestinationOf : Destination<A> {
+  void deliver(const Delivery<A>& to, const A* sum, double& squares) const final {
+    const Self& self = static_cast<const Self&>(*this);
+    for (int32_t h = 0; h < to.heads; ++h, sum += to.width) {
+      if (to.coming != nullptr && to.coming[h] >= 0) self.Self::fetch(to.coming[h]);
+      to.gradients->fetch();
+      if (to.targets[h] >= 0)
+        self.Self::put(to.targets[h], sum, squares);
+      else if (to.targets[h] <= -2)
+        std::memcpy(to.aside + (-2 - to.targets[h]) * to.width, sum, to.width * sizeof(A));
+    }
+  }
 };
 
 // Partial sums in a fixed number, so that the compiler keeps them in registers and every processor adds in one order.
 template <class A> INLINE double sum_of_squares(const A* x, int64_t n) {
-  constexpr int LANES = 16;
-  A lanes[LANES] = {};
+  typedef A Lanes __attribute__((vector_size(8 * sizeof(A))));
+  Lanes even = {}, odd = {}, part;
   int64_t i = 0;
-  for (; i + LANES <= n; i += LANES)
-    for (int k = 0; k < LANES; ++k) lanes[k] += x[i + k] * x[i + k];
-  for (int k = 0; i + k < n; ++k) lanes[k] += x[i + k] * x[i + k];
-  for (int half = LANES / 2; half > 0; half /= 2)
-    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
-  return double(lanes[0]);
+  for (; i + 16 <= n; i += 16) {
+    std::memcpy(&part, x + i, sizeof(part));
+    even += part * part;
+    std::memcpy(&part, x + i + 8, sizeof(part));
+    odd += part * part;
+  }
+  for (; i < n; i += 8) {
+    part = Lanes{};
+    std::memcpy(&part, x + i, std::min<int64_t>(8, n - i) * sizeof(A));
+    even += part * part;
+  }
+  even += odd;
+  return double(((even[0] + even[4]) + (even[2] + even[6])) + ((even[1] + even[5]) + (even[3] + even[7])));
 }
 
 // The sums themselves, in the dtype of the gradient.
-template <class A, class T> struct Sums final : Destination<A> {
+template <class A, class T> struct Sums final : DestinationOf<A, Sums<A, T>> {
   T* out;  // [rows, w]
   int64_t width;
   Sums(void* out, int64_t width) : out(static_cast<T*>(out)), width(width) {}
-  void fetch(int64_t) const override {}
-  void put(int64_t row, const A* sum, double&) const override { round_into(out + row * width, sum, width); }
+  INLINE void fetch(int64_t) const override {}
+  INLINE void put(int64_t row, const A* sum, double&) const override { round_into(out + row * width, sum, width); }
 };
 
 // sum += vector, or sum = vector where nothing is held
 template <class A, class T> INLINE void add_or_copy(A* __restrict sum, uint8_t& held, const T* __restrict vector, int64_t n) {
   if (held) return add(sum, vector, n);
-  for (int64_t i = 0; i < n; ++i) sum[i] = widen(vector[i]);
+  columns(n, [=](int64_t i) { sum[i] = widen(vector[i]); });
   held = 1;
 }
 

@@ -44,12 +44,18 @@ template <class T> struct Scaled {
   INLINE void add_to(Sum* sum, int64_t row) const { add_scaled(sum, rows + row * width, scales[row], width); }
 };
 
-// Adds the reads of one level to `sum` [H, w]; in prefix mode it holds the level before.
+// Adds the reads of one level to `sum` [H, w]; in prefix mode it holds the level before. For each row that is added one of
+// `coming` is fetched: in one burst they would wait for one another.
 template <class Rows, class Sum = typename Rows::Sum>
-INLINE void add_level(const Rows& table, const Spec& spec, const ActiveLevel& level, const int64_t* rows, Sum* sum) {
+INLINE void add_level(const Rows& table, const Spec& spec, const ActiveLevel& level, const int64_t* rows,
+                      const int64_t* coming, Sum* sum) {
   if (spec.mode != PREFIX) clear(sum, spec.heads * table.width);
-  for (int64_t e = int64_t(level.first_read) * spec.heads; e < int64_t(level.last_read) * spec.heads; ++e)
-    if (rows[e] >= 0) table.add_to(sum + e % spec.heads * table.width, rows[e]);
+  int64_t e = int64_t(level.first_read) * spec.heads;
+  for (int32_t read = level.first_read; read < level.last_read; ++read)
+    for (int32_t h = 0; h < spec.heads; ++h, ++e) {
+      if (coming[e] >= 0) table.fetch(coming[e]);
+      if (rows[e] >= 0) table.add_to(sum + h * table.width, rows[e]);
+    }
 }
 
 // Writes levels of S in its dtype; past the caches where S is larger than they are.
@@ -74,23 +80,29 @@ template <class Out> struct Writer {
   INLINE void zero(Out* out, int64_t vectors) { std::memset(static_cast<void*>(out), 0, vectors * width * sizeof(Out)); }
 };
 
-// Takes SIDs [first, last), computing rows some SIDs ahead; `visit(sid, rows)` finds those of a SID in the cache.
+// Takes SIDs [first, last), computing rows some SIDs ahead: `visit(sid, rows, coming)` finds those of a SID in the cache,
+// and fetches the other ones.
 template <class Rows, class Visit>
 INLINE void read_ahead(const Rows& table, const Spec& spec, const Sids& sids, int64_t first, int64_t last, Visit visit) {
   const int64_t each = spec.rows_a_sid();
   const int64_t ahead = std::max<int64_t>(1, std::min<int64_t>(32, ROWS_AHEAD / std::max<int64_t>(each, 1)));
-  std::vector<int64_t> rows(ahead * each), codes(spec.levels);
+  const int64_t places = ahead + 1;
+  std::vector<int64_t> rows(places * each), codes(spec.levels);
   auto begin = [&](int64_t sid) {
-    int64_t* mine = rows.data() + sid % ahead * each;
+    int64_t* mine = rows.data() + sid % places * each;
+    if (sid >= last) return std::fill(mine, mine + each, -1), mine;
     int32_t length = read_codes(spec, sids.codes, sid, codes.data());
     sid_rows(spec, codes.data(), std::min(length, sids.tokens_of(sid, spec.levels)), mine);
+    return mine;
+  };
+  for (int64_t sid = first; sid < first + ahead; ++sid) {
+    const int64_t* mine = begin(sid);
     for (int64_t e = 0; e < each; ++e)
       if (mine[e] >= 0) table.fetch(mine[e]);
-  };
-  for (int64_t sid = first; sid < std::min(first + ahead, last); ++sid) begin(sid);
+  }
   for (int64_t sid = first; sid < last; ++sid) {
-    visit(sid, rows.data() + sid % ahead * each);
-    if (sid + ahead < last) begin(sid + ahead);
+    const int64_t* coming = begin(sid + ahead);
+    visit(sid, rows.data() + sid % places * each, coming);
   }
 }
 
@@ -105,11 +117,11 @@ template <class Rows, class Out> void forward_chunk(const Table& given, const Sp
   Writer<Out> writer(width, to, vectors * width * int64_t(sizeof(Out)));
   std::vector<Sum> sum(width);
   int64_t written = chunk == 0 ? 0 : sids.in_stream() && first < sids.count ? sids.place[first] : 0;
-  read_ahead(table, spec, sids, first, last, [&](int64_t sid, const int64_t* rows) {
+  read_ahead(table, spec, sids, first, last, [&](int64_t sid, const int64_t* rows, const int64_t* coming) {
     clear(sum.data(), width);
     for (int64_t a = 0; a < actives; ++a) {
       const ActiveLevel& level = spec.active[a];
-      add_level(table, spec, level, rows, sum.data());
+      add_level(table, spec, level, rows, coming, sum.data());
       if (!sids.in_stream()) {
         writer.write(out + (sid * actives + a) * width, sum.data());
       } else if (level.level <= sids.tokens[sid]) {

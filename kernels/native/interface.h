@@ -49,6 +49,7 @@ int64_t prefixmem_sum(const prefixmem::Plan*, const void* grad, int64_t dtype, i
 int64_t prefixmem_sum_sparse(const int64_t* rows, int64_t entries, int64_t width, const void* values, int64_t dtype,
                              const prefixmem::UpdateNumbers*, double* squares, int64_t threads);
 prefixmem::DLPackTensor* prefixmem_output(const int64_t* shape, int64_t dimensions, int64_t type_code, int64_t type_bits);
+void prefixmem_use_openmp(void* parallel);
 int64_t prefixmem_keep_at_most(int64_t bytes);
 int64_t prefixmem_bytes_kept();
 }

@@ -15,6 +15,7 @@ namespace prefixmem {
 struct Plan {
   const Spec* spec;
   Sids sids;
+  int threads = 1;
   std::unique_ptr<Prefixes> prefixes;  // of prefix and full mode
   std::unique_ptr<Windows> windows;    // of suffix mode
 };

@@ -102,7 +102,8 @@ Plan* prefixmem_plan(const Spec* spec, const Source* source, int64_t threads) {
     auto made = std::make_unique<Plan>();
     made->spec = spec;
     made->sids = sids_of(*source, *spec);
-    plan(*made, int(threads));
+    made->threads = made->sids.count > ALONE ? int(threads) : 1;
+    with_threads(made->threads, [&] { plan(*made, made->threads); });
     return made.release();
   } catch (const std::bad_alloc&) {
     return nullptr;
@@ -120,7 +121,9 @@ int64_t prefixmem_number(Plan* plan, int64_t* out) {
 int64_t prefixmem_sum(const Plan* plan, const void* grad, int64_t dtype, int64_t width, void* sums, int64_t sums_dtype,
                       const UpdateNumbers* update, double* squares) {
   return guarded([&] {
-    *squares = sum(*plan, {grad, DType(dtype), width}, {sums, DType(sums_dtype), update});
+    with_threads(plan->threads, [&] {
+      *squares = sum(*plan, {grad, DType(dtype), width}, {sums, DType(sums_dtype), update});
+    });
     return int64_t(0);
   });
 }
@@ -140,6 +143,8 @@ DLPackTensor* prefixmem_output(const int64_t* shape, int64_t dimensions, int64_t
     return nullptr;
   }
 }
+
+void prefixmem_use_openmp(void* parallel) { use_openmp(reinterpret_cast<OpenMP>(parallel)); }
 
 // Bytes of freed results and temporary arrays that are kept for the next call; returns the limit before.
 int64_t prefixmem_keep_at_most(int64_t bytes) { return int64_t(keep_at_most(size_t(bytes))); }

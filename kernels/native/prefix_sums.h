@@ -31,7 +31,7 @@ template <class A> class PrefixSums {
   }
 
  private:
-  static constexpr int64_t GRADIENTS_AHEAD = 2;
+  static constexpr int64_t GRADIENTS_AHEAD = 2, ROWS_ON_THEIR_WAY = 24;
 
   const char* gradient(int64_t sid, int64_t a) const {
     const int64_t bytes = width_ * bytes_of(grad_.dtype);
@@ -45,45 +45,52 @@ template <class A> class PrefixSums {
     return pieces_.data() + ((block * p_.last + order - 1) * 2 + goes_on) * width_;
   }
 
-  // A whole sum [H, w] to the H rows of its prefix.
-  INLINE void deliver(int32_t order, int64_t prefix, const A* sum, double& squares) {
-    const int64_t* targets = p_.targets[order - 1].data() + prefix * spec_.heads;
-    for (int32_t h = 0; h < spec_.heads; ++h, sum += row_width_) {
-      if (targets[h] >= 0)
-        destination_.put(targets[h], sum, squares);
-      else if (targets[h] <= -2)
-        std::memcpy(aside_.data() + (-2 - targets[h]) * row_width_, sum, row_width_ * sizeof(A));
-    }
+  const int64_t* targets_of(int32_t order, int64_t prefix) const {
+    return p_.targets[order - 1].data() + prefix * spec_.heads;
   }
 
-  INLINE void fetch(int32_t order, int64_t prefix) const {
-    const int64_t* targets = p_.targets[order - 1].data() + prefix * spec_.heads;
-    for (int32_t h = 0; h < spec_.heads; ++h)
-      if (targets[h] >= 0) destination_.fetch(targets[h]);
+  INLINE void deliver(const int64_t* targets, const int64_t* coming, ComingLines& gradients, const A* sum, double& squares) {
+    destination_.deliver({targets, coming, &gradients, aside_.data(), spec_.heads, row_width_}, sum, squares);
+  }
+
+  // The targets of the prefixes of a block in the order in which they end.
+  std::vector<const int64_t*> deliveries(int64_t block) const {
+    std::vector<const int64_t*> order;
+    std::vector<int64_t> next(p_.starts.begin() + block * p_.last, p_.starts.begin() + (block + 1) * p_.last);
+    for (int64_t i = p_.first(block); i <= p_.end(block); ++i) {
+      const int32_t kept = i == p_.end(block) ? 0 : p_.equal[i];
+      if (i > p_.first(block))
+        for (int32_t n = p_.last; n > kept; --n) order.push_back(next[n - 1] > 0 ? targets_of(n, next[n - 1] - 1) : nullptr);
+      if (i < p_.end(block))
+        for (int32_t n = kept + 1; n <= p_.last; ++n) ++next[n - 1];
+    }
+    return order;
   }
 
   void walk(int64_t block, double& squares) {
     const int64_t first = p_.first(block), end = p_.end(block), actives = int64_t(spec_.active.size());
     const int32_t last = p_.last;
     const int64_t vector_bytes = width_ * bytes_of(grad_.dtype);
-    const int64_t ahead = std::max<int64_t>(1, std::min<int64_t>(16, 48 / std::max<int64_t>(1, int64_t(last) * spec_.heads)));
-    std::vector<A> sums(last * width_, A(0));
-    std::vector<int64_t> next(p_.starts.begin() + block * last, p_.starts.begin() + (block + 1) * last), coming = next;
+    const std::vector<const int64_t*> order = deliveries(block);
+    const int64_t ahead = std::max<int64_t>(1, ROWS_ON_THEIR_WAY / spec_.heads), prefixes = int64_t(order.size());
+    int64_t delivered = 0;
+    ComingLines gradients;
+    gradients.bytes = vector_bytes;
+    std::vector<A> memory(last * width_, A(0));
+    std::vector<A*> sums;  // of each order
+    for (int32_t n = 0; n < last; ++n) sums.push_back(memory.data() + n * width_);
+    std::vector<int64_t> next(p_.starts.begin() + block * last, p_.starts.begin() + (block + 1) * last);
     std::vector<uint8_t> continued(last, 0), held(last, 0);  // held: the sum has a summand
     std::vector<int32_t> added(actives, 0);  // to which order a level's gradient is added; 0 for none
     for (int64_t a = 0; a < actives; ++a) {
       const int32_t level = spec_.active[a].level;
       added[a] = nested_ ? std::min(level, last) : level <= last ? level : 0;
     }
-    auto look_ahead = [&](int64_t i) {
-      if (i >= end) return;
-      for (int32_t n = p_.equal[i] + 1; n <= last; ++n) fetch(n, coming[n - 1]++);
-    };
     // The prefixes of orders above `kept` end before sorted SID `place`.
     auto finish = [&](int32_t kept, int64_t place) {
       const bool at_end = place == end;
       for (int32_t n = last; n > kept; --n) {
-        A* sum = sums.data() + (n - 1) * width_;
+        A* sum = sums[n - 1];
         if (!held[n - 1]) clear(sum, width_);
         const bool goes_on = at_end && p_.equal[end] >= n;
         if (continued[n - 1])
@@ -91,13 +98,21 @@ template <class A> class PrefixSums {
         else if (goes_on)
           std::memcpy(piece(block, n, true), sum, width_ * sizeof(A));
         else
-          deliver(n, next[n - 1] - 1, sum, squares);
+          deliver(targets_of(n, next[n - 1] - 1), delivered + ahead < prefixes ? order[delivered + ahead] : nullptr, gradients, sum, squares);
+        ++delivered;
         continued[n - 1] = 0;
-        if (nested_ && n > 1 && held[n - 1]) add_or_copy(sum - width_, held[n - 2], static_cast<const A*>(sum), width_);
+        if (nested_ && n > 1 && held[n - 1]) {
+          if (held[n - 2])
+            add(sums[n - 2], static_cast<const A*>(sum), width_);
+          else
+            std::swap(sums[n - 1], sums[n - 2]), held[n - 2] = 1;  // all that the order below has
+        }
         held[n - 1] = 0;
       }
     };
-    for (int64_t i = first; i < std::min(first + ahead, end); ++i) look_ahead(i);
+    for (int64_t k = 0; k < std::min(ahead, prefixes); ++k)
+      for (int32_t h = 0; h < spec_.heads; ++h)
+        if (order[k] != nullptr && order[k][h] >= 0) destination_.fetch(order[k][h]);
     for (int64_t i = first; i < end; ++i) {
       const int32_t same = p_.equal[i];
       if (i == first)
@@ -105,15 +120,16 @@ template <class A> class PrefixSums {
       else
         finish(same, i);
       for (int32_t n = same + 1; n <= last; ++n) ++next[n - 1];
-      look_ahead(i + ahead);
+      gradients.fetch_rest();
+      gradients.begin();
       if (i + GRADIENTS_AHEAD < end)
         for (int64_t a = 0; a < actives; ++a)
-          if (const char* coming_soon = gradient(p_.sorted[i + GRADIENTS_AHEAD].item, a)) prefetch(coming_soon, vector_bytes);
+          if (const char* start = gradient(p_.sorted[i + GRADIENTS_AHEAD].item, a)) gradients.starts.push_back(start);
       const int64_t sid = p_.sorted[i].item;
       for (int64_t a = 0; a < actives; ++a) {
         const char* vector = gradient(sid, a);
         if (vector != nullptr && added[a] > 0)
-          add_vector(sums.data() + (added[a] - 1) * width_, held[added[a] - 1], vector, grad_.dtype, width_);
+          add_vector(sums[added[a] - 1], held[added[a] - 1], vector, grad_.dtype, width_);
       }
     }
     finish(0, end);
@@ -123,12 +139,13 @@ template <class A> class PrefixSums {
   void join(int32_t order, double& squares) {
     std::vector<A> sum(width_, A(0));
     int64_t prefix = -1;
+    ComingLines none;
     for (int64_t block = 0; block < p_.blocks; ++block) {
       const bool begins = p_.started(block + 1, order) > p_.started(block, order);
       const bool goes_on = p_.continued(block + 1, order);
       if (p_.continued(block, order)) {
         add(sum.data(), static_cast<const A*>(piece(block, order, false)), width_);
-        if (begins || !goes_on) deliver(order, prefix, sum.data(), squares);
+        if (begins || !goes_on) deliver(targets_of(order, prefix), nullptr, none, sum.data(), squares);
       }
       if (begins && goes_on) {
         std::memcpy(sum.data(), piece(block, order, true), width_ * sizeof(A));

@@ -1,102 +1,181 @@
 #include "threads.h"
 
 #include <pthread.h>
+#include <sched.h>
 
+#include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
 
 namespace prefixmem {
 namespace {
 
-// How long a thread that is out of work looks for more before it sleeps: a backward pass has several loops in a row,
-// and to wake a thread takes longer than some of them.
-constexpr auto STAYS_AWAKE = std::chrono::microseconds(30);
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
 
-struct Pool {
-  std::mutex mutex;
-  std::condition_variable begins, ends;
-  const std::function<void(int64_t)>* work = nullptr;  // of the loop under way
-  int64_t chunks = 0;
-  int wanted = 0, inside = 0, size = 0;  // threads that may still join, that have joined, that there are
-  std::atomic<uint64_t> loops{0};
+struct Loop {
+  const std::function<void(int64_t)>& work;
+  const int64_t chunks;
   std::atomic<int64_t> next{0};
-  std::atomic<bool> taken{false};
+  std::atomic<bool> failed{false};
 
-  void take_chunks(const std::function<void(int64_t)>& work, int64_t chunks) {
-    for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) work(chunk);
-  }
-
-  void serve() {
-    uint64_t seen = 0;
-    std::unique_lock<std::mutex> lock(mutex);
-    for (;;) {
-      if (loops.load() == seen) {
-        lock.unlock();
-        auto until = std::chrono::steady_clock::now() + STAYS_AWAKE;
-        while (loops.load() == seen && std::chrono::steady_clock::now() < until) std::this_thread::yield();
-        lock.lock();
+  void take_chunks() {
+    for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
+      try {
+        work(chunk);
+      } catch (const std::bad_alloc&) {
+        failed.store(true);
       }
-      begins.wait(lock, [&] { return loops.load() != seen; });
-      seen = loops.load();
-      if (work == nullptr || wanted == 0) continue;
-      --wanted;
-      ++inside;
-      auto* joined = work;
-      int64_t total = chunks;
-      lock.unlock();
-      take_chunks(*joined, total);
-      lock.lock();
-      if (--inside == 0) ends.notify_one();
     }
-  }
-
-  void run(int64_t total, int threads, const std::function<void(int64_t)>& given) {
-    {
-      std::lock_guard<std::mutex> lock(mutex);
-      while (size < threads - 1) {
-        try {
-          std::thread(&Pool::serve, this).detach();
-        } catch (const std::system_error&) {
-          break;  // no more threads are to be had: the loop runs on those that there are
-        }
-        ++size;
-      }
-      work = &given;
-      chunks = total;
-      next.store(0);
-      wanted = threads - 1;
-      loops.fetch_add(1);
-    }
-    for (int i = 1; i < threads; ++i) begins.notify_one();
-    take_chunks(given, total);
-    std::unique_lock<std::mutex> lock(mutex);
-    work = nullptr;
-    wanted = 0;
-    ends.wait(lock, [&] { return inside == 0; });
   }
 };
 
-// Never deleted: its threads sleep until the process ends.
-Pool* pool = new Pool;
+// The threads that work for one caller, until it has no more loops.
+struct Team {
+  std::atomic<Loop*> loop{nullptr};
+  std::atomic<int> inside{0};  // threads that may be at the loop
+  std::atomic<bool> over{false};
 
-// The child of a fork has none of the threads, and a mutex that one of them may have held.
-const int forks = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+  void serve() {
+    constexpr int SPINS = 2000;  // some ten microseconds, then whoever waits for the core gets it
+    for (int idle = 0; !over.load();) {
+      inside.fetch_add(1);
+      Loop* mine = loop.load();
+      const bool works = mine != nullptr && mine->next.load(std::memory_order_relaxed) < mine->chunks;
+      if (works) mine->take_chunks();
+      inside.fetch_sub(1);
+      idle = works ? 0 : idle + 1;
+      if (idle > SPINS)
+        sched_yield();
+      else
+        pause();
+    }
+  }
+
+  void run(Loop& given) {
+    loop.store(&given);
+    given.take_chunks();
+    loop.store(nullptr);
+    for (int waited = 0; inside.load() > 0; ++waited) waited > 2000 ? void(sched_yield()) : pause();
+  }
+};
+
+thread_local Team* team = nullptr;  // of this thread, which is its caller
+
+// Threads of our own, where there is no OpenMP: they wait for a team, and one caller at a time has them.
+struct Pool {
+  std::mutex mutex;
+  std::condition_variable begins, ends;
+  Team* served = nullptr;
+  int wanted = 0, members = 0, size = 0;
+  std::atomic<bool> taken{false};
+
+  void wait_and_serve() {
+    std::unique_lock<std::mutex> lock(mutex);
+    for (;;) {
+      begins.wait(lock, [&] { return wanted > 0; });
+      --wanted, ++members;
+      Team* mine = served;
+      lock.unlock();
+      mine->serve();
+      lock.lock();
+      if (--members == 0) ends.notify_one();
+    }
+  }
+
+  void begin(Team& given, int others) {
+    std::lock_guard<std::mutex> lock(mutex);
+    for (; size < others; ++size) {
+      try {
+        std::thread(&Pool::wait_and_serve, this).detach();
+      } catch (const std::system_error&) {
+        break;  // no more are to be had: the loops run on those that there are
+      }
+    }
+    served = &given, wanted = others;
+    begins.notify_all();
+  }
+
+  void end() {
+    std::unique_lock<std::mutex> lock(mutex);
+    wanted = 0;
+    ends.wait(lock, [&] { return members == 0; });
+  }
+};
+
+Pool* pool = new Pool;  // never deleted: its threads sleep until the process ends
+std::atomic<OpenMP> openmp{nullptr};
+
+// The child of a fork has none of the threads, and OpenMP does not work there any more.
+const int forks = pthread_atfork(nullptr, nullptr, [] {
+  pool = new Pool;
+  openmp.store(nullptr);
+  team = nullptr;
+});
+
+void work_with(Team& mine, const std::function<void()>& work, std::exception_ptr& error) {
+  team = &mine;
+  try {
+    work();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  team = nullptr;
+  mine.over.store(true);
+}
 
 }  // namespace
 
-void parallel(int64_t chunks, int threads, const std::function<void(int64_t)>& work) {
-  Pool* mine = pool;
-  if (threads > chunks) threads = int(chunks);
-  if (threads <= 1 || mine->taken.exchange(true)) {
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) work(chunk);
-    return;
+void use_openmp(OpenMP parallel) { openmp.store(parallel); }
+
+void with_threads(int threads, const std::function<void()>& work) {
+  if (threads <= 1 || team != nullptr) return work();
+  Team mine;
+  std::exception_ptr error;
+  if (OpenMP begin = openmp.load()) {
+    struct Region {
+      Team& team;
+      const std::function<void()>& work;
+      std::exception_ptr& error;
+      pthread_t caller;
+    } region{mine, work, error, pthread_self()};
+    begin([](void* data) {
+      auto& region = *static_cast<Region*>(data);
+      if (pthread_equal(pthread_self(), region.caller))
+        work_with(region.team, region.work, region.error);
+      else
+        region.team.serve();
+    }, &region, unsigned(threads), 0);
+  } else {
+    Pool* mine_alone = pool;
+    const bool has_it = !mine_alone->taken.exchange(true);
+    if (has_it) mine_alone->begin(mine, threads - 1);
+    work_with(mine, work, error);
+    if (has_it) {
+      mine_alone->end();
+      mine_alone->taken.store(false);
+    }
   }
-  mine->run(chunks, threads, work);
-  mine->taken.store(false);
+  if (error) std::rethrow_exception(error);
+}
+
+void parallel(int64_t chunks, int threads, const std::function<void(int64_t)>& work) {
+  if (threads > 1 && chunks > 1 && team == nullptr)
+    return with_threads(int(std::min<int64_t>(threads, chunks)), [&] { parallel(chunks, threads, work); });
+  Loop loop{work, chunks};
+  if (threads > 1 && chunks > 1 && team != nullptr && team->loop.load() == nullptr)
+    team->run(loop);
+  else
+    loop.take_chunks();
+  if (loop.failed.load()) throw std::bad_alloc();
 }
 
 }  // namespace prefixmem

@@ -31,7 +31,7 @@ INLINE uint32_t mix(uint32_t x) {
 
 // float32 to bfloat16, up with a probability equal to the part that is cut off; two columns share a word of random bits.
 INLINE void round_stochastically(BFloat16* __restrict out, const float* __restrict x, int64_t first, int64_t n, uint32_t row_key) {
-  for (int64_t i = 0; i < n; ++i) {
+  columns(n, [=](int64_t i) {
     const uint32_t column = uint32_t(first + i);
     uint32_t word = row_key * (((column >> 1) + 1) * GOLDEN | 1);
     word ^= word >> 15;
@@ -39,15 +39,15 @@ INLINE void round_stochastically(BFloat16* __restrict out, const float* __restri
     BFloat16 nearest;
     narrow(x[i], nearest);
     out[i].bits = (bits & 0x7f800000) != 0x7f800000 ? uint16_t((bits + random) >> 16) : nearest.bits;
-  }
+  });
 }
 
 // A is the accumulator of T.
-template <class A, class T> struct Update final : Destination<A> {
+template <class A, class T> struct Update final : DestinationOf<A, Update<A, T>> {
   const UpdateNumbers numbers;
   explicit Update(const UpdateNumbers& numbers) : numbers(numbers) {}
 
-  void fetch(int64_t row) const override {
+  INLINE void fetch(int64_t row) const override {
     const int64_t w = numbers.width;
     prefetch_to_write(static_cast<T*>(numbers.table) + row * w, w * int64_t(sizeof(T)));
     if (numbers.first_moment != nullptr)
@@ -57,7 +57,7 @@ template <class A, class T> struct Update final : Destination<A> {
       prefetch_to_write(static_cast<A*>(numbers.second_moment) + row * second, second * int64_t(sizeof(A)));
   }
 
-  void put(int64_t row, const A* g, double& squares) const override {
+  INLINE void put(int64_t row, const A* g, double& squares) const override {
     const int64_t w = numbers.width;
     T* values = static_cast<T*>(numbers.table) + row * w;
     A* m = numbers.first_moment == nullptr ? nullptr : static_cast<A*>(numbers.first_moment) + row * w;
@@ -72,7 +72,7 @@ template <class A, class T> struct Update final : Destination<A> {
   // values[i] = f(values[i], i), rounded as the table is.
   template <class F> INLINE void change(int64_t row, T* __restrict values, F&& f) const {
     const int64_t w = numbers.width;
-    const A decay = A(numbers.decay);  // 1 changes nothing
+    const A decay = A(numbers.decay);
     if constexpr (std::is_same_v<T, BFloat16>) {
       if (numbers.stochastic) {
         constexpr int64_t COLUMNS = 64;
@@ -80,13 +80,14 @@ template <class A, class T> struct Update final : Destination<A> {
         for (int64_t first = 0; first < w; first += COLUMNS) {
           float x[COLUMNS];
           const int64_t n = std::min(COLUMNS, w - first);
-          for (int64_t i = 0; i < n; ++i) x[i] = f(widen(values[first + i]) * decay, first + i);
+          columns(n, [&](int64_t i) { x[i] = f(widen(values[first + i]) * decay, first + i); });
           round_stochastically(values + first, x, first, n, key);
         }
         return;
       }
     }
-    for (int64_t i = 0; i < w; ++i) narrow(f(widen(values[i]) * decay, i), values[i]);
+    if (decay == 1) return columns(w, [&](int64_t i) { narrow(f(widen(values[i]), i), values[i]); });
+    columns(w, [&](int64_t i) { narrow(f(widen(values[i]) * decay, i), values[i]); });
   }
 
   INLINE void step(int64_t row, T* values, const A* __restrict g, A* __restrict m, A* __restrict v, A mean_square) const {
@@ -101,7 +102,7 @@ template <class A, class T> struct Update final : Destination<A> {
     A correction1 = 1;
     if (m != nullptr) {
       const A beta1 = A(numbers.beta1), rest1 = A(1 - numbers.beta1);
-      for (int64_t i = 0; i < numbers.width; ++i) m[i] = beta1 * m[i] + rest1 * g[i];
+      columns(numbers.width, [=](int64_t i) { m[i] = beta1 * m[i] + rest1 * g[i]; });
       direction = m, correction1 = A(numbers.correction1);
     }
     if (numbers.rule == ROW_ADAM) {

@@ -98,12 +98,14 @@ class _Functions:
             ("sum", i, [p, p, i, i, p, i, p, p]),
             ("sum_sparse", i, [p, i, i, p, i, p, p, i]),
             ("output", p, [p, i, i, i]),
+            ("use_openmp", None, [p]),
             ("keep_at_most", i, [i]),
             ("bytes_kept", i, []),
         ):
             function = getattr(library, f"prefixmem_{name}")
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
+        self.use_openmp(_native.openmp())
 
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New

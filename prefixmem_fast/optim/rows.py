@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._dtypes import accumulator
+from .._pages import ask_for_huge_pages
 from ..operation.backends import choose_backend, functions_of
 from ..operation.rules import RULES, Hyper, RowUpdate
 from ..operation.spent_gradient import FusedGradient
@@ -156,6 +157,8 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
             shape = weight.shape if kind == "element" else weight.shape[:1]
             start = group.get("initial_accumulator_value", 0.0) if name == "sum" else 0.0
             state[name] = torch.zeros(shape, dtype=dtype, device=weight.device)
+            if kind == "row":  # the larger ones stay untouched where their rows do, and huge pages would not
+                ask_for_huge_pages(state[name])
             if start:
                 state[name].fill_(start)
 
