@@ -27,6 +27,7 @@ def token_step_kernel(
     p_ids,
     p_table,
     p_weight,
+    p_scales,
     p_codes,
     p_level,
     p_total,
@@ -71,8 +72,8 @@ def token_step_kernel(
         if l <= LAST:
             b_codes, b_length = append_code(b_codes, b_length, b_new, l, address)
             b_here = tl.where(b_level == l, b_length, 0)  # other sequences read no row
-            b_nested = load_nested(p_weight, b_codes, b_here, o_h, o_w, m_d, l, l, W, address)
-            b_next = add_level(b_sum, b_nested, p_weight, b_codes, b_here, o_h, o_w, m_d, l, l, W, address)
+            b_nested = load_nested(p_weight, p_scales, b_codes, b_here, o_h, o_w, m_d, l, l, W, address)
+            b_next = add_level(b_sum, b_nested, p_weight, p_scales, b_codes, b_here, o_h, o_w, m_d, l, l, W, address)
             b_sum = tl.where((b_level == l)[:, None, None], b_next, b_sum)
             if address.slot_of_level[l - 1] >= 0:
                 m_active = m_active | (b_level == l)
@@ -100,15 +101,28 @@ def _launch_of(
 
 
 def token_step(
-    ids: Tensor, token_table: Tensor, codes: Tensor, level: Tensor, total: Tensor, weight: Tensor, spec: AddressSpec
+    ids: Tensor,
+    token_table: Tensor,
+    codes: Tensor,
+    level: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    spec: AddressSpec,
+    scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """S ``[B, H * w]`` after one more token ``[B]``; codes ``[tiles, B, L]``, level ``[tiles, B]`` and total change."""
+    """S ``[B, H * w]`` after one more token ``[B]``; codes ``[tiles, B, L]``, level ``[tiles, B]`` and total change.
+
+    The table is as for `forward.prefix_memory_fwd`.
+    """
     B, V, W = ids.shape[0], token_table.shape[0], weight.shape[1]
-    out = weight.new_empty(B, spec.heads * W)
+    out = weight.new_empty(B, spec.heads * W, dtype=dtype)
     if out.numel():
-        dtypes = ids.dtype, token_table.dtype, codes.dtype, level.dtype, total.dtype
-        kind = aligned(token_table), aligned(weight), aligned(total), B < 1 << 31, V < 1 << 31
-        tile, launch = _launch_of(current_device(), spec, W, weight.dtype, codes.shape[0], *dtypes, *kind)
+        dtypes = ids.dtype, token_table.dtype, codes.dtype, level.dtype, total.dtype, out.dtype
+        alignments = aligned(token_table), aligned(weight), scales is None or aligned(scales), aligned(total)
+        narrow = B < 1 << 31, V < 1 << 31
+        kind = *dtypes, *alignments, *narrow
+        tile, launch = _launch_of(current_device(), spec, W, weight.dtype, codes.shape[0], *kind)
         grid = (blocks(B, tile.BM), tile.columns, 1)
-        launch(grid, ids, token_table, weight, codes, level, total, out, B, V)
+        launch(grid, ids, token_table, weight, scales, codes, level, total, out, B, V)
     return out

@@ -26,7 +26,14 @@ FOLDER = "prefixmem"  # the encoder's folder beside a model
 WEIGHTS = r"memory-[0-9a-f]{12}(-[0-9]{5,}-of-[0-9]{5,})?\.safetensors"  # the names of an encoder's own files
 SAVE_AGAIN = "save the encoder again, or take another copy of the checkpoint"
 _CHUNK_BYTES = 64 << 20
-_NAMES_OF_SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+_NAMES_OF_SAFETENSORS = {
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F64": "float64",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+}
 
 
 class CheckpointError(ValueError):

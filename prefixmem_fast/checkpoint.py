@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._choices import DTYPES
+from ._choices import DTYPES, QUANTIZED_DTYPES
 from ._files import MOST_TEXT_BYTES, locked, read_json, remove_leftovers, size_of, write_file, write_text
 from ._inputs import shown
 from ._version import __version__
@@ -44,6 +44,7 @@ from ._weights import (
 )
 
 FORMAT_VERSION = 1
+QUANTIZED_VERSION = 2  # of the config.json of a quantized encoder, which earlier releases refuse
 _VOCABULARY = "sid_vocabulary.json"
 _ENCODER, _TABLE = "prefixmem", "prefixmem vocabulary"  # the formats of config.json and sid_vocabulary.json
 _READS = 20  # of a folder that others save into meanwhile
@@ -107,7 +108,9 @@ def _save(
                 written.append(path / file)
                 _write_tensors(path / file, rows)
         values = {"encoder": config, "vocabulary": vocabulary, "tensors": entries}
-        _write_json(path / CONFIG, _ENCODER, {"package_version": __version__, **values})
+        quantized = any(entry["dtype"] in QUANTIZED_DTYPES for entry in entries.values())
+        version = QUANTIZED_VERSION if quantized else FORMAT_VERSION
+        _write_json(path / CONFIG, _ENCODER, {"package_version": __version__, **values}, version)
     except BaseException:
         if _identity(path / CONFIG) == old:  # a config.json that is new names the new files, however late the failure
             for file in written:
@@ -144,23 +147,27 @@ def read_with(path: str | Path, load: Callable[[Path, dict[str, Any]], _Result])
     raise found
 
 
-def check_tensors(shapes: Mapping[str, Sequence[int]], folder: Path, stored: Mapping[str, Any]) -> dict[str, Rows]:
-    """Hold the wanted shapes against config.json, and config.json against the headers of the files.
+def check_tensors(targets: Mapping[str, Tensor], folder: Path, stored: Mapping[str, Any]) -> dict[str, Rows]:
+    """Hold the shapes of the wanted tensors against config.json, and config.json against the headers of the files.
 
-    Nothing of a tensor's size is allocated.
+    Nothing of a tensor's size is allocated. Tensors of 8 bits a number are not converted, so their dtypes must agree.
 
     Args:
+        targets: by name; meta tensors do.
         folder, stored: what `read` returned.
 
     Raises:
         CheckpointError: a tensor is missing, of another shape, or not in its files as config.json says.
     """
     sources = {}
-    for name, shape in shapes.items():
-        entry = stored["tensors"].get(name)
-        if entry is None or entry["shape"] != list(shape):
+    for name, target in targets.items():
+        entry, shape = stored["tensors"].get(name), list(target.shape)
+        if entry is None or entry["shape"] != shape:
             problem = "is missing" if entry is None else f"has shape {shown(entry['shape'])}"
-            raise CheckpointError(f"{folder / CONFIG}: {name} {problem}; the config needs {list(shape)}")
+            raise CheckpointError(f"{folder / CONFIG}: {name} {problem}; the config needs {shape}")
+        dtypes = entry["dtype"], str(target.dtype).removeprefix("torch.")
+        if dtypes[0] != dtypes[1] and not set(QUANTIZED_DTYPES).isdisjoint(dtypes):
+            raise CheckpointError(f"{folder / CONFIG}: {name} is of {dtypes[0]}; the config needs {dtypes[1]}")
         sources[name] = Rows(name, entry, folder)
     return sources
 
@@ -180,7 +187,7 @@ def copy_tensors(
     Raises:
         CheckpointError: a tensor is missing, of another shape, damaged or cut.
     """
-    sources = check_tensors({name: target.shape for name, target in targets.items()}, folder, stored)
+    sources = check_tensors(targets, folder, stored)
     if verify:
         for source in sources.values():
             source.check()
@@ -190,10 +197,15 @@ def copy_tensors(
         for chunk in source.chunks():
             place = targets[name][start : start + len(chunk)]
             chunk = chunk.to(place.device, place.dtype)
-            changed = changed or not torch.equal(place, chunk)
+            changed = changed or not torch.equal(*map(_comparable, (place, chunk)))
             place.copy_(chunk)
             start += len(chunk)
     return changed
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """torch.equal does not take every kind of float8."""
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
 def save_vocabulary(vocabulary: dict[str, Any], path: str | Path) -> None:
@@ -272,8 +284,8 @@ def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(f"{file} cannot be written ({error}); is the disk full?") from None
 
 
-def _write_json(file: Path, kind: str, values: dict[str, Any]) -> None:
-    values = {"format": kind, "format_version": FORMAT_VERSION, **values}
+def _write_json(file: Path, kind: str, values: dict[str, Any], version: int = FORMAT_VERSION) -> None:
+    values = {"format": kind, "format_version": version, **values}
     values = {**values, "digest": _digest(values)}
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
     if len(lines) + 4 > MOST_TEXT_BYTES:  # ASCII
@@ -337,10 +349,11 @@ def _read_json(file: Path, kind: str) -> dict[str, Any]:
             "was the model saved with the encoder on it?"
         )
     version = stored.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in (FORMAT_VERSION, QUANTIZED_VERSION):
         raise CheckpointError(
             f"{file} has format version {_plain(version)}, written by prefixmem_fast "
-            f"{_plain(stored.get('package_version'))}; prefixmem_fast {__version__} reads version {FORMAT_VERSION}"
+            f"{_plain(stored.get('package_version'))}; prefixmem_fast {__version__} reads versions "
+            f"{FORMAT_VERSION} and {QUANTIZED_VERSION}"
         )
     digest = stored.pop("digest", None)
     try:
@@ -363,6 +376,7 @@ def _check_stored(file: Path, stored: dict[str, Any]) -> None:
     def refuse(what: str, value: Any, allowed: str) -> None:
         raise CheckpointError(f"{file} is malformed: {what} is {shown(value)}, not {allowed}; {SAVE_AGAIN}")
 
+    known = DTYPES if stored["format_version"] == FORMAT_VERSION else (*DTYPES, *QUANTIZED_DTYPES)
     encoder, vocabulary, tensors = (stored.get(name) for name in ("encoder", "vocabulary", "tensors"))
     if not isinstance(encoder, dict):
         refuse("encoder", encoder, "a config")
@@ -376,8 +390,8 @@ def _check_stored(file: Path, stored: dict[str, Any]) -> None:
         call = f"tensors[{shown(name)}]"
         if not isinstance(entry, dict):
             refuse(call, entry, "a table")
-        if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:
-            refuse(f"{call}['dtype']", entry.get("dtype"), f"one of {', '.join(DTYPES)}")
+        if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in known:
+            refuse(f"{call}['dtype']", entry.get("dtype"), f"one of {', '.join(known)}")
         shape = entry.get("shape")
         if not isinstance(shape, list) or not shape or not all(_is_count(n) for n in shape):
             refuse(f"{call}['shape']", shape, "a list of sizes")

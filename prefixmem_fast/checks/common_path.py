@@ -85,13 +85,13 @@ PATHS = (
         "prefix_memory_fwd*",
         "the rows of order 1 are in L2, as 2048 codes have few",
         _nothing,
-        from_dram={"p_weight": 3 / 4},
+        from_dram={"p_weight": 3 / 4, "p_scales": 3 / 4},
     ),
     CommonPath(
         "token_memory_fwd*",
         "every token belongs to a SID of 5 codes; what its levels read again is in L1, and the rows of order 1 in L2",
         _nothing,
-        from_dram={"p_weight": 3 / 4 / 5},
+        from_dram={"p_weight": 3 / 4 / 5, "p_scales": 3 / 4 / 5},
     ),
 )
 

@@ -16,11 +16,11 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .._dtypes import accumulator
+from .._dtypes import QUANTIZED_DTYPES, SUM_DTYPES, accumulator
 from .._triton import TRITON_PROBLEM, interpreting
 from ..addressing import AddressSpec, TokenStream
 from ..operation.backends import functions_of
-from ..operation.interface import PrefixState
+from ..operation.interface import PrefixState, QuantizedTable
 from ..operation.rules import RULES, Hyper, RowUpdate
 
 WIDTH = 64  # the paper: d_mem = 256 over 4 heads
@@ -66,7 +66,10 @@ def problem() -> str | None:
 
 
 def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 65_536) -> dict[str, Callable[[], Any]]:
-    """Every kernel as a call of its launcher on meta tensors; the gradients that sort launch several kernels."""
+    """Every kernel as a call of its launcher on meta tensors; the gradients that sort launch several kernels.
+
+    `dtype` is that of the table, and that of S where the table is quantized.
+    """
     triton = functions_of("triton")
 
     def meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -93,6 +96,12 @@ def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 65_5
     )
     stream = TokenStream(ids, table, segments)
     state = PrefixState(meta(1, 256, spec.levels), meta(1, 256), meta(256, spec.heads, width, dtype=wide))
+    quantized: dict[str, Callable[[], Any]] = {}
+    for kind, values in QUANTIZED_DTYPES.items() if dtype in SUM_DTYPES else ():
+        rest = QuantizedTable(meta(*weight.shape, dtype=values), meta(len(weight), dtype=torch.float32)), spec, dtype
+        quantized[f"{kind}_prefix_memory_fwd"] = partial(triton.quantized_forward, codes, *rest)
+        quantized[f"{kind}_token_memory_fwd"] = partial(triton.quantized_forward, stream, *rest)
+        quantized[f"{kind}_token_step"] = partial(triton.quantized_decoding_step, meta(256), table, state, *rest)
     return {
         "prefix_memory_fwd": lambda: triton.forward(codes, weight, spec),
         "token_memory_fwd": lambda: triton.forward(stream, weight, spec),
@@ -104,6 +113,7 @@ def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 65_5
         "deterministic_token_bwd": lambda: triton.dense_gradient(token_grad, stream, spec, deterministic=True),
         "sparse_bwd": lambda: triton.row_sums(grad, codes, spec, dtype),
         "sparse_update": lambda: triton.sparse_update(sparse, update_of("row_adagrad")),
+        **quantized,
         **{f"{rule}_bwd": partial(triton.fused_update, grad, codes, spec, update_of(rule)) for rule in RULES},
     }
 
@@ -112,7 +122,7 @@ def sids_of(launcher: str, spec: AddressSpec, sids: int) -> int | None:
     """SIDs of a launch of `launches`; None where it is not given SIDs."""
     if launcher == "sparse_update":
         return None
-    if launcher == "token_step":
+    if launcher.endswith("token_step"):
         return 256
     return 8 * sids // spec.levels if "token" in launcher else sids
 

@@ -26,6 +26,7 @@ ATOMIC = "an atomic"  # carried out in L2 whatever its address, which may have g
 POINTERS = {
     ROWS: (
         "p_weight",
+        "p_scales",
         "p_grad",
         "p_total",
         "p_values",

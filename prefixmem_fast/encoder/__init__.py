@@ -4,6 +4,7 @@ config.py           PrefixMemConfig
 memory.py           PrefixMemory: the tables, S
 host_tables.py      tables that stay in the host's memory: what crosses, and gathers ahead
 table_worker.py     the thread that gathers and updates beside the model
+quantized.py        QuantizedMemory: the same in 8 bits a number, for serving
 projection.py       W_out
 prefixmem.py        PrefixMem: m = W_out * S
 decoding.py         DecodingState: one token of each sequence
@@ -15,6 +16,7 @@ from .config import PrefixMemConfig
 from .decoding import DecodingState
 from .memory import PrefixMemory
 from .prefixmem import PrefixMem
+from .quantized import QuantizedMemory
 from .sid_transformer import SIDTransformer, SIDTransformerConfig
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "PrefixMem",
     "PrefixMemConfig",
     "PrefixMemory",
+    "QuantizedMemory",
     "SIDTransformer",
     "SIDTransformerConfig",
 ]

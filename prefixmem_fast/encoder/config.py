@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .. import _checks
+from .._choices import QUANTIZATIONS
 from ..addressing import AddressSpec
 
 
@@ -20,6 +21,8 @@ class PrefixMemConfig:
         hidden_size: columns of m, the width of the model's embeddings; None for tables without W_out.
         memory_init_std: standard deviation of the normal the tables start from. The paper does not give it.
         output_init_std: the same for W_out, "near zero" in the paper; 0 leaves a model's logits bit-identical.
+        quantization: "int8" or "fp8" for tables of 8 bits a number, which serve and do not train; see
+            `PrefixMem.quantize`.
 
     Raises:
         TypeError, ValueError: an argument is not as stated, or the table's elements do not fit 63 bits.
@@ -30,6 +33,7 @@ class PrefixMemConfig:
     hidden_size: int | None = None
     memory_init_std: float = 0.02
     output_init_std: float = 1e-3
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.spec, AddressSpec):
@@ -50,6 +54,8 @@ class PrefixMemConfig:
             )
         for name in ("memory_init_std", "output_init_std"):
             _checks.not_negative(name, getattr(self, name))
+        if self.quantization is not None:
+            _checks.choice("quantization", self.quantization, QUANTIZATIONS)
 
     def with_active_levels(self, active_levels: Sequence[int]) -> PrefixMemConfig:
         """The same tables, read at other levels."""
@@ -69,7 +75,10 @@ class PrefixMemConfig:
         return self.memory_dim // self.spec.heads
 
     def to_dict(self) -> dict[str, Any]:
-        return {**{k: v for k, v in asdict(self).items() if k != "spec"}, "spec": self.spec.to_dict()}
+        values = {**{k: v for k, v in asdict(self).items() if k != "spec"}, "spec": self.spec.to_dict()}
+        if self.quantization is None:
+            del values["quantization"]  # releases that do not know it read the rest
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PrefixMemConfig:

@@ -16,6 +16,7 @@ from ..operation.interface import PrefixState
 from ..sid import SIDVocabulary
 from .host_tables import copy_across
 from .prefixmem import PrefixMem
+from .quantized import QuantizedMemory
 
 _ID_DTYPES = (torch.int32, torch.int64)
 
@@ -36,7 +37,8 @@ class DecodingState:
     """
 
     def __init__(self, encoder: PrefixMem, vocabulary: SIDVocabulary, batch: int) -> None:
-        spec, weight = encoder.config.spec, encoder.memory.weight
+        spec, memory = encoder.config.spec, encoder.memory
+        weight = memory.values if isinstance(memory, QuantizedMemory) else memory.weight
         vocabulary.check_codebooks(spec)
         if _checks.integer("batch", batch) < 0:
             raise ValueError(f"batch = {batch} is negative; give the number of sequences")
@@ -92,9 +94,12 @@ class DecodingState:
         return self.encoder.out_proj(self._step(tokens))
 
     def _step(self, tokens: Tensor) -> Tensor:
-        memory = self.encoder.memory
+        memory, spec = self.encoder.memory, self.encoder.config.spec
+        if isinstance(memory, QuantizedMemory):
+            table, dtype = memory.table, memory.dtype
+            return self._functions.quantized_decoding_step(tokens, self._table, self._state, table, spec, dtype)
         here = tokens if memory.tables == "device" else copy_across(tokens, memory.weight.device)
-        S = self._functions.decoding_step(here, self._table, self._state, memory.weight, memory.config.spec)
+        S = self._functions.decoding_step(here, self._table, self._state, memory.weight, spec)
         return S if here is tokens else copy_across(S, tokens.device)
 
     def reorder(self, beams: Tensor) -> None:

@@ -41,6 +41,8 @@ class PrefixMemory(nn.Module):
     spec gives a warning (strict=False) or an error.
     """
 
+    _table = "weight"  # the name in a state_dict
+
     def __init__(
         self,
         config: PrefixMemConfig,
@@ -89,9 +91,9 @@ class PrefixMemory(nn.Module):
 
     def _keep_table(self) -> None:
         """The table in the host's memory, as the kind of parameter that it has to be; others may have replaced it."""
-        weight = self.weight
         if self.tables == "device" or self._is_sharded():
             return
+        weight = self.weight
         kind = OverlappedTable if self.overlap else nn.Parameter
         if weight.device not in (HOST, torch.device("meta")) or (self.overlap and not isinstance(weight, kind)):
             self.weight = kind(weight.data.to(HOST if not weight.is_meta else "meta"), weight.requires_grad)
@@ -121,17 +123,19 @@ class PrefixMemory(nn.Module):
         Raises:
             ValueError: the vocabulary's codebooks are not the spec's.
         """
-        spec = self.config.spec
+        table, spec = self._token_table(input_ids, vocabulary), self.config.spec
+        if self.tables != "device":
+            return self._reader.read(self, TokenStream(input_ids, table, segment_ids))
+        return token_memory(input_ids, table, self.weight, spec, segment_ids=segment_ids, **self.options())
+
+    def _token_table(self, input_ids: Tensor, vocabulary: SIDVocabulary) -> Tensor:
         if not isinstance(vocabulary, SIDVocabulary) or not isinstance(input_ids, Tensor):
             raise TypeError(
                 f"input_ids is a {type(input_ids).__name__} and vocabulary a {type(vocabulary).__name__}; "
                 "give a tensor [B, T] and a SIDVocabulary"
             )
-        vocabulary.check_codebooks(spec)
-        if self.tables != "device":
-            return self._reader.read(self, TokenStream(input_ids, vocabulary.token_table(HOST), segment_ids))
-        table = vocabulary.token_table(input_ids.device)
-        return token_memory(input_ids, table, self.weight, spec, segment_ids=segment_ids, **self.options())
+        vocabulary.check_codebooks(self.config.spec)
+        return vocabulary.token_table(input_ids.device if self.tables == "device" else HOST)
 
     def options(self) -> dict[str, Any]:
         return {"backend": self.backend, "grad": self.grad, "deterministic": self.deterministic}
@@ -169,10 +173,10 @@ class PrefixMemory(nn.Module):
             difference = self._spec_difference(state_dict[key])
             if difference is not None:  # raised at once, not collected: later modules keep their weights too
                 raise RuntimeError(f"{prefix.rstrip('.') or type(self).__name__}: {difference}")
-        elif prefix + "weight" in state_dict and not self._is_sharded():
+        elif prefix + self._table in state_dict and not self._is_sharded():
             warnings.warn(
-                f"the state_dict holds {prefix}weight without {key}: its address spec could not be compared with this "
-                "module's, and under another spec the rows mean other prefixes; keep the entry in the state_dict",
+                f"the state_dict holds {prefix}{self._table} without {key}: its address spec could not be compared "
+                "with this module's, and under another spec the rows mean other prefixes; keep the entry in the state_dict",
                 stacklevel=2,
             )
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)

@@ -8,16 +8,19 @@ m_l is added to the input embedding of the token of c_l. There is no gate, no no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..operation.quantization import quantize
 from ..sid import SIDVocabulary
 from .config import PrefixMemConfig
 from .memory import PrefixMemory, check_config
 from .projection import OutputProjection, last_tokens
+from .quantized import QuantizedMemory
 from .saving import load_encoder, save_encoder
 
 
@@ -56,13 +59,43 @@ class PrefixMem(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout = {dropout!r}; allowed are 0 <= p < 1")
         self.config, self.dropout = config, dropout
+        kind = PrefixMemory if config.quantization is None else QuantizedMemory
         options = {"backend": backend, "grad": grad, "deterministic": deterministic}
-        self.memory = PrefixMemory(config, **options, tables=tables, overlap=overlap, device=device, dtype=dtype)
+        self.memory = kind(config, **options, tables=tables, overlap=overlap, device=device, dtype=dtype)
         self.out_proj = OutputProjection(config, device=device, dtype=dtype)
+        if config.quantization is not None:
+            self.requires_grad_(False)
 
     def reset_output(self) -> None:
         """Start W_out afresh, near zero: what a pre-trained memory needs when it meets a new model."""
         self.out_proj.reset_parameters()
+
+    def quantize(self, kind: str) -> PrefixMem:
+        """A copy for serving, with tables of 8 bits a number and a scale a row.
+
+        It is called, attached, moved, saved and read like this one, and S comes out in the dtype of this one's tables.
+        Its memory is a `QuantizedMemory`. It is not trained: its tables have no gradient, and its W_out is frozen.
+
+        Args:
+            kind: "int8", or "fp8", which is e4m3; `operation/quantization.py` bounds the errors of both.
+
+        Raises:
+            TypeError: the tables are float64.
+            ValueError: `kind` is unknown, a row is not finite, or the encoder is quantized already.
+        """
+        if self.config.quantization is not None:
+            raise ValueError(
+                f"the encoder is {self.config.quantization} already; quantize the one that it was made from"
+            )
+        table = quantize(self.memory.weight, kind)
+        config, options = (
+            replace(self.config, quantization=kind),
+            {"backend": self.memory.backend, "dropout": self.dropout},
+        )
+        encoder = PrefixMem(config, device="meta", dtype=self.memory.weight.dtype, **options)
+        encoder.memory.values, encoder.memory.scales = table
+        encoder.out_proj.weight = nn.Parameter(self.out_proj.weight.detach().clone(), requires_grad=False)
+        return encoder.train(self.training)
 
     def save_pretrained(
         self, path: str | Path, vocabulary: SIDVocabulary | None = None, *, max_shard_size: int | str = "2GB"

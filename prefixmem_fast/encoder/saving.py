@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
+from .._choices import DTYPES
 from .._inputs import clipped
 from .._pages import ask_for_huge_pages
+from .._weights import SAVE_AGAIN
 from ..checkpoint import CONFIG, CheckpointError
 from ..sid import SIDVocabulary
 from .host_tables import MappedTable
@@ -74,16 +76,19 @@ def load_encoder(
 
     def load(folder: Path, stored: dict[str, Any]) -> Encoder:
         config, fresh = _config_of(kind, folder, stored, hidden_size, active_levels)
-        stored_dtype = getattr(torch, next(iter(stored["tensors"].values()))["dtype"])
+        first = next(iter(stored["tensors"].values()))  # a parameter
+        if first["dtype"] not in DTYPES:
+            raise CheckpointError(f"{folder / CONFIG}: its first tensor is of {first['dtype']}; {SAVE_AGAIN}")
+        stored_dtype = getattr(torch, first["dtype"])
         with torch.inference_mode(False), torch.no_grad():  # loaded while serving, it can still be trained
             encoder = _on_meta(kind, config, folder, dtype=dtype or stored_dtype, **options)
             names = [name for name in _tensors_of(encoder) if not (fresh and name == "out_proj.weight")]
-            shapes = {name: _tensors_of(encoder)[name].shape for name in names}
-            sources = checkpoint.check_tensors(shapes, folder, stored)
+            wanted = {name: _tensors_of(encoder)[name] for name in names}
+            sources = checkpoint.check_tensors(wanted, folder, stored)
             if options.get("tables") == "mapped":
                 _check_dtype(dtype, sources[_TABLE].dtype)
                 encoder.memory.weight = MappedTable(sources[_TABLE].mapped(verify=verify), requires_grad=False)
-                del shapes[_TABLE]
+                names.remove(_TABLE)
             try:
                 encoder = encoder.to_empty(device=device or torch.get_default_device())
             except RuntimeError as error:
@@ -91,7 +96,7 @@ def load_encoder(
                     raise
                 size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors_of(encoder).values())
                 raise MemoryError(f"{folder}: the encoder takes {size} bytes, more than there is ({error})") from None
-            targets = {name: tensor for name, tensor in _tensors_of(encoder).items() if name in shapes}
+            targets = {name: tensor for name, tensor in _tensors_of(encoder).items() if name in names}
             for tensor in targets.values():
                 ask_for_huge_pages(tensor)
             checkpoint.copy_tensors(targets, folder, stored, verify=verify)
@@ -117,6 +122,11 @@ def _config_of(
         config = kind.config_class.from_dict(stored["encoder"])
         fresh = hidden_size is not None and hidden_size != config.hidden_size
         if fresh:
+            if getattr(config, "quantization", None) is not None:
+                raise ValueError(
+                    f"hidden_size = {hidden_size}, and the encoder, which is quantized and not trained, has "
+                    f"{config.hidden_size}; W_out cannot start afresh"
+                )
             config = replace(config, hidden_size=hidden_size)
         if active_levels is not None:
             config = config.with_active_levels(active_levels)
@@ -164,12 +174,13 @@ def load_weights(encoder: Encoder, path: str | Path) -> bool:
         if hasattr(encoder, "memory"):
             encoder.memory.check_writable()
         own = encoder.config.to_dict()
-        names = [name for name in own if name not in _HOW_WEIGHTS_STARTED and stored["encoder"].get(name) != own[name]]
+        compared = [name for name in dict.fromkeys((*own, *stored["encoder"])) if name not in _HOW_WEIGHTS_STARTED]
+        names = [name for name in compared if stored["encoder"].get(name) != own.get(name)]
         if names:
             values = json.dumps({name: stored["encoder"].get(name) for name in names})[:4000]
             raise CheckpointError(
                 f"{folder / CONFIG} is of another encoder: it differs in {', '.join(names)}\n"
-                f"  checkpoint: {values}\n  encoder:    {json.dumps({name: own[name] for name in names})[:4000]}"
+                f"  checkpoint: {values}\n  encoder:    {json.dumps({name: own.get(name) for name in names})[:4000]}"
             )
         return checkpoint.copy_tensors(_tensors_of(encoder), folder, stored)
 
@@ -177,4 +188,5 @@ def load_weights(encoder: Encoder, path: str | Path) -> bool:
 
 
 def _tensors_of(encoder: Encoder) -> dict[str, Tensor]:
-    return {name: tensor.detach() for name, tensor in encoder.named_parameters()}
+    """Parameters, then buffers: what a quantized encoder keeps its tables in."""
+    return {name: tensor.detach() for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers())}

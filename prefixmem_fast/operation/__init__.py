@@ -2,6 +2,8 @@
 
 functions.py      what users call: prefix_rows, prefix_memory, token_memory
 operators.py      the same as torch custom operators, with their derivatives
+quantized.py      the same of tables of 8 bits a number: quantized_prefix_memory, quantized_token_memory
+quantization.py   a table to 8 bits a number with a scale a row, and back
 row_gradients.py  the gradient as rows: grad="sparse" and grad="fused"
 spent_gradient.py what stands in weight.grad after a fused update
 sparse_norm.py    the norm of sparse gradients that torch lacks

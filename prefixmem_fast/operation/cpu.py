@@ -19,7 +19,8 @@ from .._dtypes import accumulator
 from ..addressing import AddressSpec, TokenStream, prefix_rows, token_codes
 from ..addressing.addresses import cut_prefix, order_rows
 from ..addressing.token_stream import token_entries
-from .interface import PrefixState, RowSums
+from .interface import PrefixState, QuantizedTable, RowSums
+from .quantization import dequantized
 from .rules import RowUpdate
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "forward",
     "fused_update",
     "prefix_rows",
+    "quantized_decoding_step",
+    "quantized_forward",
     "row_sums",
     "sparse_update",
     "state_copies",
@@ -42,8 +45,10 @@ def _chunks(total: int, bytes_each: int) -> Iterator[slice]:
     return (slice(low, min(low + size, total)) for low in range(0, total, size))
 
 
-def _gather(table: Tensor, rows: Tensor) -> Tensor:
+def _gather(table: Tensor | QuantizedTable, rows: Tensor) -> Tensor:
     """table[rows] ``[E, w]``: bags of one row, because embedding_bag prefetches and index_select does not."""
+    if isinstance(table, QuantizedTable):  # which embedding_bag does not take
+        return dequantized(table, rows)
     return F.embedding_bag(rows[:, None], table, mode="sum")
 
 
@@ -52,16 +57,34 @@ def _gather(table: Tensor, rows: Tensor) -> Tensor:
 
 def forward(source: Tensor | TokenStream, weight: Tensor, spec: AddressSpec) -> Tensor:
     """S; see `reference.forward`."""
-    width = spec.heads * weight.shape[1]
+    return _forward(source, weight, weight.shape[1], spec, weight.dtype)
+
+
+def quantized_forward(
+    source: Tensor | TokenStream, table: QuantizedTable, spec: AddressSpec, dtype: torch.dtype
+) -> Tensor:
+    """S of a quantized table; see `reference.quantized_forward`."""
+    return _forward(source, table, table.values.shape[1], spec, dtype)
+
+
+def _forward(
+    source: Tensor | TokenStream,
+    table: Tensor | QuantizedTable,
+    row_width: int,
+    spec: AddressSpec,
+    dtype: torch.dtype,
+) -> Tensor:
+    width = spec.heads * row_width
     if isinstance(source, TokenStream):
-        out = torch.zeros((source.input_ids.numel(), width), dtype=weight.dtype)
+        out = torch.zeros((source.input_ids.numel(), width), dtype=dtype)
         token_sids = _find_sids(source, spec)
         sids = _Sids(*cut_prefix(token_sids.codes, spec))
     else:
-        out = torch.empty((len(source), len(spec.active_levels), width), dtype=weight.dtype)
+        out = torch.empty((len(source), len(spec.active_levels), width), dtype=dtype)
         sids = _Sids(*cut_prefix(source, spec))
     for part in _chunks(len(sids.codes), width * 4):
-        for a, total in _level_sums(_Sids(sids.codes[part], sids.length[part]), weight, spec):
+        zeros = torch.zeros((len(sids.codes[part]), spec.heads, row_width), dtype=accumulator(dtype))
+        for a, total in _level_sums(_Sids(sids.codes[part], sids.length[part]), table, zeros, spec):
             if isinstance(source, TokenStream):
                 level = spec.active_levels[a]
                 here = token_sids.tokens[part] >= level
@@ -103,9 +126,11 @@ def _find_sids(stream: TokenStream, spec: AddressSpec) -> _TokenSids:
     return _TokenSids(codes, first, tokens)
 
 
-def _level_sums(sids: _Sids, weight: Tensor, spec: AddressSpec) -> Iterator[tuple[int, Tensor]]:
-    """(index of the active level, S ``[M, H, w]`` in the accumulator's dtype), by ascending level."""
-    total = torch.zeros((len(sids.codes), spec.heads, weight.shape[1]), dtype=accumulator(weight.dtype))
+def _level_sums(
+    sids: _Sids, table: Tensor | QuantizedTable, zeros: Tensor, spec: AddressSpec
+) -> Iterator[tuple[int, Tensor]]:
+    """(index of the active level, S ``[M, H, w]`` in the accumulator's dtype), by ascending level; from `zeros`."""
+    total = zeros
     summed = 0
     for a, level in enumerate(spec.active_levels):
         if spec.mode != "prefix":
@@ -114,7 +139,7 @@ def _level_sums(sids: _Sids, weight: Tensor, spec: AddressSpec) -> Iterator[tupl
         for order in spec.orders_at(level):
             if order > summed:
                 rows, alive = _order_rows(sids, level, order, spec)
-                read = _gather(weight, rows.flatten()).view(total.shape)
+                read = _gather(table, rows.flatten()).view(total.shape)
                 if not alive.all():
                     read = torch.where(alive[:, None, None], read, 0)
                 total += read
@@ -328,6 +353,29 @@ def state_copies(weight: Tensor, spec: AddressSpec) -> int:
 
 def decoding_step(tokens: Tensor, token_table: Tensor, state: PrefixState, weight: Tensor, spec: AddressSpec) -> Tensor:
     """S ``[B, H * w]`` after one more token; see `reference.decoding_step`. Each order is hashed once a step."""
+    return _decoding_step(tokens, token_table, state, weight, spec, weight.dtype)
+
+
+def quantized_decoding_step(
+    tokens: Tensor,
+    token_table: Tensor,
+    state: PrefixState,
+    table: QuantizedTable,
+    spec: AddressSpec,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The same of a quantized table; see `reference.quantized_decoding_step`."""
+    return _decoding_step(tokens, token_table, state, table, spec, dtype)
+
+
+def _decoding_step(
+    tokens: Tensor,
+    token_table: Tensor,
+    state: PrefixState,
+    table: Tensor | QuantizedTable,
+    spec: AddressSpec,
+    dtype: torch.dtype,
+) -> Tensor:
     codes, level, total = state.codes[0], state.level[0], state.total
     token_level, code = token_entries(tokens, token_table)
     level.copy_(torch.where((token_level == 1) | (token_level == level + 1), token_level, 0))
@@ -335,9 +383,10 @@ def decoding_step(tokens: Tensor, token_table: Tensor, state: PrefixState, weigh
     codes.copy_(torch.where(levels == level[:, None], code[:, None], torch.where((level > 1)[:, None], codes, -1)))
     total.masked_fill_((level <= 1 if spec.mode == "prefix" else level >= 0)[:, None, None], 0)
     for rows in _rows_at_level(codes, level, spec):
-        total.add_(torch.where((rows >= 0)[..., None], weight[rows.clamp(min=0)].to(total.dtype), 0))
+        read = _gather(table, rows.clamp(min=0).flatten()).view(total.shape)
+        total.add_(torch.where((rows >= 0)[..., None], read, 0))
     active = (level[:, None] == level.new_tensor(spec.active_levels)).any(1)
-    return torch.where(active[:, None, None], total, 0).to(weight.dtype).flatten(1)
+    return torch.where(active[:, None, None], total, 0).to(dtype).flatten(1)
 
 
 def _rows_at_level(codes: Tensor, level: Tensor, spec: AddressSpec) -> Iterator[Tensor]:

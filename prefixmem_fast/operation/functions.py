@@ -32,11 +32,11 @@ def prefix_rows(codes: Tensor, spec: AddressSpec, *, backend: str = "auto") -> T
         TypeError, ValueError: an argument's type, dtype, shape or value is not as stated.
         BackendError: the backend cannot run on these tensors.
     """
-    _check_spec(spec)
+    check_spec(spec)
     check_codes(codes, spec.levels)
     backend = choose_backend(backend, codes=codes)
-    rows = operators.prefix_rows(_two_dimensional(codes), spec.key, backend)
-    return _as_given(rows, codes)
+    rows = operators.prefix_rows(two_dimensional(codes), spec.key, backend)
+    return as_given(rows, codes)
 
 
 def prefix_memory(
@@ -71,18 +71,18 @@ def prefix_memory(
         TypeError, ValueError: an argument's type, dtype, shape or value is not as stated.
         BackendError: the backend cannot run on these tensors.
     """
-    _check_spec(spec)
+    check_spec(spec)
     check_codes(codes, spec.levels)
     _check_weight(weight, spec)
     _check_gradient(grad, deterministic)
     backend = choose_backend(backend, codes=codes, weight=weight)
-    codes_2d = _two_dimensional(codes)
+    codes_2d = two_dimensional(codes)
     if grad == "dense":
         with operators.undifferentiated(weight):
             S = operators.prefix_memory(codes_2d, weight, spec.key, backend, deterministic)
     else:
         S = read_memory(weight, codes_2d, spec, backend, grad)
-    return _as_given(S, codes)
+    return as_given(S, codes)
 
 
 def token_memory(
@@ -114,7 +114,7 @@ def token_memory(
         TypeError, ValueError: an argument's type, dtype, shape or value is not as stated.
         BackendError: the backend cannot run on these tensors.
     """
-    _check_spec(spec)
+    check_spec(spec)
     stream = TokenStream(input_ids, token_table, segment_ids)
     check_stream(stream)
     _check_weight(weight, spec)
@@ -142,11 +142,11 @@ def _check_gradient(grad: str, deterministic: bool) -> None:
     _checks.boolean("deterministic", deterministic)
 
 
-def _two_dimensional(codes: Tensor) -> Tensor:
+def two_dimensional(codes: Tensor) -> Tensor:
     return codes if codes.dim() == 2 else codes.reshape(-1, codes.shape[-1])
 
 
-def _as_given(result: Tensor, codes: Tensor) -> Tensor:
+def as_given(result: Tensor, codes: Tensor) -> Tensor:
     """A result of codes ``[M, L]`` in the leading dimensions of the codes that were given."""
     return result if codes.dim() == 2 else result.view(*codes.shape[:-1], *result.shape[1:])
 
@@ -174,7 +174,7 @@ def check_stream(stream: TokenStream) -> None:
             )
 
 
-def _check_spec(spec: AddressSpec) -> None:
+def check_spec(spec: AddressSpec) -> None:
     if not isinstance(spec, AddressSpec):
         raise TypeError(f"spec is a {type(spec).__name__}; give an AddressSpec")
 

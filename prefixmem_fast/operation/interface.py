@@ -8,8 +8,12 @@
     sparse_update(grad, update)                              a sparse gradient to an update of its rows
     state_copies(weight, spec)                               copies of a prefix state that a step needs
     decoding_step(tokens, token_table, state, weight, spec)  one token of each sequence to S
+    quantized_forward(source, table, spec, dtype)            S of a quantized table
+    quantized_decoding_step(tokens, token_table, state, table, spec, dtype)
 
-`source` is codes ``[M, L]`` or a `TokenStream`, `grad` is dS, `update` a `RowUpdate`.
+`source` is codes ``[M, L]`` or a `TokenStream`, `grad` is dS, `update` a `RowUpdate`. `table` is a `QuantizedTable`,
+whose S is summed in float32 and rounded once, to `dtype`: float32, bfloat16 or float16. There is no gradient of it.
+`state_copies` takes its values for `weight`.
 """
 
 from __future__ import annotations
@@ -27,7 +31,24 @@ FUNCTIONS = (
     "sparse_update",
     "state_copies",
     "decoding_step",
+    "quantized_forward",
+    "quantized_decoding_step",
 )
+
+
+class QuantizedTable(NamedTuple):
+    """A fused table of 8 bits a number, with a scale a row.
+
+    The row that it stands for is ``float32(values[row]) * scales[row]``, each product rounded to float32; S adds these
+    in float32, from 0, by ascending order.
+
+    Attributes:
+        values: int8 or float8_e4m3fn ``[R, w]``, all of them numbers.
+        scales: float32 ``[R]``, not negative.
+    """
+
+    values: Tensor
+    scales: Tensor
 
 
 class RowSums(NamedTuple):

@@ -21,6 +21,7 @@ from torch._ops import OpOverload
 
 from ..addressing import AddressSpec, TokenStream
 from .backends import functions_of
+from .interface import QuantizedTable
 
 _NAMESPACE = "prefixmem_fast"
 _AS_EVER = nullcontext()
@@ -179,6 +180,42 @@ _differentiates(token_memory, 3)(token_memory_backward)
 @_differentiates(token_memory_backward, 0)
 def _(grad_weight, input_ids, token_table, segment_ids, *options):
     return token_memory(input_ids, token_table, segment_ids, grad_weight, *options)
+
+
+# Quantized tables: forward alone
+
+
+@_operator
+def quantized_prefix_memory(
+    codes: Tensor, values: Tensor, scales: Tensor, spec: str, dtype: torch.dtype, backend: str
+) -> Tensor:
+    return functions_of(backend).quantized_forward(codes, QuantizedTable(values, scales), _spec(spec), dtype)
+
+
+@_fake_of(quantized_prefix_memory)
+def _(codes, values, scales, spec, dtype, backend):
+    s = _spec(spec)
+    return scales.new_empty((codes.shape[0], len(s.active_levels), s.heads * values.shape[1]), dtype=dtype)
+
+
+@_operator
+def quantized_token_memory(
+    input_ids: Tensor,
+    token_table: Tensor,
+    segment_ids: Tensor | None,
+    values: Tensor,
+    scales: Tensor,
+    spec: str,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    stream = TokenStream(input_ids, token_table, segment_ids)
+    return functions_of(backend).quantized_forward(stream, QuantizedTable(values, scales), _spec(spec), dtype)
+
+
+@_fake_of(quantized_token_memory)
+def _(input_ids, token_table, segment_ids, values, scales, spec, dtype, backend):
+    return scales.new_empty((*input_ids.shape, _spec(spec).heads * values.shape[1]), dtype=dtype)
 
 
 def _torch_asks_for_it() -> bool:

@@ -5,6 +5,8 @@
 
 The rows are those of `addressing/`. Sums run over n = 1 .. N in float32 (float64 for a float64 table) and are rounded
 once, to the table's dtype. An order that the prefix does not reach adds zero and receives no gradient.
+
+A quantized table is read as the float32 rows that it stands for, and has no gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from .._dtypes import accumulator
 from ..addressing import AddressSpec, TokenStream, prefix_rows, token_codes
 from ..addressing.addresses import active_rows
 from ..addressing.token_stream import token_entries
-from .interface import PrefixState, RowSums
+from .interface import PrefixState, QuantizedTable, RowSums
+from .quantization import dequantized
 from .rules import RowUpdate
 
 __all__ = [
@@ -25,6 +28,8 @@ __all__ = [
     "forward",
     "fused_update",
     "prefix_rows",
+    "quantized_decoding_step",
+    "quantized_forward",
     "row_sums",
     "sparse_update",
     "state_copies",
@@ -42,23 +47,43 @@ def forward(source: Tensor | TokenStream, weight: Tensor, spec: AddressSpec) -> 
         ``[..., A, H * w]`` in the dtype of `weight`, one vector for each active level; for a token stream
         ``[B, T, H * w]``, zero where a token stands at no active level of a SID.
     """
+    return _forward(source, weight, spec, weight.dtype)
+
+
+def quantized_forward(
+    source: Tensor | TokenStream, table: QuantizedTable, spec: AddressSpec, dtype: torch.dtype
+) -> Tensor:
+    """`forward` of the float32 table that a quantized one stands for, in `dtype`."""
+    return _forward(source, table, spec, dtype)
+
+
+def _forward(
+    source: Tensor | TokenStream, table: Tensor | QuantizedTable, spec: AddressSpec, dtype: torch.dtype
+) -> Tensor:
     if not isinstance(source, TokenStream):
-        return _sum_orders(active_rows(source, spec), weight)
+        return _sum_orders(active_rows(source, spec), table, dtype)
     codes, level = token_codes(source, spec.levels)
-    S = _sum_orders(active_rows(codes, spec), weight)  # [B, T, A, H * w]
+    S = _sum_orders(active_rows(codes, spec), table, dtype)  # [B, T, A, H * w]
     out = torch.zeros_like(S[..., 0, :])
     for a, active in enumerate(spec.active_levels):
         out = torch.where((level == active)[..., None], S[..., a, :], out)
     return out
 
 
-def _sum_orders(rows: Tensor, weight: Tensor) -> Tensor:
+def _sum_orders(rows: Tensor, table: Tensor | QuantizedTable, dtype: torch.dtype) -> Tensor:
     """Rows ``[..., A, N, H]``, -1 for none, to S ``[..., A, H * w]``."""
-    dtype = accumulator(weight.dtype)
-    total = torch.zeros((*rows.shape[:-2], rows.shape[-1], weight.shape[1]), dtype=dtype, device=weight.device)
+    width = (table.values if isinstance(table, QuantizedTable) else table).shape[1]
+    total = torch.zeros((*rows.shape[:-2], rows.shape[-1], width), dtype=accumulator(dtype), device=rows.device)
     for row in rows.unbind(-2):  # [..., A, H]
-        total = total + torch.where(row[..., None] >= 0, weight[row.clamp(min=0)].to(dtype), 0)
-    return total.to(weight.dtype).flatten(-2)
+        total = total + torch.where(row[..., None] >= 0, _read(table, row.clamp(min=0)), 0)
+    return total.to(dtype).flatten(-2)
+
+
+def _read(table: Tensor | QuantizedTable, rows: Tensor) -> Tensor:
+    """Rows in the accumulator's dtype."""
+    if isinstance(table, QuantizedTable):
+        return dequantized(table, rows)
+    return table[rows].to(accumulator(table.dtype))
 
 
 def dense_gradient(
@@ -119,6 +144,29 @@ def decoding_step(tokens: Tensor, token_table: Tensor, state: PrefixState, weigh
 
     In prefix mode S_l = S_{l-1} + e_l: a step reads the H rows of order l alone. The other modes sum a level anew.
     """
+    return _decoding_step(tokens, token_table, state, weight, spec, weight.dtype)
+
+
+def quantized_decoding_step(
+    tokens: Tensor,
+    token_table: Tensor,
+    state: PrefixState,
+    table: QuantizedTable,
+    spec: AddressSpec,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`decoding_step` of the float32 table that a quantized one stands for; S in `dtype`."""
+    return _decoding_step(tokens, token_table, state, table, spec, dtype)
+
+
+def _decoding_step(
+    tokens: Tensor,
+    token_table: Tensor,
+    state: PrefixState,
+    table: Tensor | QuantizedTable,
+    spec: AddressSpec,
+    dtype: torch.dtype,
+) -> Tensor:
     level, code = token_entries(tokens, token_table)
     level = torch.where((level == 1) | (level == state.level[0] + 1), level, 0)
     levels = torch.arange(1, spec.levels + 1, device=level.device)
@@ -136,6 +184,6 @@ def decoding_step(tokens: Tensor, token_table: Tensor, state: PrefixState, weigh
         state.total.masked_fill_((level > 0)[:, None, None], 0)
     state.total.masked_fill_((level <= 1)[:, None, None], 0)
     for row in torch.where((level > 0)[:, None, None], rows, -1).unbind(1):  # [B, H]
-        state.total.add_(torch.where(row[..., None] >= 0, weight[row.clamp(min=0)].to(state.total.dtype), 0))
+        state.total.add_(torch.where(row[..., None] >= 0, _read(table, row.clamp(min=0)), 0))
     active = (level[:, None] == level.new_tensor(spec.active_levels)).any(1)
-    return torch.where(active[:, None, None], state.total, 0).to(weight.dtype).flatten(1)
+    return torch.where(active[:, None, None], state.total, 0).to(dtype).flatten(1)

@@ -9,7 +9,7 @@ from ..addressing import AddressSpec, TokenStream
 from ..kernels import atomic_backward, decode, rows, sorted_backward
 from ..kernels import forward as forward_kernels
 from ..kernels.update import Destination, Epilogue, halves, logarithm, pair
-from .interface import PrefixState, RowSums
+from .interface import PrefixState, QuantizedTable, RowSums
 from .rounding import mix_seed
 from .rules import RowUpdate
 
@@ -23,6 +23,14 @@ def forward(source: Tensor | TokenStream, weight: Tensor, spec: AddressSpec) -> 
     launch = forward_kernels.token_memory_fwd if isinstance(source, TokenStream) else forward_kernels.prefix_memory_fwd
     with torch.cuda.device_of(weight):
         return launch(_contiguous(source), weight.contiguous(), spec)
+
+
+def quantized_forward(
+    source: Tensor | TokenStream, table: QuantizedTable, spec: AddressSpec, dtype: torch.dtype
+) -> Tensor:
+    launch = forward_kernels.token_memory_fwd if isinstance(source, TokenStream) else forward_kernels.prefix_memory_fwd
+    with torch.cuda.device_of(table.values):
+        return launch(_contiguous(source), _bytes_of(table), spec, table.scales.contiguous(), dtype)
 
 
 def dense_gradient(
@@ -62,6 +70,25 @@ def state_copies(weight: Tensor, spec: AddressSpec) -> int:
 def decoding_step(tokens: Tensor, token_table: Tensor, state: PrefixState, weight: Tensor, spec: AddressSpec) -> Tensor:
     with torch.cuda.device_of(weight):
         return decode.token_step(tokens.contiguous(), token_table, *state, weight.contiguous(), spec)
+
+
+def quantized_decoding_step(
+    tokens: Tensor,
+    token_table: Tensor,
+    state: PrefixState,
+    table: QuantizedTable,
+    spec: AddressSpec,
+    dtype: torch.dtype,
+) -> Tensor:
+    with torch.cuda.device_of(table.values):
+        values, scales = _bytes_of(table), table.scales.contiguous()
+        return decode.token_step(tokens.contiguous(), token_table, *state, values, spec, scales, dtype)
+
+
+def _bytes_of(table: QuantizedTable) -> Tensor:
+    """The values as kernels take them: int8, or uint8 for the bits of e4m3, a type that not every GPU has."""
+    values = table.values.contiguous()
+    return values if values.dtype == torch.int8 else values.view(torch.uint8)
 
 
 def _contiguous(source: Tensor | TokenStream) -> Tensor | TokenStream:

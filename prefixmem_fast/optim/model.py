@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from ..encoder import PrefixMem, PrefixMemory, SIDTransformer
+from ..encoder import PrefixMem, PrefixMemory, QuantizedMemory, SIDTransformer
 from .rows import RowOptimizer, RowWiseAdagrad, WaitsForUpdates, check_state, is_table, restore_state
 
 
@@ -41,7 +41,7 @@ def for_model(
         encoder_needed: False takes a model without an encoder too, for comparisons.
 
     Raises:
-        TypeError, ValueError: an argument is not as stated, or the model holds no encoder.
+        TypeError, ValueError: an argument is not as stated, or the model holds no encoder, or a quantized one.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give a torch module")
@@ -55,6 +55,11 @@ def for_model(
     if encoder_needed and not any(isinstance(module, PrefixMemory) for module in model.modules()):
         raise ValueError(f"model, a {type(model).__name__}, holds no PrefixMem; attach one, or use torch.optim.AdamW")
     memories = [module for module in model.modules() if isinstance(module, PrefixMemory)]
+    if any(isinstance(memory, QuantizedMemory) for memory in memories):
+        raise ValueError(
+            f"model, a {type(model).__name__}, holds a quantized encoder, which is not trained; train the one that it "
+            "was made from, then quantize() that"
+        )
     tables = _trainable(memory.weight for memory in memories if memory.grad != "dense")
     encoders = [module for module in model.modules() if isinstance(module, (PrefixMem, PrefixMemory, SIDTransformer))]
     taken = {id(table) for table in tables}

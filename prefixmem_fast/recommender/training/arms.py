@@ -59,6 +59,11 @@ def build_encoder(
                 f"encoder {config.encoder} has codebook_sizes {encoder.config.codebook_sizes}, the index "
                 f"{codebook_sizes}; pre-train it on this index, or give the codebook_sizes it was trained with"
             )
+        if encoder.config.quantization is not None:
+            raise ValueError(
+                f"encoder {config.encoder} is {encoder.config.quantization}, for serving, and cannot be trained; give "
+                "the one that it was made from"
+            )
         encoder.reset_output()
         return encoder
     order = min(config.max_order, max(levels) if config.mode != "full" else len(codebook_sizes))
