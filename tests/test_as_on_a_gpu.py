@@ -179,6 +179,27 @@ def test_folders_and_copies(on_both, tmp_path):
     assert_close(*on_both(path, {"forward"}))
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_quantized_for_serving(kind, on_both, tmp_path):
+    """Quantized, saved and read; over codes, tokens and steps."""
+
+    def path():
+        encoder().quantize(kind).save_pretrained(tmp_path / kind)
+        one = PrefixMem.from_pretrained(tmp_path / kind)
+        state = DecodingState(one, vocabulary(), 2)
+        prompt = prompts()["input_ids"][:2]
+        return [
+            one(codes()),
+            one.encode_tokens(prompt, vocabulary()),
+            state.prefill(prompt),
+            state.step(prompt[:, 0]),
+            state.total,
+        ]
+
+    functions = {"quantized_forward", "quantized_decoding_step", "state_copies"}
+    assert_close(*on_both(path, functions))
+
+
 @pytest.mark.parametrize("grad", ["sparse", slow("fused"), slow("dense")])
 def test_command_line(grad, on_both, tmp_path, capsys):
     """pretrain, train from it, resume and evaluate, at the defaults of the command line where "sparse" is one."""

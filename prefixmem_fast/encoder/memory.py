@@ -176,7 +176,8 @@ class PrefixMemory(nn.Module):
         elif prefix + self._table in state_dict and not self._is_sharded():
             warnings.warn(
                 f"the state_dict holds {prefix}{self._table} without {key}: its address spec could not be compared "
-                "with this module's, and under another spec the rows mean other prefixes; keep the entry in the state_dict",
+                "with this module's, and under another spec the rows mean other prefixes; keep the entry in the "
+                "state_dict",
                 stacklevel=2,
             )
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)

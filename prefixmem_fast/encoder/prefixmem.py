@@ -84,15 +84,11 @@ class PrefixMem(nn.Module):
             ValueError: `kind` is unknown, a row is not finite, or the encoder is quantized already.
         """
         if self.config.quantization is not None:
-            raise ValueError(
-                f"the encoder is {self.config.quantization} already; quantize the one that it was made from"
-            )
-        table = quantize(self.memory.weight, kind)
-        config, options = (
-            replace(self.config, quantization=kind),
-            {"backend": self.memory.backend, "dropout": self.dropout},
-        )
-        encoder = PrefixMem(config, device="meta", dtype=self.memory.weight.dtype, **options)
+            raise ValueError(f"the encoder is {self.config.quantization}; quantize the one that it was made from")
+        memory = self.memory
+        table = quantize(memory.weight, kind)
+        options = {"backend": memory.backend, "dropout": self.dropout, "dtype": memory.weight.dtype}
+        encoder = PrefixMem(replace(self.config, quantization=kind), device="meta", **options)
         encoder.memory.values, encoder.memory.scales = table
         encoder.out_proj.weight = nn.Parameter(self.out_proj.weight.detach().clone(), requires_grad=False)
         return encoder.train(self.training)

@@ -67,7 +67,8 @@ class QuantizedMemory(PrefixMemory):
                 "was made from"
             )
         _checks.choice("tables", tables, TABLES)
-        if tables != "device" or _checks.boolean("overlap", overlap):
+        _checks.boolean("overlap", overlap)
+        if tables != "device" or overlap:
             raise ValueError(
                 f"tables = {tables!r} and overlap = {overlap!r}, and a quantized table moves with its module and has no "
                 "updates; leave both out, or read the encoder that it was made from in the host's memory"

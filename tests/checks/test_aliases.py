@@ -11,6 +11,7 @@ from prefixmem_fast.checks.aliases import audited
 from prefixmem_fast.kernels import sorted_backward
 from prefixmem_fast.operation import triton as backend
 from prefixmem_fast.operation.interface import PrefixState
+from prefixmem_fast.operation.quantization import quantize
 from tests.helpers.cases import mostly_slow, token_case
 
 
@@ -41,12 +42,17 @@ def every_function(mode, width=20):
     sparse = torch.sparse_coo_tensor(torch.randint(0, 9, (1, 50)), torch.randn(50, width), weight.shape)
     backend.sparse_update(sparse, optimizer.begin(weight))
     optimizer.release()
+    quantized = quantize(weight.detach(), "int8"), spec, torch.float32
+    for source in (codes, stream):
+        backend.quantized_forward(source, *quantized)
     copies = backend.state_copies(weight, spec)
     state = PrefixState(
         torch.full((copies, 5, 4), -1), torch.zeros(copies, 5, dtype=torch.int64), torch.zeros(5, 3, width)
     )
     for position in range(3):
-        backend.decoding_step(stream.input_ids[0, position : position + 5], stream.token_table, state, weight, spec)
+        tokens = stream.input_ids[0, position : position + 5]
+        backend.decoding_step(tokens, stream.token_table, state, weight, spec)
+        backend.quantized_decoding_step(tokens, stream.token_table, state, *quantized)
 
 
 KERNELS = {

@@ -27,6 +27,7 @@ from prefixmem_fast import AddressSpec, optim
 from prefixmem_fast._launch import Launch, forget
 from prefixmem_fast.checks import machine_code
 from prefixmem_fast.operation import backends
+from prefixmem_fast.operation.interface import PrefixState, QuantizedTable
 from prefixmem_fast.operation.rules import Hyper, RowUpdate
 
 made, kernels, cumsum = [], set(), torch.cumsum
@@ -97,6 +98,10 @@ def arguments(spec, dtype):
     yield from ({**usual, "codes": codes.to(kind)} for kind in (torch.int32, torch.int16))
     yield {**usual, "first": None}
 
+def step_of(spec):
+    state = PrefixState(torch.zeros(1, 9, 5).long(), torch.zeros(1, 9).long(), torch.zeros(9, spec.heads, 64))
+    return torch.zeros(9).long(), torch.zeros(7, 2).int(), state
+
 def of_every_alignment(spec, weight, codes, grad, first, second, lr, step, rows, values):
     dtype = weight.dtype
     triton.forward(codes, weight, spec)
@@ -120,6 +125,11 @@ for target, chosen in (("sm_90", specs), ("sm_80", specs[:1])):
         for spec, dtype in product(chosen, dtypes):
             for given in arguments(spec, dtype):
                 of_every_alignment(spec, **given)
+        for spec, values, dtype in product(chosen, (torch.int8, torch.float8_e4m3fn), dtypes[:2]):
+            values, scales = torch.zeros(spec.total_rows, 64, dtype=values), torch.zeros(spec.total_rows)
+            for table in (values, scales), (moved(values), scales), (values, moved(scales)):
+                triton.quantized_forward(torch.zeros(40, 5, dtype=torch.int64), QuantizedTable(*table), spec, dtype)
+                triton.quantized_decoding_step(*step_of(spec), QuantizedTable(*table), spec, dtype)
     forget()
 print(json.dumps(Counter(made)))
 """
