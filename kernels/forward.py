@@ -53,16 +53,23 @@ def load_order(
 
 @triton.jit
 def numbers(b_stored, ACC: tl.constexpr):
-    """What `load_order` returned, as numbers [BM, BH, BW] of the accumulator's dtype."""
+    """What `load_order` returned, as numbers [BM, BH, BW] of the accumulator's dtype.
+
+    8 bits become float32 by integer operations. Of int8 a conversion would be the same, but it is slow, and ptxas gives
+    it more registers than there are; e4m3 is no type of every GPU's.
+    """
     b_values = b_stored[0]
     if len(b_stored) == 1:
         b_row = b_values.to(ACC)
     else:
         b_scale = b_stored[1]
-        if b_values.dtype == tl.uint8:  # e4m3: seven zeros behind its bits, and one behind its sign, make a float16
+        if b_values.dtype == tl.int8:  # the last bits of a float32 from 2^23 on are its units
+            b_bits = (b_values.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.int32) | 0x4B000000
+            b_values = b_bits.to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
+        else:  # seven zeros behind e4m3's bits, and one behind its sign, make a float16 of 1/256 of it
             b_bits = (b_values.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4001
-            b_values, b_scale = b_bits.to(tl.float16, bitcast=True), b_scale * 256  # of 1/256 of it
-        b_row = b_values.to(ACC) * b_scale[:, :, None]
+            b_values, b_scale = b_bits.to(tl.float16, bitcast=True).to(tl.float32), b_scale * 256
+        b_row = b_values * b_scale[:, :, None]
     return b_row
 
 

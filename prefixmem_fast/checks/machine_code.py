@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .._choices import DTYPES, MODES, TARGETS
+from .._choices import DTYPES, MODES, QUANTIZATIONS, TARGETS
 from ..operation import BackendError
 from .launches import WIDTH, Launch, compiled_by, launches, paper_spec, problem, record, sids_of, stand_in_driver
 from .pointers import Pointers
@@ -91,6 +91,8 @@ _SORTING = {
 
 def _chosen(mode: str, dtype: str, launcher: str) -> bool:
     """Whether `compile_all` takes a launcher."""
+    if launcher.startswith(QUANTIZATIONS):
+        return mode == "prefix"
     if launcher not in {name for names in _SORTING.values() for name in names}:
         return True
     return launcher in (_SORTING[dtype] if mode == "prefix" else ("row_adagrad_bwd",))
@@ -100,6 +102,8 @@ def compile_all(
     targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = DTYPES, launchers: tuple[str, ...] | None = None
 ) -> Iterator[Compiled]:
     """Compile every kernel for every target and dtype at the paper's default shape, and the other modes in bfloat16.
+
+    Kernels over quantized tables are taken in prefix mode, with S in each dtype that it can have.
 
     A kernel that several launchers share is reported once. With `launchers`, theirs alone, in prefix mode.
 

@@ -124,6 +124,32 @@ def test_atomics_are_relaxed():
     assert found == {"prefix_memory_bwd", "token_memory_bwd"} | claims
 
 
+QUANTIZED = """
+import json, re, torch
+from prefixmem_fast.checks import launches, machine_code
+calls = launches.launches(machine_code.paper_spec(), torch.bfloat16, 64)
+for target in ("sm_90", "gfx942"):
+    for name in ("int8_prefix_memory_fwd", "fp8_prefix_memory_fwd"):
+        (kernel,) = launches.compiled_by(calls[name], target)
+        found = machine_code.inspect(kernel, name, "prefix", "bfloat16", target)
+        fused = re.findall(r"fma\\S*f32|v_fmac?_f32|v_mad_f32", kernel.asm["ptx" if target == "sm_90" else "amdgcn"])
+        print(json.dumps([target, found.clean, found.loads, len(fused)]))
+"""
+
+
+def test_kernels_over_quantized_tables():
+    """Of 64 numbers 16 are loaded at once, or 8 by a program of 256 lanes, and no product is fused with its sum: the
+    bits are the reference's."""
+    for line in python("-c", QUANTIZED).splitlines():
+        target, clean, loads, fused = json.loads(line)
+        assert clean
+        assert not fused
+        rows_in_bytes = 8 * 4 * 4 * 64  # BM x N x H x w
+        of_rows = {"sm_90": 16, "gfx942": 8}[target]
+        codes = {"sm_90": 0, "gfx942": 4}[target]  # loads of 8 bytes too
+        assert widths(loads)[of_rows] - codes == rows_in_bytes // (128 if target == "sm_90" else 256) // of_rows
+
+
 STEP = """
 import torch
 from prefixmem_fast.checks import launches, machine_code

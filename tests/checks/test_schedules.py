@@ -26,6 +26,21 @@ LIMITS = {
         most_shared_accesses_in_loops=0,
         most_instructions_a_sid=230,
     ),
+    # Of 8 bits a row is half as many loads, and its scale one more; S goes through shared memory to leave in 16 bytes.
+    ("int8_prefix_memory_fwd", "prefix_memory_fwd"): Limits(
+        least_rows_at_first_wait=7,
+        least_row_bytes_in_flight=60_000,
+        least_resident_warps=32,
+        most_program_rounds=3,
+        most_instructions_a_sid=350,
+    ),
+    ("fp8_prefix_memory_fwd", "prefix_memory_fwd"): Limits(
+        least_rows_at_first_wait=8,
+        least_row_bytes_in_flight=75_000,
+        least_resident_warps=32,
+        most_program_rounds=2,
+        most_instructions_a_sid=330,
+    ),
     ("token_memory_fwd", "token_memory_fwd"): Limits(
         least_rows_at_first_wait=8,
         least_row_bytes_in_flight=140_000,
@@ -47,7 +62,13 @@ LIMITS = {
     ),
 }
 # Launches of one call at 65,536 SIDs.
-MOST_LAUNCHES = {"prefix_memory_fwd": 1, "token_memory_fwd": 1, "row_adagrad_bwd": 6}
+MOST_LAUNCHES = {
+    "prefix_memory_fwd": 1,
+    "int8_prefix_memory_fwd": 1,
+    "fp8_prefix_memory_fwd": 1,
+    "token_memory_fwd": 1,
+    "row_adagrad_bwd": 6,
+}
 
 # Other releases of triton, in folders of their own, from `make triton-releases`; other machine code, other limits.
 _FORWARD = Limits(least_rows_at_first_wait=8, most_program_rounds=2)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixmem_fast import AddressSpec, prefix_memory
+from prefixmem_fast._dtypes import QUANTIZED_DTYPES
 from prefixmem_fast.addressing import TokenStream
 from prefixmem_fast.checks import oracle
 from prefixmem_fast.checks.launches import WIDTH, paper_spec
@@ -59,7 +60,7 @@ def tables(draw):
 @settings(max_examples=150)
 def test_a_number_is_off_by_half_a_step_at_most(weight, kind):
     table = quantize(weight, kind)
-    assert table.values.dtype == {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
+    assert table.values.dtype == QUANTIZED_DTYPES[kind]
     assert table.scales.dtype == torch.float32
     error = (numbers(table).double() - weight.double()).abs()
     assert (error <= element_bound(weight, table.scales, kind)).all()
@@ -189,11 +190,13 @@ def test_sums_are_rounded_once(kind, backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_number_of_e4m3_is_read_as_it_is(backend):
-    """Subnormal ones and zeros of both signs among them; with one order nothing is summed."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_of_8_bits_is_read_as_it_is(kind, backend):
+    """Of e4m3 subnormal ones and zeros of both signs too; with one order nothing is summed."""
     bits = torch.arange(256, dtype=torch.uint8)
-    bits = bits[(bits & 0x7F) != 0x7F]  # NaN
-    values = bits.view(torch.float8_e4m3fn)[:, None]
+    if kind == "fp8":
+        bits = bits[(bits & 0x7F) != 0x7F]  # NaN
+    values = bits.view(QUANTIZED_DTYPES[kind])[:, None]
     spec = AddressSpec((len(bits),), max_order=1, heads=1, table_rows=len(bits))
     for scale in (1.0, 3.0e-5, 2.0**-126, 2.0**118):
         table = QuantizedTable(values, torch.full((len(bits),), scale))
