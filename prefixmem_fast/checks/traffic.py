@@ -24,6 +24,8 @@ from ..addressing import AddressSpec, TokenStream
 from ..encoder import DecodingState, PrefixMem, PrefixMemConfig
 from ..operation import prefix_memory, prefix_rows, token_memory
 from ..operation import triton as backend
+from ..operation.quantization import quantize
+from ..operation.quantized import quantized_prefix_memory
 from ..sid import SIDVocabulary
 from .watching import Watcher, watched
 
@@ -176,6 +178,16 @@ def forward(kind: str = "uniform", dtype: torch.dtype = torch.bfloat16, mode: st
     return Count(f"forward, {mode}, {kind}, {_short(dtype)}", traffic, floor, READING, READ, FORWARD_LAUNCHES)
 
 
+def quantized(kind: str) -> Count:
+    """Codes in, each row and its scale once a SID, S in bfloat16 out. Of a scale, a sector of 32 bytes moves 4."""
+    spec, codes = spec_of(table_rows=3000), codes_of(READ)
+    table = quantize(torch.randn(spec.total_rows, W), kind)
+    with counted(codes=codes, **table._asdict()) as traffic:
+        out = quantized_prefix_memory(codes, table, spec, dtype=torch.bfloat16, backend="triton")
+    floor = codes.numel() * 8 + READ * N * H * (W + 4) + out.numel() * 2
+    return Count(f"forward, prefix, uniform, {kind}", traffic, floor, READING, READ, FORWARD_LAUNCHES)
+
+
 def tokens(text: int = 3, sids: int = 48) -> Count:
     """Ids in, each row once a SID, S of every token out."""
     spec, codes = spec_of(table_rows=3000), codes_of(sids)
@@ -310,6 +322,8 @@ COUNTS: tuple[Callable[[], Count], ...] = (
     lambda: forward("zipf 1.05"),
     lambda: forward("ended"),
     lambda: forward(dtype=torch.float32),
+    lambda: quantized("int8"),
+    lambda: quantized("fp8"),
     lambda: forward(mode="suffix"),
     lambda: forward(mode="full"),
     lambda: tokens(0),

@@ -39,6 +39,14 @@ def test_forward_of_the_other_modes(mode, dtype):
     assert not traffic.forward(mode=mode, dtype=dtype).excess
 
 
+def test_forward_of_a_quantized_table_reads_a_row_in_64_bytes_and_its_scale():
+    count = traffic.quantized("fp8")
+    assert not count.excess
+    for name, size in (("values", W), ("scales", 4)):
+        assert 0 <= traffic.READ * N * H - count.traffic.loaded[name] / size <= 16, "rows that a program needs twice"
+    assert sum(count.traffic.stored.values()) == traffic.READ * A * H * W * 2
+
+
 def test_rows_and_their_limit():
     count = traffic.rows()
     assert not count.excess
