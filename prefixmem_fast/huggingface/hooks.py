@@ -225,7 +225,8 @@ class Attachment:
             self.place_hooks()
         if not self._warned_of_freezing and model.training and hasattr(model, "peft_config"):
             self._warned_of_freezing = True
-            if not any(p.requires_grad for p in self.encoder.parameters()):
+            quantized = getattr(unwrapped(self.encoder).config, "quantization", None) is not None
+            if not quantized and not any(p.requires_grad for p in self.encoder.parameters()):
                 warnings.warn(
                     "get_peft_model has frozen the encoder: attach it to the PeftModel, or list 'prefixmem' in "
                     "modules_to_save",

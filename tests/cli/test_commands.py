@@ -181,6 +181,11 @@ FAULTS = {
         lambda prefill: lambda self, ids: self.encoder.encode_tokens(ids, self.vocabulary),
         "level after the prompt",
     ),
+    "quantized: scales": (
+        "operation.reference.dequantized",
+        lambda read: lambda table, rows: read(table._replace(scales=table.scales * (1 + 2**-6)), rows),
+        "reference int8 decoding step",
+    ),
     "trie": (
         "sid.trie.SIDTrie.is_leaf",
         lambda leaf: lambda self, nodes: leaf(self, nodes + 1),

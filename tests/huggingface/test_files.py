@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -232,6 +233,9 @@ def test_peft_around_an_attached_model(tmp_path):
     model = lora(attach(tiny_model(), encoder(), vocabulary()))
     with pytest.warns(UserWarning, match="get_peft_model has frozen the encoder: attach it to the PeftModel"):
         model.train()(**prompts())
+    with warnings.catch_warnings():  # a quantized encoder is frozen anyway
+        warnings.simplefilter("error", UserWarning)
+        lora(attach(tiny_model(), encoder().quantize("int8"), vocabulary())).train()(**prompts())
     kept = lora(attach(tiny_model(), encoder(), vocabulary()), modules_to_save=["prefixmem"])
     inputs = prompts()
     kept.train()(**inputs, labels=inputs["input_ids"]).loss.backward()

@@ -153,6 +153,14 @@ class TestTokensOfAnotherCatalogue:
         assert len(build(config)[2]) == 18
 
 
+def test_a_quantized_encoder_is_not_trained(tmp_path):
+    encoder = build_encoder(options(tmp_path), (6, 6), 16)
+    encoder.quantize("int8").save_pretrained(tmp_path / "small")
+    message = f"encoder {tmp_path / 'small'} is int8, for serving, and cannot be trained; give the one that it was made"
+    with pytest.raises(ValueError, match=message):
+        build_encoder(options(tmp_path, encoder=str(tmp_path / "small"), grad="dense"), (6, 6), 16)
+
+
 class TestOneLevel:
     @pytest.fixture
     def one_level(self, tmp_path):
