@@ -89,7 +89,7 @@ def verify_shapes(
             if number == 0:
                 some = replace(case, input_ids=case.input_ids[:, :40])
                 check_decoding(report, some, backends, random.Random(seed))
-                check_quantized(report, some, backends)
+                check_quantized(report, case, backends)
             report.cases += number == 0
             report.batches += 1
             yield report
