@@ -90,7 +90,8 @@ INLINE void order_rows(const Spec& spec, const int64_t* __restrict window, int32
 template <int HEADS, class F>
 INLINE void nested_rows(const Spec& spec, const int64_t* __restrict codes, int32_t last, int32_t head, F&& rows_of) {
   uint64_t hash[HEADS] = {};
-  int64_t rows[HEADS], index = 0;
+  int64_t rows[HEADS];
+  uint64_t index = 0;  // of an exact order; beyond the last it may wrap
   const int32_t heads = spec.heads;
   const bool narrow = spec.narrow;
   for (int32_t n = 0; n < last; ++n) {
@@ -98,9 +99,9 @@ INLINE void nested_rows(const Spec& spec, const int64_t* __restrict codes, int32
     const int64_t* __restrict multipliers = &spec.multipliers[n * heads + head];
     const int64_t* __restrict offsets = &spec.offsets[n * heads + head];
     for (int h = 0; h < HEADS; ++h) hash[h] ^= uint64_t(code * multipliers[h]);
+    index = index * uint64_t(spec.sizes[n]) + uint64_t(code);
     if (spec.exact[n]) {
-      index = index * spec.sizes[n] + code;
-      for (int h = 0; h < HEADS; ++h) rows[h] = offsets[h] + index;
+      for (int h = 0; h < HEADS; ++h) rows[h] = offsets[h] + int64_t(index);
     } else {
       const uint64_t total = uint64_t(spec.rows[n]), reciprocal = spec.reciprocals[n];
       for (int h = 0; h < HEADS; ++h) rows[h] = offsets[h] + int64_t(modulo(hash[h], total, reciprocal, narrow));

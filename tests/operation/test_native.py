@@ -47,6 +47,17 @@ def test_any_spec(spec, width, dtype, data):
     assert_row_sums(torch.randn(out.shape).to(dtype), codes, spec)
 
 
+def test_an_exact_order_after_a_hashed_one():
+    """Its index counts the codes of hashed orders too."""
+    spec = AddressSpec((3, 4, 2), max_order=3, heads=2, table_rows=(3, 5, 64), active_levels=(1, 2, 3))
+    assert spec.exact_orders == (1, 3)
+    codes = torch.cartesian_prod(*map(torch.arange, spec.codebook_sizes))
+    weight = torch.randn(spec.total_rows, 3)
+    out = native.forward(codes, weight, spec)
+    assert torch.equal(out, reference.forward(codes, weight, spec))
+    assert_row_sums(torch.randn_like(out), codes, spec)
+
+
 @given(specs(), st.data())
 @settings(max_examples=200)
 def test_rows_are_those_of_the_oracle(spec, data):
