@@ -17,7 +17,7 @@ from .. import _native
 from .._dtypes import accumulator
 from ..addressing import AddressSpec, TokenStream
 from . import cpu
-from .interface import PrefixState, RowSums
+from .interface import PrefixState, QuantizedTable, RowSums
 from .rounding import mix_seed, mix_word
 from .rules import RowUpdate
 
@@ -27,12 +27,21 @@ __all__ = [
     "forward",
     "fused_update",
     "prefix_rows",
+    "quantized_decoding_step",
+    "quantized_forward",
     "row_sums",
     "sparse_update",
     "state_copies",
 ]
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int8: 4,
+    torch.float8_e4m3fn: 5,
+}
 _DLPACK = {torch.float32: (2, 32), torch.float64: (2, 64), torch.bfloat16: (4, 16), torch.float16: (2, 16)}
 _MODES = {"prefix": 0, "suffix": 1, "full": 2}
 _RULES = {"sgd": 0, "row_adagrad": 1, "row_adam": 2, "lazy_adam": 3}
@@ -216,18 +225,34 @@ def _empty_rows(shape: tuple[int, ...]) -> Tensor:
 
 def forward(source: Tensor | TokenStream, weight: Tensor, spec: AddressSpec) -> Tensor:
     """S; see `reference.forward`."""
+    return _forward(source, weight, None, spec, weight.dtype)
+
+
+def quantized_forward(
+    source: Tensor | TokenStream, table: QuantizedTable, spec: AddressSpec, dtype: torch.dtype
+) -> Tensor:
+    """S of a quantized table; see `reference.quantized_forward`."""
+    return _forward(source, *table, spec, dtype)
+
+
+def _forward(
+    source: Tensor | TokenStream, rows: Tensor, scales: Tensor | None, spec: AddressSpec, dtype: torch.dtype
+) -> Tensor:
     given, _alive = _source(source)
-    weight = weight.contiguous()
+    table, _held = _table(rows, scales)
     shape = source.input_ids.shape if isinstance(source, TokenStream) else (len(source), len(spec.active_levels))
-    out = _empty((*shape, spec.heads * weight.shape[1]), weight.dtype)
-    dtype = _DTYPES[weight.dtype]
-    table = weight.data_ptr(), None, dtype, weight.shape[1]
-    _checked(
-        _library().forward(
-            _given(spec), ctypes.addressof(given), *table, out.data_ptr(), dtype, torch.get_num_threads()
-        )
-    )
+    out = _empty((*shape, spec.heads * rows.shape[1]), dtype)
+    to = out.data_ptr(), _DTYPES[dtype]
+    _checked(_library().forward(_given(spec), ctypes.addressof(given), *table, *to, torch.get_num_threads()))
     return out
+
+
+def _table(rows: Tensor, scales: Tensor | None) -> tuple[tuple[int | None, ...], Any]:
+    """Rows, scales or none, dtype and width as the library takes them, and what must live as long."""
+    rows = rows.contiguous()
+    scales = None if scales is None else scales.contiguous()
+    place = None if scales is None else scales.data_ptr()
+    return (rows.data_ptr(), place, _DTYPES[rows.dtype], rows.shape[1]), (rows, scales)
 
 
 # Gradient
@@ -348,9 +373,33 @@ def state_copies(weight: Tensor, spec: AddressSpec) -> int:
 
 def decoding_step(tokens: Tensor, token_table: Tensor, state: PrefixState, weight: Tensor, spec: AddressSpec) -> Tensor:
     """S ``[B, H * w]`` after one more token; see `reference.decoding_step`."""
-    tokens, token_table, weight = tokens.contiguous(), token_table.contiguous(), weight.contiguous()
-    out = torch.empty((len(tokens), spec.heads * weight.shape[1]), dtype=weight.dtype)
-    dtype = _DTYPES[weight.dtype]
+    return _decoding_step(tokens, token_table, state, weight, None, spec, weight.dtype)
+
+
+def quantized_decoding_step(
+    tokens: Tensor,
+    token_table: Tensor,
+    state: PrefixState,
+    table: QuantizedTable,
+    spec: AddressSpec,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The same of a quantized table; see `reference.quantized_decoding_step`."""
+    return _decoding_step(tokens, token_table, state, *table, spec, dtype)
+
+
+def _decoding_step(
+    tokens: Tensor,
+    token_table: Tensor,
+    state: PrefixState,
+    rows: Tensor,
+    scales: Tensor | None,
+    spec: AddressSpec,
+    dtype: torch.dtype,
+) -> Tensor:
+    tokens, token_table = tokens.contiguous(), token_table.contiguous()
+    table, _held = _table(rows, scales)
+    out = torch.empty((len(tokens), spec.heads * rows.shape[1]), dtype=dtype)
     _checked(
         _library().decode(
             _given(spec),
@@ -362,12 +411,9 @@ def decoding_step(tokens: Tensor, token_table: Tensor, state: PrefixState, weigh
             state.codes.data_ptr(),
             state.level.data_ptr(),
             state.total.data_ptr(),
-            weight.data_ptr(),
-            None,
-            dtype,
-            weight.shape[1],
+            *table,
             out.data_ptr(),
-            dtype,
+            _DTYPES[dtype],
             torch.get_num_threads(),
         )
     )

@@ -9,9 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixmem_fast import AddressSpec, optim, prefix_memory
+from prefixmem_fast._choices import QUANTIZATIONS
+from prefixmem_fast._dtypes import SUM_DTYPES
 from prefixmem_fast.addressing import TokenStream
 from prefixmem_fast.checks import oracle
 from prefixmem_fast.operation import native, reference
+from prefixmem_fast.operation.interface import PrefixState, QuantizedTable
+from prefixmem_fast.operation.quantization import quantize
 from tests.helpers.cases import FLOATS, MODES, assert_exact_sums, token_case
 from tests.helpers.strategies import codes_for, specs
 
@@ -78,6 +82,60 @@ def test_any_token_stream(spec, seed, packed):
     out = native.forward(stream, weight, spec)
     assert torch.equal(out, reference.forward(stream, weight, spec))
     assert_row_sums(torch.randn_like(out), stream, spec)
+
+
+# Tables of 8 bits a number
+
+
+def assert_same_steps(ids, token_table, table, spec, dtype):
+    """S of each step and the states after all; tokens are ``[T, B]``."""
+    batch, width = ids.shape[1], table.values.shape[1]
+    ours, theirs = (
+        PrefixState(
+            torch.full((1, batch, spec.levels), -1),
+            torch.zeros((1, batch), dtype=torch.int64),
+            torch.zeros((batch, spec.heads, width)),
+        )
+        for _ in range(2)
+    )
+    for tokens in ids:
+        S = native.quantized_decoding_step(tokens, token_table, ours, table, spec, dtype)
+        assert S.dtype == dtype
+        assert torch.equal(S, reference.quantized_decoding_step(tokens, token_table, theirs, table, spec, dtype))
+    assert all(map(torch.equal, ours, theirs))
+
+
+@given(specs(), st.sampled_from((1, 3, 64)), st.sampled_from(QUANTIZATIONS), st.sampled_from(SUM_DTYPES), st.data())
+@settings(max_examples=200)
+def test_any_quantized_table(spec, width, kind, dtype, data):
+    """Codes, tokens and steps, and what is not contiguous."""
+    codes, seed = data.draw(codes_for(spec)), data.draw(st.integers(0, 10**6))
+    ids, token_table = token_case(spec, (3, 11), seed)
+    ids = ids if seed % 2 else ids.int()
+    table = quantize(torch.randn(spec.total_rows, width), kind)
+    if seed % 3 == 0:
+        table = QuantizedTable(table.values.t().contiguous().t(), table.scales[:1].expand(len(table.scales)))
+    for source in (codes, TokenStream(ids, token_table, None)):
+        S = native.quantized_forward(source, table, spec, dtype)
+        assert S.dtype == dtype
+        assert torch.equal(S, reference.quantized_forward(source, table, spec, dtype))
+    assert_same_steps(ids.t(), token_table, table, spec, dtype)
+
+
+@pytest.mark.parametrize(("mode", "dtype"), list(zip(MODES, SUM_DTYPES, strict=True)))
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_a_quantized_table_by_any_threads(kind, mode, dtype):
+    """Of a size that threads share, with a result in kept memory."""
+    spec = AddressSpec((300,) * 4, max_order=3, heads=3, table_rows=400, mode=mode, active_levels=(1, 3, 4))
+    codes, (ids, token_table) = torch.randint(-20, 320, (1500, 4)), token_case(spec, (700, 4))
+    table = quantize(torch.randn(spec.total_rows, 64), kind)
+    sources = codes, TokenStream(ids, token_table, None)
+    expected = [reference.quantized_forward(source, table, spec, dtype) for source in sources]
+    for count in THREADS:
+        torch.set_num_threads(count)
+        for source, S in zip(sources, expected, strict=True):
+            assert torch.equal(native.quantized_forward(source, table, spec, dtype), S)
+        assert_same_steps(ids.t(), token_table, table, spec, dtype)
 
 
 KINDS = {
