@@ -29,7 +29,7 @@ class PrefixMem(nn.Module):
 
     Args:
         config: with `hidden_size` set.
-        backend, grad, deterministic, tables, overlap: see `PrefixMemory`.
+        backend, grad, deterministic, tables, overlap: see `PrefixMemory`, and `QuantizedMemory` for what it refuses.
         dropout: in training, share of the tokens whose memory is left out; the others are scaled by 1 / (1 - dropout).
             Not in the paper; it keeps a model of a small catalogue from leaning on rows it has learnt by heart.
 
@@ -74,7 +74,8 @@ class PrefixMem(nn.Module):
         """A copy for serving, with tables of 8 bits a number and a scale a row.
 
         It is called, attached, moved, saved and read like this one, and S comes out in the dtype of this one's tables.
-        Its memory is a `QuantizedMemory`. It is not trained: its tables have no gradient, and its W_out is frozen.
+        Its memory is a `QuantizedMemory`. It is not trained: its tables have no gradient, and its W_out is frozen. Its
+        tables are on the device of W_out, also where those of this one are in the host's memory or a map of a file.
 
         Args:
             kind: "int8", or "fp8", which is e4m3; `operation/quantization.py` bounds the errors of both.
@@ -90,6 +91,7 @@ class PrefixMem(nn.Module):
         options = {"backend": memory.backend, "dropout": self.dropout, "dtype": memory.weight.dtype}
         encoder = PrefixMem(replace(self.config, quantization=kind), device="meta", **options)
         encoder.memory.values, encoder.memory.scales = table
+        encoder.memory.to(self.out_proj.weight.device)
         encoder.out_proj.weight = nn.Parameter(self.out_proj.weight.detach().clone(), requires_grad=False)
         return encoder.train(self.training)
 

@@ -70,8 +70,8 @@ class QuantizedMemory(PrefixMemory):
         _checks.boolean("overlap", overlap)
         if tables != "device" or overlap:
             raise ValueError(
-                f"tables = {tables!r} and overlap = {overlap!r}, and a quantized table moves with its module and has no "
-                "updates; leave both out, or read the encoder that it was made from in the host's memory"
+                f"tables = {tables!r} and overlap = {overlap!r}, and a quantized table moves with its module and has "
+                "no updates; leave both out, or read the encoder that it was made from in the host's memory"
             )
         self.config = config
         self.backend, self.grad, self.deterministic = backend, grad, deterministic

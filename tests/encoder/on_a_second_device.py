@@ -142,6 +142,14 @@ def test_decoding():
         assert [shape for _, _, shape in CROSSINGS[1:3]] == [(4,), (4, 8)], "tokens and S"
 
 
+def test_a_quantized_copy_is_where_the_model_is():
+    expected = models.encoder().quantize("int8")
+    found = models.encoder(tables="host").to(FAR).quantize("int8")
+    assert {tensor.device for tensor in (*found.parameters(), *found.buffers())} == {FAR}
+    assert torch.equal(found.memory.values.cpu(), expected.memory.values)
+    assert torch.equal(found(codes().to(FAR)).cpu(), expected(codes()))
+
+
 def test_attached_model():
     """The model's own sums differ in their last bits: the stand-in takes other paths through attention."""
 

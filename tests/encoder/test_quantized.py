@@ -124,6 +124,48 @@ def test_compiled():
     torch.testing.assert_close(torch.compile(one, fullgraph=True)(some), one(some))
 
 
+# Tables in the host's memory
+
+
+def test_tables_move_with_the_module(tmp_path):
+    config = quantized().config
+    quantized().save_pretrained(tmp_path)
+    for make in (lambda **o: PrefixMem(config, **o), lambda **o: PrefixMem.from_pretrained(tmp_path, **o)):
+        for options in ({"tables": "host"}, {"tables": "mapped"}, {"overlap": True}):
+            with bad(ValueError, "and a quantized table moves with its module and has no updates; leave both out"):
+                make(**options)
+        with bad(ValueError, "tables = 'gpu' is unknown; allowed are"):
+            make(tables="gpu")
+        with bad(TypeError, "overlap = 1 is not a bool"):
+            make(overlap=1)
+        one = make(tables="device", overlap=False)
+        assert one.memory.tables == "device"
+        with bad(ValueError, "prefetch is for tables in the host's memory, and a quantized table moves with its"):
+            one.prefetch(codes())
+
+
+@pytest.mark.parametrize("place", ["host", "mapped", "overlap"])
+def test_quantized_from_the_hosts_memory(place, tmp_path):
+    """The table is that of an encoder on its device, with all updates in it."""
+    one = encoder()
+    one.save_pretrained(tmp_path)
+    options = {"tables": "host", "overlap": True, "grad": "fused"} if place == "overlap" else {"tables": place}
+    other = PrefixMem.from_pretrained(tmp_path, **options)
+    if place == "overlap":
+        one = PrefixMem.from_pretrained(tmp_path, grad="fused")
+        for trained in (one, other):
+            optimizer = optim.for_model(trained, lr=0.1)
+            trained(codes(400).fill_(1)).square().sum().backward()  # the other's is under way
+            expected = trained.quantize("int8")
+            optimizer.step()
+            same(trained.quantize("int8").memory.state_dict(), expected.memory.state_dict())
+    found, expected = other.quantize("int8"), one.quantize("int8")
+    same(found.state_dict(), expected.state_dict())
+    some = codes()
+    assert torch.equal(found(some), expected(some))
+    assert found.memory.tables == "device"
+
+
 # Decoding
 
 
