@@ -83,7 +83,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def openmp() -> int | None:
-    """The address of GOMP_parallel in the OpenMP of PyTorch, whose threads the kernels share; None where none is loaded.
+    """The address of GOMP_parallel in PyTorch's OpenMP, whose threads the kernels share; None where none is loaded.
 
     Intel's and LLVM's OpenMP have the function of that name too.
     """
