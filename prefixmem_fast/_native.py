@@ -15,8 +15,10 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from functools import cache
 from importlib.util import find_spec
@@ -28,7 +30,9 @@ from ._files import locked, write_text
 
 FLAGS = (
     "-std=c++17",
-    "-O3",
+    "-O2",
+    "-ftree-vectorize",
+    "-fvect-cost-model=dynamic",
     "-fPIC",
     "-shared",
     "-pthread",
@@ -80,6 +84,18 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
         return None, str(error)
     except OSError as error:
         return None, f"the compiled kernels cannot be loaded ({error}); delete {folder()} to have them compiled again"
+    except Exception as error:  # whatever it is, the PyTorch path runs
+        return None, f"the C++ kernels cannot be compiled or found ({type(error).__name__}: {error})"
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+_forked = False
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def openmp() -> int | None:
@@ -88,7 +104,7 @@ def openmp() -> int | None:
     Intel's and LLVM's OpenMP have the function of that name too.
     """
     maps = Path("/proc/self/maps")
-    if not maps.exists():
+    if _forked or not maps.exists():  # OpenMP's threads are not copied by a fork, and it would wait for them
         return None
     paths = {
         line.split(None, 5)[5] for line in maps.read_text().splitlines() if re.search(r"/lib(g|i)?omp\d?[^/]*$", line)
@@ -123,7 +139,9 @@ def folder() -> Path:
     """Where the libraries of these sources lie, in the cache of torch.utils.cpp_extension."""
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache_home, "torch_extensions"))
-    key = hashlib.sha256(repr((FLAGS, INSTRUCTION_SETS, platform.system(), platform.machine())).encode())
+    key = hashlib.sha256(
+        repr((FLAGS, INSTRUCTION_SETS, platform.system(), platform.machine(), platform.libc_ver())).encode()
+    )
     for path in sources():
         key.update(path.name.encode() + b"\0" + path.read_bytes())
     return root / f"prefixmem_fast-{key.hexdigest()[:16]}"
@@ -138,17 +156,17 @@ def find_or_build() -> Path:
     capability = torch.backends.cpu.get_cpu_capability()
     sets = instruction_sets()
     usable = sets[sets.index(capability) :] if capability in sets else sets[-1:]
-    wanted = folder() / f"{usable[0].lower()}.so"
-    if wanted.exists():
-        return wanted
+    target = folder()
+    if found := _widest(target, usable):
+        return found
     try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
         for _ in range(MOST_WAITS):
             try:
-                with locked(wanted.parent):
-                    if not wanted.exists():
-                        _build(wanted.parent, sets)
-                return wanted
+                with locked(target):
+                    if not _widest(target, usable):
+                        _build(target, sets)
+                return _widest(target, usable)
             except TimeoutError as error:  # somebody else's build, on a machine that has much to do
                 waited = error
         raise BuildError(str(waited))
@@ -156,6 +174,12 @@ def find_or_build() -> Path:
         raise BuildError(
             f"the cache of compiled kernels cannot be written ({error}); set TORCH_EXTENSIONS_DIR to a folder that can"
         ) from error
+
+
+def _widest(target: Path, usable: list[str]) -> Path | None:
+    """The first library of these instruction sets that is there; one that a compiler did not know is not."""
+    libraries = [target / f"{name.lower()}.so" for name in usable]
+    return next((library for library in libraries if library.exists()), None)
 
 
 def compiler() -> list[str]:
@@ -173,40 +197,63 @@ def compiler() -> list[str]:
 
 
 def _build(target: Path, sets: list[str]) -> None:
+    """Compile the libraries of all instruction sets; those that an old compiler does not know are left out."""
     command = compiler()
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
+    version = _output([*command, "--version"])
     failed = target / f"failed-{hashlib.sha256(repr((command, version)).encode()).hexdigest()[:16]}.log"
     if failed.exists():  # nobody waits for the same failure twice
         raise _failure(failed)
-    print(
-        f"prefixmem_fast: compiling its CPU kernels with {command[0]}, once on this machine ...",
-        file=sys.stderr,
-        flush=True,
-    )
+    _say(f"compiling its CPU kernels with {command[0]}, once on this machine ...")
     start = time.monotonic()
     files = [str(path) for path in sources() if path.suffix == ".cpp"]
-    made = {target / f"{name.lower()}.so": target / f"{name.lower()}.{os.getpid()}.part" for name in sets}
-    runs = []
-    try:
-        for name, part in zip(sets, made.values(), strict=True):
-            arguments = [*command, *FLAGS, *INSTRUCTION_SETS[name], *files, "-o", str(part)]
-            runs.append(subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-        texts = [run.communicate(timeout=SECONDS)[0] for run in runs]
-        if any(run.returncode for run in runs):
-            write_text(failed, "\n".join([shlex.join(command), version, *texts]))
+    runs: dict[str, subprocess.Popen] = {}
+    with tempfile.TemporaryDirectory(dir=target) as made:
+        try:
+            for name in sets:
+                quick = ("-O1",) if name == "DEFAULT" and len(sets) > 1 else ()  # for processors that few still have
+                arguments = [
+                    *command,
+                    *FLAGS,
+                    *quick,
+                    *INSTRUCTION_SETS[name],
+                    *files,
+                    "-o",
+                    f"{made}/{name.lower()}.so",
+                ]
+                runs[name] = subprocess.Popen(
+                    arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            texts = [run.communicate(timeout=SECONDS)[0].decode(errors="replace") for run in runs.values()]
+        except subprocess.TimeoutExpired:
+            raise BuildError(f"{command[0]} took more than {SECONDS} s to compile the C++ kernels") from None
+        except OSError as error:
+            raise BuildError(f"{command[0]} cannot be run ({error}); set CXX to a C++ compiler") from None
+        finally:
+            for run in runs.values():
+                if run.poll() is None:
+                    os.killpg(run.pid, signal.SIGKILL)  # the compiler has processes of its own
+        compiled = [name for name, run in runs.items() if run.returncode == 0]
+        if sets[-1] not in compiled:
+            log = "\n".join([shlex.join(command), version, *texts])
+            passes = any(run.returncode < 0 for run in runs.values()) or "Killed" in log or "No space" in log
+            if passes:
+                raise BuildError(f"{command[0]} was stopped ({log.strip().splitlines()[-1][:200]}); it is tried again")
+            write_text(failed, log)
             raise _failure(failed)
-        for path, part in made.items():
-            os.replace(part, path)
-    except subprocess.TimeoutExpired:
-        raise BuildError(f"{command[0]} took more than {SECONDS} s to compile the C++ kernels") from None
-    finally:
-        for run in runs:
-            run.kill()
-        for part in made.values():
-            part.unlink(missing_ok=True)
-    print(
-        f"prefixmem_fast: compiled in {time.monotonic() - start:.1f} s, kept in {target}", file=sys.stderr, flush=True
-    )
+        for name in compiled:
+            os.replace(f"{made}/{name.lower()}.so", target / f"{name.lower()}.so")
+    _say(f"compiled in {time.monotonic() - start:.1f} s, kept in {target}")
+
+
+def _say(text: str) -> None:
+    print(f"prefixmem_fast: {text}", file=sys.stderr, flush=True)
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, check=False).stdout.decode(errors="replace")
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run ({error}); set CXX to a C++ compiler") from None
 
 
 def _failure(log: Path) -> BuildError:

@@ -125,6 +125,29 @@ def test_a_build_that_fails(cache, capsys):
     assert _native.native_problem() is None
 
 
+@pytest.mark.parametrize("fault", ["kill -9 $$", "echo 'No space left on device'; exit 1"])
+def test_a_build_that_was_stopped_is_tried_again(cache, fault):
+    cache(fault)
+    assert "it is tried again" in _native.native_problem()
+    assert not list(_native.folder().iterdir())
+    cache()
+    assert _native.native_problem() is None
+
+
+def test_a_compiler_that_knows_fewer_instruction_sets(cache):
+    if len(_native.instruction_sets()) == 1:
+        pytest.skip("this architecture has one")
+    cache('case "$*" in *mavx*) echo unknown flag; exit 1;; esac')
+    assert _native.native_problem() is None
+    assert [path.name for path in _native.folder().iterdir()] == ["default.so"]
+
+
+def test_whatever_is_wrong_pytorch_runs(cache, monkeypatch):
+    monkeypatch.setenv("CXX", "c++ 'unbalanced")
+    assert "No closing quotation" in _native.native_problem()
+    assert_pytorch_runs()
+
+
 def test_a_cache_that_cannot_be_written(cache, tmp_path, monkeypatch):
     cache()
     (tmp_path / "file").touch()

@@ -17,12 +17,14 @@ from torch import Tensor
 from prefixmem_fast import prefix_rows
 
 from ..ceiling import loop_over
-from ..registry import Case, Floor, Mark, benchmark
+from ..registry import Case, Floor, Mark, benchmark, unmarked
 from .providers import CPU_READERS, CPU_TRAINERS, Ours, Provider
 from .tables import QUICK, Grid, _reading, _training
 from .workloads import Workload
 
 BUSY = "beside a busy process"
+WARM = "warm caches"  # a step right after others like it
+COLD = "cold caches"  # as after the rest of a model
 
 
 def workloads(device: str) -> Grid:
@@ -36,7 +38,7 @@ def workloads(device: str) -> Grid:
         {"sids": 64},
         {"sids": 1},
         {"sids": 65_536},
-        {"beside": BUSY},
+        {"conditions": BUSY},
         {"threads": 1},
         {"sids": 1024, "threads": 1},
         {"dtype": "bfloat16"},
@@ -49,31 +51,34 @@ def workloads(device: str) -> Grid:
         {"sids": 65_536, "dtype": "bfloat16"},
         {"sids": 64, "threads": 1},
         {"sids": 65_536, "threads": 1},
-        {"sids": 1024, "beside": BUSY},
+        {"sids": 1024, "conditions": BUSY},
+        {"sids": 1, "conditions": WARM},
+        {"sids": 64, "conditions": WARM},
+        {"sids": 1024, "conditions": WARM},
     ]
     changes = [change for change in changes if every > 1 or "threads" not in change]
-    return [{**middle, "beside": "nothing", **change} for change in changes]
+    return [{**middle, "conditions": COLD, **change} for change in changes]
 
 
-_QUICK = {**QUICK, "threads": 1, "beside": "nothing"}
+_QUICK = {**QUICK, "threads": 1, "conditions": COLD}
 
 
 @benchmark(workloads, _QUICK)
-def cpu_forward(device: str, threads: int, beside: str, **given: Any) -> Case:
+def cpu_forward(device: str, threads: int, conditions: str, **given: Any) -> Case:
     """S of a batch on the CPU, by any number of threads."""
     workload = Workload(**given)
     with _threads(threads):
         case = _reading(workload, device, CPU_READERS)
-    return _conditions(case, workload, threads, beside, ("read",))
+    return _conditions(case, workload, threads, conditions, ("read",))
 
 
 @benchmark(workloads, _QUICK)
-def cpu_training(device: str, threads: int, beside: str, **given: Any) -> Case:
+def cpu_training(device: str, threads: int, conditions: str, **given: Any) -> Case:
     """A step of the tables on the CPU, forward, gradient and update."""
     workload = Workload(**given)
     with _threads(threads):
         case = _training(workload, device, CPU_TRAINERS)
-    return _conditions(case, workload, threads, beside, ("read", "written"))
+    return _conditions(case, workload, threads, conditions, ("read", "written"))
 
 
 @contextmanager
@@ -86,14 +91,16 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _conditions(case: Case, workload: Workload, threads: int, beside: str, loops: tuple[str, ...]) -> Case:
-    """The case by so many threads, beside nothing or a busy process, with the bare loops of the first contender."""
-    if beside not in ("nothing", BUSY):
-        raise ValueError(f"beside = {beside!r}; allowed are nothing and {BUSY!r}")
+def _conditions(case: Case, workload: Workload, threads: int, conditions: str, loops: tuple[str, ...]) -> Case:
+    """The case by so many threads and in such conditions, with the bare loops of the first contender."""
+    if conditions not in (COLD, BUSY, WARM):
+        raise ValueError(f"conditions = {conditions!r}; allowed are {COLD}, {BUSY} and {WARM}")
     inner, check = case.step, case.check
 
     def step(provider: Provider, turn: int, mark: Mark) -> None:
         with _threads(threads):
+            for _ in range(10 if conditions == WARM else 0):
+                inner(provider, turn, unmarked)
             inner(provider, turn, mark)
 
     def checked(provider: Provider) -> str | None:
@@ -108,7 +115,7 @@ def _conditions(case: Case, workload: Workload, threads: int, beside: str, loops
 
     floors = {name: floor for name, floor in case.floors.items() if isinstance(floor, Floor)}
     case = replace(case, step=step, check=checked, alone=alone, floors=floors)
-    if beside == BUSY:
+    if conditions == BUSY:
         process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
         weakref.finalize(case, process.kill)
     return case

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "numbers.h"
+#include "streams.h"
 
 namespace prefixmem {
 // Lines of the gradients of a SID that comes soon, fetched a few at a time.
@@ -43,10 +44,23 @@ template <class A> struct Delivery {
 // Sums come in A, float or double; each row comes once, from any thread.
 template <class A> struct Destination {
   virtual void fetch(int64_t row) const = 0;
-  virtual void put(int64_t row, const A* sum, double& squares) const = 0;
   virtual void deliver(const Delivery<A>& to, const A* sum, double& squares) const = 0;
   virtual ~Destination() = default;
+
+  // One row.
+  void put(int64_t row, const A* sum, int64_t width, double& squares) const {
+    ComingLines none;
+    deliver({&row, nullptr, &none, nullptr, 1, width}, sum, squares);
+  }
 };
+
+// What is put aside is read at the end: past the caches where it is whole lines.
+INLINE void put_aside(void* slot, const void* sum, int64_t bytes) {
+  if (bytes % 64 == 0)
+    stream(slot, sum, bytes);
+  else
+    std::memcpy(slot, sum, bytes);
+}
 
 template <class A, class Self> struct DestinationOf : Destination<A> {
   void deliver(const Delivery<A>& to, const A* sum, double& squares) const final {
@@ -57,7 +71,7 @@ template <class A, class Self> struct DestinationOf : Destination<A> {
       if (to.targets[h] >= 0)
         self.Self::put(to.targets[h], sum, squares);
       else if (to.targets[h] <= -2)
-        std::memcpy(to.aside + (-2 - to.targets[h]) * to.width, sum, to.width * sizeof(A));
+        put_aside(to.aside + (-2 - to.targets[h]) * to.width, sum, to.width * int64_t(sizeof(A)));
     }
   }
 };
@@ -88,7 +102,7 @@ template <class A, class T> struct Sums final : DestinationOf<A, Sums<A, T>> {
   int64_t width;
   Sums(void* out, int64_t width) : out(static_cast<T*>(out)), width(width) {}
   INLINE void fetch(int64_t) const override {}
-  INLINE void put(int64_t row, const A* sum, double&) const override { round_into(out + row * width, sum, width); }
+  INLINE void put(int64_t row, const A* sum, double&) const { round_into(out + row * width, sum, width); }
 };
 
 // sum += vector, or sum = vector where nothing is held

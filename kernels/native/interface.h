@@ -46,7 +46,7 @@ void prefixmem_free_plan(prefixmem::Plan*);
 int64_t prefixmem_number(prefixmem::Plan*, int64_t* out);
 int64_t prefixmem_sum(const prefixmem::Plan*, const void* grad, int64_t dtype, int64_t width, void* sums,
                       int64_t sums_dtype, const prefixmem::UpdateNumbers*, double* squares);
-int64_t prefixmem_sum_sparse(const int64_t* rows, int64_t entries, int64_t width, const void* values, int64_t dtype,
+int64_t prefixmem_sum_sparse(const int64_t* rows, int64_t entries, int64_t table_rows, int64_t width, const void* values, int64_t dtype,
                              const prefixmem::UpdateNumbers*, double* squares, int64_t threads);
 prefixmem::DLPackTensor* prefixmem_output(const int64_t* shape, int64_t dimensions, int64_t type_code, int64_t type_bits);
 void prefixmem_use_openmp(void* parallel);

@@ -12,6 +12,7 @@ namespace prefixmem {
 namespace {
 
 constexpr size_t HUGE_PAGE = size_t(2) << 20;
+constexpr size_t PAGES = size_t(32) << 10;
 constexpr size_t SMALL = size_t(256) << 10;  // below, malloc keeps the pages itself
 
 struct Block {
@@ -39,9 +40,14 @@ const int forks = pthread_atfork([] { kept->mutex.lock(); }, [] { kept->mutex.un
 
 // Sizes come in steps of an eighth, so that a batch of nearly the same size finds the block of the last.
 size_t rounded(size_t bytes) {
-  size_t step = HUGE_PAGE;
+  size_t step = PAGES;
   while (step * 16 <= bytes) step *= 2;
   return (bytes + step - 1) / step * step;
+}
+
+void free_all() {
+  std::lock_guard<std::mutex> lock(kept->mutex);
+  kept->free_down_to(0);
 }
 
 }  // namespace
@@ -63,13 +69,14 @@ void* take(size_t bytes) {
       return data;
     }
   }
+  const size_t boundary = size < HUGE_PAGE ? PAGES : HUGE_PAGE;
   void* data = nullptr;
-  if (posix_memalign(&data, HUGE_PAGE, size) != 0) {
-    keep_at_most(0);
-    if (posix_memalign(&data, HUGE_PAGE, size) != 0) throw std::bad_alloc();
+  if (posix_memalign(&data, boundary, size) != 0) {
+    free_all();
+    if (posix_memalign(&data, boundary, size) != 0) throw std::bad_alloc();
   }
 #ifdef MADV_HUGEPAGE
-  madvise(data, size, MADV_HUGEPAGE);
+  if (size >= HUGE_PAGE) madvise(data, size, MADV_HUGEPAGE);
 #endif
   return data;
 }

@@ -5,7 +5,7 @@
 
 namespace prefixmem {
 
-// Bytes at a 2 MB boundary (64 bytes for small ones). Throws std::bad_alloc.
+// Bytes at a boundary of 64 bytes at least; large blocks at that of a huge page. Throws std::bad_alloc.
 void* take(size_t bytes);
 void give(void* block, size_t bytes);
 

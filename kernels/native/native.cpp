@@ -1,7 +1,6 @@
 // The functions that prefixmem_fast/operation/native.py calls, in C: plain integers and addresses of tensors.
 //
-// A function that can run out of memory returns a negative number then; nothing else fails, as Python has checked the
-// arguments. dtypes are numbered as in numbers.h.
+// A function that fails returns a negative number, or no address. dtypes are numbered as in numbers.h.
 #include <cstdint>
 #include <new>
 
@@ -13,13 +12,15 @@ using namespace prefixmem;
 
 namespace {
 
-constexpr int64_t OUT_OF_MEMORY = -1;
+constexpr int64_t OUT_OF_MEMORY = -1, NO_SUCH_ROW = -2, FAILED = -3;
 
 template <class F> int64_t guarded(F&& f) {
   try {
     return f();
   } catch (const std::bad_alloc&) {
     return OUT_OF_MEMORY;
+  } catch (...) {
+    return FAILED;
   }
 }
 
@@ -62,7 +63,7 @@ const Spec* prefixmem_spec(const Sizes* sizes) {
       spec->last_order = std::max(spec->last_order, spec->mode == FULL && level > spec->orders ? 0 : last);
     }
     return spec;
-  } catch (const std::bad_alloc&) {
+  } catch (...) {
     return nullptr;
   }
 }
@@ -105,7 +106,7 @@ Plan* prefixmem_plan(const Spec* spec, const Source* source, int64_t threads) {
     made->threads = made->sids.count > ALONE ? int(threads) : 1;
     with_threads(made->threads, [&] { plan(*made, made->threads); });
     return made.release();
-  } catch (const std::bad_alloc&) {
+  } catch (...) {
     return nullptr;
   }
 }
@@ -128,9 +129,11 @@ int64_t prefixmem_sum(const Plan* plan, const void* grad, int64_t dtype, int64_t
   });
 }
 
-int64_t prefixmem_sum_sparse(const int64_t* rows, int64_t entries, int64_t width, const void* values, int64_t dtype,
+int64_t prefixmem_sum_sparse(const int64_t* rows, int64_t entries, int64_t table_rows, int64_t width, const void* values, int64_t dtype,
                              const UpdateNumbers* update, double* squares, int64_t threads) {
   return guarded([&] {
+    for (int64_t i = 0; i < entries; ++i)
+      if (uint64_t(rows[i]) >= uint64_t(table_rows)) return NO_SUCH_ROW;
     *squares = sum_sparse(rows, entries, width, values, DType(dtype), {nullptr, FLOAT32, update}, int(threads));
     return int64_t(0);
   });
@@ -139,7 +142,7 @@ int64_t prefixmem_sum_sparse(const int64_t* rows, int64_t entries, int64_t width
 DLPackTensor* prefixmem_output(const int64_t* shape, int64_t dimensions, int64_t type_code, int64_t type_bits) {
   try {
     return new_output(shape, int32_t(dimensions), int32_t(type_code), int32_t(type_bits));
-  } catch (const std::bad_alloc&) {
+  } catch (...) {
     return nullptr;
   }
 }

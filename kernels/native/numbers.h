@@ -17,7 +17,7 @@ namespace prefixmem {
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 struct Int8 { int8_t value; };
-struct Float8 { uint8_t bits; };  // e4m3fn: finite values alone
+struct Float8 { uint8_t bits; };  // e4m3fn: no infinities, and one NaN of each sign
 
 // In the order of DTYPES in operation/native.py.
 enum DType : int32_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT8, FLOAT8 };
@@ -50,7 +50,8 @@ INLINE float widen(Int8 x) { return float(x.value); }
 
 INLINE float widen(Float8 x) {
   // The same bits as a float16 mean 2^-8 of it.
-  return widen(Float16{uint16_t((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7)}) * 256.0f;
+  const float value = widen(Float16{uint16_t((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7)}) * 256.0f;
+  return (x.bits & 0x7f) == 0x7f ? float_of(0x7fc00000) : value;
 }
 
 // To nearest, ties to even.

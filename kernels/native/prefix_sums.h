@@ -133,6 +133,7 @@ template <class A> class PrefixSums {
       }
     }
     finish(0, end);
+    end_streams();
   }
 
   // Adds the pieces of each prefix of an order that lies in several blocks.
@@ -152,6 +153,7 @@ template <class A> class PrefixSums {
         prefix = p_.started(block + 1, order) - 1;
       }
     }
+    end_streams();
   }
 
   void add_shared(const std::vector<SharedRow>& rows, double& squares) {
@@ -162,7 +164,7 @@ template <class A> class PrefixSums {
       clear(sum.data(), row_width_);
       for (int64_t slot = rows[i].first; slot < rows[i].first + rows[i].count; ++slot)
         add(sum.data(), static_cast<const A*>(aside_.data() + slot * row_width_), row_width_);
-      destination_.put(rows[i].target, sum.data(), squares);
+      destination_.put(rows[i].target, sum.data(), row_width_, squares);
     }
   }
 

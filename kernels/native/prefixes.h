@@ -93,7 +93,7 @@ INLINE int32_t common_codes(const Prefixes& p, int64_t a, int64_t b) {
 }
 
 // Finds prefixes of one order and head with the same row, and gives each a slot; returns how many slots.
-INLINE int64_t find_shared(Prefixes& p, int32_t order, int32_t head, std::vector<Entry>& claims) {
+INLINE int64_t find_shared(Prefixes& p, int32_t order, int32_t head, Array<Entry>& claims) {
   const int64_t count = p.prefixes(order);
   const int32_t heads = p.spec->heads;
   int64_t* targets = p.targets[order - 1].data() + head;
@@ -111,14 +111,15 @@ INLINE int64_t find_shared(Prefixes& p, int32_t order, int32_t head, std::vector
     again[place >> 6] |= filter[int64_t(place >> 6)] & bit;
     filter[int64_t(place >> 6)] |= bit;
   }
+  claims = Array<Entry>(count);
+  int64_t claimed = 0;
   for (int64_t u = 0; u < count; ++u) {
     const int64_t row = targets[u * heads];
     if (row < 0) continue;
     const uint64_t place = uint64_t(row - offset) & (bits - 1);
-    if (again[place >> 6] >> (place & 63) & 1) claims.push_back({uint64_t(row - offset), uint32_t(u)});
+    if (again[place >> 6] >> (place & 63) & 1) claims[claimed++] = {uint64_t(row - offset), uint32_t(u)};
   }
-  std::vector<Entry> spare(claims.size());
-  const int64_t claimed = int64_t(claims.size());
+  Array<Entry> spare(claimed);
   const int key_bits = bits_needed(uint64_t(p.spec->rows[order - 1] - 1));
   if (sort_entries(claims.data(), spare.data(), claimed, key_bits) != claims.data()) std::swap(claims, spare);
   std::vector<SharedRow>& rows = p.shared[(order - 1) * heads + head];
@@ -129,7 +130,6 @@ INLINE int64_t find_shared(Prefixes& p, int32_t order, int32_t head, std::vector
     rows.push_back({offset + int64_t(claims[i].key), kept, j - i});
     for (int64_t k = i; k < j; ++k) claims[kept++] = claims[k];
   }
-  claims.resize(kept);
   return kept;
 }
 
@@ -137,13 +137,14 @@ INLINE void share_rows(Prefixes& p) {
   const int32_t heads = p.spec->heads;
   const int64_t tables = int64_t(p.last) * heads;
   p.shared.resize(tables);
-  std::vector<std::vector<Entry>> claims(tables);
+  std::vector<Array<Entry>> claims(tables);
   std::vector<int64_t> slots(tables, 0);
   parallel(tables, p.threads, [&](int64_t table) {
     const int32_t order = int32_t(table / heads) + 1;
     if (!p.spec->exact[order - 1])
       slots[table] = find_shared(p, order, int32_t(table % heads), claims[table]);
   });
+  const std::vector<int64_t> counts = slots;
   for (int64_t table = 0; table < tables; ++table) {
     const int64_t base = p.slots;
     p.slots += slots[table];
@@ -153,7 +154,7 @@ INLINE void share_rows(Prefixes& p) {
     int64_t* targets = p.targets[table / heads].data() + table % heads;
     int64_t slot = slots[table];
     for (SharedRow& row : p.shared[table]) row.first += slot;
-    for (const Entry& claim : claims[table]) targets[int64_t(claim.item) * heads] = -2 - slot++;
+    for (int64_t i = 0; i < counts[table]; ++i) targets[int64_t(claims[table][i].item) * heads] = -2 - slot++;
   });
 }
 

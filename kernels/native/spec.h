@@ -67,7 +67,7 @@ INLINE uint64_t modulo(uint64_t x, uint64_t rows, uint64_t reciprocal, bool narr
 }
 
 // Rows [H] of one order whose window begins at `window`.
-INLINE void order_rows(const Spec& spec, const int64_t* __restrict window, int32_t order, int64_t* __restrict rows) {
+inline void order_rows(const Spec& spec, const int64_t* __restrict window, int32_t order, int64_t* __restrict rows) {
   const int32_t heads = spec.heads;
   const int64_t* __restrict offsets = &spec.offsets[(order - 1) * heads];
   if (spec.exact[order - 1]) {
@@ -120,7 +120,7 @@ template <class F> INLINE void all_nested_rows(const Spec& spec, const int64_t* 
 }
 
 // Rows [reads, H] of a SID with `length` codes; -1 for what does not exist.
-INLINE void sid_rows(const Spec& spec, const int64_t* codes, int32_t length, int64_t* rows) {
+inline __attribute__((noinline)) void sid_rows(const Spec& spec, const int64_t* codes, int32_t length, int64_t* rows) {
   const int32_t heads = spec.heads;
   if (spec.mode == PREFIX) {  // order n is read n-th
     const int32_t last = std::min(length, spec.last_order);

@@ -31,7 +31,7 @@ struct Loop {
     for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
       try {
         work(chunk);
-      } catch (const std::bad_alloc&) {
+      } catch (...) {
         failed.store(true);
       }
     }

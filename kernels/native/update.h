@@ -57,7 +57,7 @@ template <class A, class T> struct Update final : DestinationOf<A, Update<A, T>>
       prefetch_to_write(static_cast<A*>(numbers.second_moment) + row * second, second * int64_t(sizeof(A)));
   }
 
-  INLINE void put(int64_t row, const A* g, double& squares) const override {
+  INLINE void put(int64_t row, const A* g, double& squares) const {
     const int64_t w = numbers.width;
     T* values = static_cast<T*>(numbers.table) + row * w;
     A* m = numbers.first_moment == nullptr ? nullptr : static_cast<A*>(numbers.first_moment) + row * w;

@@ -81,7 +81,7 @@ double sum_table(const TableEntries& table, DType dtype, int64_t width, const De
       if (i + AHEAD < table.sorted.size()) prefetch(vector(table.sorted[i + AHEAD].item), width * bytes_of(dtype));
       add_vector(sum.data(), held, vector(table.sorted[i].item), dtype, width);
     }
-    destination.put(table.targets[row], sum.data(), squares);
+    destination.put(table.targets[row], sum.data(), width, squares);
   }
   return squares;
 }

@@ -45,6 +45,8 @@ class DecodingState:
         self.encoder, self.vocabulary = encoder, vocabulary
         self._table = vocabulary.token_table(weight.device)
         self._functions = functions_of(choose_backend(encoder.memory.backend, weight=weight))
+        self._is_active = torch.zeros(spec.levels + 1, dtype=torch.bool)
+        self._is_active[list(spec.active_levels)] = True
         copies = self._functions.state_copies(weight, spec)
         self._state = PrefixState(
             codes=torch.full((copies, batch, spec.levels), -1, device=weight.device),
@@ -91,7 +93,19 @@ class DecodingState:
         _checks.tensor("tokens", tokens, _ID_DTYPES, 1, "[B]")
         if tokens.shape != self.level.shape:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; give one token a sequence, [{len(self.level)}]")
-        return self.encoder.out_proj(self._step(tokens))
+        return self._project(self._step(tokens))
+
+    def _project(self, S: Tensor) -> Tensor:
+        """m of S. On a CPU W_out skips the zeros of text and inactive levels; a GPU would have to wait to know them."""
+        if S.device.type != "cpu":
+            return self.encoder.out_proj(S)
+        active = self._is_active[self._state.level[0]]
+        if bool(active.all()):
+            return self.encoder.out_proj(S)
+        m = self.encoder.out_proj(S[active])
+        out = m.new_zeros(len(S), m.shape[1])
+        out[active] = m
+        return out
 
     def _step(self, tokens: Tensor) -> Tensor:
         memory, spec = self.encoder.memory, self.encoder.config.spec

@@ -19,7 +19,7 @@ from ..addressing import AddressSpec, TokenStream
 from . import cpu
 from .interface import PrefixState, QuantizedTable, RowSums
 from .rounding import mix_seed, mix_word
-from .rules import RowUpdate
+from .rules import RULES, RowUpdate
 
 __all__ = [
     "decoding_step",
@@ -46,6 +46,7 @@ _DLPACK = {torch.float32: (2, 32), torch.float64: (2, 64), torch.bfloat16: (4, 1
 _MODES = {"prefix": 0, "suffix": 1, "full": 2}
 _RULES = {"sgd": 0, "row_adagrad": 1, "row_adam": 2, "lazy_adam": 3}
 _MOST_ENTRIES = 1 << 32  # of one sort
+_NO_SUCH_ROW, _FAILED = -2, -3
 _MOST_SPECS = 64  # held in the library
 # From here on, results come in memory that the kernels keep: new pages would cost more than the work.
 _KEPT_BYTES = 1 << 20
@@ -105,7 +106,7 @@ class _Functions:
             ("free_plan", None, [p]),
             ("number", i, [p, p]),
             ("sum", i, [p, p, i, i, p, i, p, p]),
-            ("sum_sparse", i, [p, i, i, p, i, p, p, i]),
+            ("sum_sparse", i, [p, i, i, i, p, i, p, p, i]),
             ("output", p, [p, i, i, i]),
             ("use_openmp", None, [p]),
             ("keep_at_most", i, [i]),
@@ -161,12 +162,30 @@ def _given(spec: AddressSpec) -> _Spec:
     held = _specs.get(spec.key)
     if held is None:
         if len(_specs) >= _MOST_SPECS:
-            _specs.pop(next(iter(_specs)), None)
+            _specs.pop(next(iter(tuple(_specs))), None)  # a copy: another thread may add one
         held = _specs[spec.key] = _Spec(spec)
     return held
 
 
+def _at(tensor: Tensor) -> int:
+    """The address of a tensor that the library may read or write.
+
+    Raises:
+        RuntimeError: it is elsewhere than in the host's memory.
+    """
+    if not tensor.is_cpu:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} is on {tensor.device}, and the table was read on the CPU before; "
+            "move the table, its optimizer's state and what is read to one device, and make a DecodingState anew"
+        )
+    return tensor.data_ptr()
+
+
 def _checked(result: int) -> int:
+    if result == _NO_SUCH_ROW:
+        raise IndexError("a sparse gradient has a row that the table has not; build it of the table's shape")
+    if result == _FAILED:
+        raise RuntimeError("the CPU kernels have failed in the C++ library; backend='cpu' does the same in PyTorch")
     if result < 0:
         raise MemoryError("there is no memory for the temporary arrays of the CPU kernels; take a smaller batch")
     return result
@@ -179,7 +198,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size *= side
     filled = torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
     if size < _KEPT_BYTES or filled:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     made = _library().output((c_int64 * len(shape))(*shape), len(shape), *_DLPACK[dtype])
     if not made:
         raise MemoryError(f"there is no memory for a result of {size} bytes")
@@ -190,15 +209,15 @@ def _source(source: Tensor | TokenStream) -> tuple[_Source, Any]:
     """The source as the library takes it, and what must live as long."""
     if not isinstance(source, TokenStream):
         codes = source.contiguous()
-        return _Source(codes.data_ptr(), codes.element_size(), len(codes)), codes
+        return _Source(_at(codes), codes.element_size(), len(codes)), codes
     ids, table = source.input_ids.contiguous(), source.token_table.contiguous()
     segments = None if source.segment_ids is None else source.segment_ids.contiguous()
     given = _Source(
-        ids=ids.data_ptr(),
+        ids=_at(ids),
         id_bytes=ids.element_size(),
-        segments=None if segments is None else segments.data_ptr(),
+        segments=None if segments is None else _at(segments),
         segment_bytes=8 if segments is None else segments.element_size(),
-        token_table=table.data_ptr(),
+        token_table=_at(table),
         vocabulary=len(table),
         rows=ids.shape[0],
         length=ids.shape[1],
@@ -214,13 +233,13 @@ def prefix_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
     codes = codes.contiguous()
     rows = _empty_rows((len(codes), spec.levels, spec.max_order, spec.heads))
     threads = torch.get_num_threads()
-    given = codes.data_ptr(), codes.element_size(), len(codes)
-    _checked(_library().rows(_given(spec), *given, rows.data_ptr(), threads))
+    given = _at(codes), codes.element_size(), len(codes)
+    _checked(_library().rows(_given(spec), *given, _at(rows), threads))
     return rows
 
 
 def _empty_rows(shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=torch.int64)
+    return torch.empty(shape, dtype=torch.int64, device="cpu")
 
 
 def forward(source: Tensor | TokenStream, weight: Tensor, spec: AddressSpec) -> Tensor:
@@ -242,7 +261,7 @@ def _forward(
     table, _held = _table(rows, scales)
     shape = source.input_ids.shape if isinstance(source, TokenStream) else (len(source), len(spec.active_levels))
     out = _empty((*shape, spec.heads * rows.shape[1]), dtype)
-    to = out.data_ptr(), _DTYPES[dtype]
+    to = _at(out), _DTYPES[dtype]
     _checked(_library().forward(_given(spec), ctypes.addressof(given), *table, *to, torch.get_num_threads()))
     return out
 
@@ -251,8 +270,8 @@ def _table(rows: Tensor, scales: Tensor | None) -> tuple[tuple[int | None, ...],
     """Rows, scales or none, dtype and width as the library takes them, and what must live as long."""
     rows = rows.contiguous()
     scales = None if scales is None else scales.contiguous()
-    place = None if scales is None else scales.data_ptr()
-    return (rows.data_ptr(), place, _DTYPES[rows.dtype], rows.shape[1]), (rows, scales)
+    place = None if scales is None else _at(scales)
+    return (_at(rows), place, _DTYPES[rows.dtype], rows.shape[1]), (rows, scales)
 
 
 # Gradient
@@ -274,15 +293,15 @@ def _plan(source: Tensor | TokenStream, spec: AddressSpec) -> Iterator[int]:
 
 def _sum(plan: int, grad: Tensor, sums: Tensor | None, update: _Update | None) -> float:
     squares = c_double()
-    to = (None, 0) if sums is None else (sums.data_ptr(), _DTYPES[sums.dtype])
+    to = (None, 0) if sums is None else (_at(sums), _DTYPES[sums.dtype])
     update_address = None if update is None else ctypes.addressof(update)
-    given = grad.data_ptr(), _DTYPES[grad.dtype], grad.shape[-1]
+    given = _at(grad), _DTYPES[grad.dtype], grad.shape[-1]
     _checked(_library().sum(plan, *given, *to, update_address, ctypes.addressof(squares)))
     return squares.value
 
 
 def _too_many(grad: Tensor, spec: AddressSpec) -> bool:
-    return grad.numel() // max(grad.shape[-1], 1) >= _MOST_ENTRIES
+    return grad.numel() // max(grad.shape[-1], 1) * len(spec.active_levels) >= _MOST_ENTRIES
 
 
 def dense_gradient(
@@ -291,7 +310,7 @@ def dense_gradient(
     """``[R, w]`` of the dtype of `grad`, the same bits run after run."""
     if _too_many(grad, spec):
         return cpu.dense_gradient(grad, source, spec, deterministic)
-    total = torch.zeros((spec.total_rows, grad.shape[-1] // spec.heads), dtype=grad.dtype)
+    total = torch.zeros((spec.total_rows, grad.shape[-1] // spec.heads), dtype=grad.dtype, device="cpu")
     with _plan(source, spec) as plan:
         _sum(plan, grad.contiguous(), total, None)
     return total
@@ -299,19 +318,20 @@ def dense_gradient(
 
 def row_sums(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec, dtype: torch.dtype) -> RowSums:
     """The touched rows, ascending and each once, and their sums in `dtype`."""
-    if _too_many(grad, spec):
+    half_of_double = grad.dtype == torch.float64 and dtype.itemsize == 2
+    if _too_many(grad, spec) or half_of_double:
         return cpu.row_sums(grad, source, spec, dtype)
     with _plan(source, spec) as plan:
         rows = _empty_rows((_library().number(plan, None),))
         sums = _empty((len(rows), grad.shape[-1] // spec.heads), dtype)
-        _checked(_library().number(plan, rows.data_ptr()))
+        _checked(_library().number(plan, _at(rows)))
         _sum(plan, grad.contiguous(), sums, None)
     return RowSums(rows, sums, True)
 
 
 def fused_update(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec, update: RowUpdate) -> None:
     """Update the touched rows of the update's table, each once."""
-    if _too_many(grad, spec) or not _fits(update):
+    if _too_many(grad, spec) or not _fits(update, (spec.total_rows, grad.shape[-1] // spec.heads)):
         return cpu.fused_update(grad, source, spec, update)
     with _plan(source, spec) as plan:
         _count(update, _sum(plan, grad.contiguous(), None, _numbers(update)))
@@ -320,20 +340,23 @@ def fused_update(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec, 
 def sparse_update(grad: Tensor, update: RowUpdate) -> None:
     """Update the rows of a sparse gradient ``[R, w]``; entries of one row are summed first, in float32."""
     rows, values = grad._indices()[0].contiguous(), grad._values().contiguous()
-    if len(rows) >= _MOST_ENTRIES or not _fits(update):
+    if len(rows) >= _MOST_ENTRIES or not _fits(update, tuple(grad.shape)):
         return cpu.sparse_update(grad, update)
     squares, numbers = c_double(), _numbers(update)
-    given = rows.data_ptr(), len(rows), values.shape[1], values.data_ptr(), _DTYPES[values.dtype]
+    given = _at(rows), len(rows), grad.shape[0], values.shape[1], _at(values), _DTYPES[values.dtype]
     to = ctypes.addressof(numbers), ctypes.addressof(squares)
     _checked(_library().sum_sparse(*given, *to, torch.get_num_threads()))
     _count(update, squares.value)
 
 
-def _fits(update: RowUpdate) -> bool:
-    """Whether the kernels can write the table and its state where they lie."""
-    sums = accumulator(update.weight.dtype)
-    state = [tensor for tensor in update.state if tensor is not None]
-    return update.weight.is_contiguous() and all(s.dtype == sums and s.is_contiguous() for s in state)
+def _fits(update: RowUpdate, shape: tuple[int, int]) -> bool:
+    """Whether the kernels can write a table of this shape and its state where they lie; PyTorch says what is wrong."""
+    sums, kinds = accumulator(update.weight.dtype), RULES[update.rule].state.values()
+    state = [
+        s is None or (s.dtype == sums and s.is_contiguous() and s.shape == (shape if kind == "element" else shape[:1]))
+        for s, kind in zip(update.state, kinds, strict=True)
+    ]
+    return update.weight.shape == shape and update.weight.is_contiguous() and all(state)
 
 
 def _numbers(update: RowUpdate) -> _Update:
@@ -341,9 +364,9 @@ def _numbers(update: RowUpdate) -> _Update:
     first_moment, second_moment = [None, None, *update.state][-2:]
     lr, t = float(hyper.lr), int(update.step)
     return _Update(
-        weight.data_ptr(),
-        None if first_moment is None else first_moment.data_ptr(),
-        None if second_moment is None else second_moment.data_ptr(),
+        _at(weight),
+        None if first_moment is None else _at(first_moment),
+        None if second_moment is None else _at(second_moment),
         weight.shape[1],
         _DTYPES[weight.dtype],
         _RULES[update.rule],
@@ -361,7 +384,7 @@ def _numbers(update: RowUpdate) -> _Update:
 
 def _count(update: RowUpdate, squares: float) -> None:
     if update.squares is not None:
-        update.squares.append(torch.tensor([squares], dtype=accumulator(update.weight.dtype)))
+        update.squares.append(torch.tensor([squares], dtype=accumulator(update.weight.dtype), device="cpu"))
 
 
 # Decoding
@@ -397,22 +420,27 @@ def _decoding_step(
     spec: AddressSpec,
     dtype: torch.dtype,
 ) -> Tensor:
+    held = state.total.dtype == accumulator(dtype) and all(tensor.is_contiguous() for tensor in state)
+    if not held:  # the table has become one of another dtype
+        if scales is not None:
+            return cpu.quantized_decoding_step(tokens, token_table, state, QuantizedTable(rows, scales), spec, dtype)
+        return cpu.decoding_step(tokens, token_table, state, rows, spec)
     tokens, token_table = tokens.contiguous(), token_table.contiguous()
     table, _held = _table(rows, scales)
-    out = torch.empty((len(tokens), spec.heads * rows.shape[1]), dtype=dtype)
+    out = torch.empty((len(tokens), spec.heads * rows.shape[1]), dtype=dtype, device="cpu")
     _checked(
         _library().decode(
             _given(spec),
-            token_table.data_ptr(),
+            _at(token_table),
             len(token_table),
-            tokens.data_ptr(),
+            _at(tokens),
             tokens.element_size(),
             len(tokens),
-            state.codes.data_ptr(),
-            state.level.data_ptr(),
-            state.total.data_ptr(),
+            _at(state.codes),
+            _at(state.level),
+            _at(state.total),
             *table,
-            out.data_ptr(),
+            _at(out),
             _DTYPES[dtype],
             torch.get_num_threads(),
         )

@@ -1,6 +1,8 @@
 """The C++ kernels against the reference and the oracle: any spec, any batch, any number of threads."""
 
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixmem_fast import AddressSpec, optim, prefix_memory
+from prefixmem_fast import AddressSpec, DecodingState, PrefixMem, PrefixMemConfig, SIDVocabulary, optim, prefix_memory
 from prefixmem_fast._choices import QUANTIZATIONS
 from prefixmem_fast._dtypes import SUM_DTYPES
 from prefixmem_fast.addressing import TokenStream
@@ -211,6 +213,78 @@ def test_state_of_another_dtype_is_left_to_pytorch():
         prefix_memory(torch.randint(0, 9, (20, 2)), weight, spec, grad="fused", backend="native").sum().backward()
 
 
+SMALL = AddressSpec((9, 9), heads=2, table_rows=30)
+
+
+def fused_step(weight, optimizer):
+    prefix_memory(torch.randint(0, 9, (20, 2)), weight, SMALL, grad="fused", backend="native").sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("fault", ["state", "table", "moved state"])
+def test_what_does_not_fit_is_refused_and_not_written_past(fault):
+    """A state of fewer rows, a table that is taken away before the backward pass, a state on another device."""
+    weight = torch.nn.Parameter(torch.randn(SMALL.total_rows, 4))
+    optimizer = optim.RowWiseAdagrad([weight], lr=0.1)
+    fused_step(weight, optimizer)
+    if fault == "state":
+        optimizer.state[weight]["sum"] = torch.zeros(3)
+    elif fault == "moved state":
+        optimizer.state[weight]["sum"] = optimizer.state[weight]["sum"].to("meta")
+    S = prefix_memory(torch.randint(0, 9, (20, 2)), weight, SMALL, grad="fused", backend="native")
+    if fault == "table":
+        weight.data = torch.empty(0, 4)
+    with pytest.raises((RuntimeError, IndexError)):
+        S.sum().backward()
+
+
+def test_a_sparse_gradient_of_rows_that_are_not_there():
+    weight = torch.nn.Parameter(torch.randn(SMALL.total_rows, 4))
+    optimizer = optim.SGD([weight])
+    rows = torch.tensor([[1, SMALL.total_rows]])
+    weight.grad = torch.sparse_coo_tensor(rows, torch.ones(2, 4), weight.shape, check_invariants=False)
+    before = weight.detach().clone()
+    with pytest.raises(IndexError, match="row that the table has not"):
+        optimizer.step()
+    assert torch.equal(weight.detach(), before)
+
+
+def test_a_default_device_is_not_that_of_results():
+    """Beside a model that is made on another device."""
+    weight = torch.nn.Parameter(torch.randn(SMALL.total_rows, 4))
+    codes = torch.randint(0, 9, (20, 2))
+    with torch.device("meta"):
+        S = prefix_memory(codes, weight, SMALL, grad="sparse", backend="native")
+        S.backward(S.detach())
+    assert torch.equal(S, reference.forward(codes, weight, SMALL))
+    assert weight.grad.device.type == "cpu"
+
+
+def test_tensors_elsewhere_are_refused():
+    table = torch.randn(SMALL.total_rows, 4, device="meta")
+    with pytest.raises(RuntimeError, match="is on meta"):
+        native.forward(torch.zeros(1, 2, dtype=torch.int64), table, SMALL)
+
+
+def test_a_decoding_state_of_another_dtype_than_the_table():
+    encoder = PrefixMem(PrefixMemConfig(SMALL, memory_dim=8, hidden_size=4))
+    vocabulary = SIDVocabulary.from_table({i: (1 + i // 9, i % 9) for i in range(18)}, (9, 9))
+    state = DecodingState(encoder, vocabulary, 5)
+    encoder.double()
+    for tokens in (torch.arange(5), torch.arange(9, 14)):
+        m = state.step(tokens)
+    assert m.dtype == torch.float64
+    expected = encoder(torch.stack([torch.arange(5), torch.arange(5)], 1))[:, 1]
+    torch.testing.assert_close(m, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_float64_gradients_of_a_table_that_became_half():
+    codes, grad = torch.randint(0, 9, (20, 2)), torch.randn(20, 2, 8, dtype=torch.float64)
+    found, expected = (backend.row_sums(grad, codes, SMALL, torch.bfloat16) for backend in (native, reference))
+    assert torch.equal(found.rows, expected.rows)
+    torch.testing.assert_close(found.sums, expected.sums)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_extremes_are_rounded_as_torch_rounds(dtype):
     """Ties, subnormal numbers, overflow, infinities, NaN and both zeros, read and written."""
@@ -318,6 +392,25 @@ def test_callers_at_the_same_time():
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+def test_a_fork_before_the_first_call():
+    """The child finds OpenMP in the process, and its threads gone."""
+    code = """
+import os, torch
+from prefixmem_fast import AddressSpec
+from prefixmem_fast.operation import native
+torch.set_num_threads(2)
+(torch.randn(1 << 20) * 2).sum()  # makes OpenMP's threads
+spec = AddressSpec((300,) * 4, table_rows=500)
+weight, codes = torch.zeros(spec.total_rows, 16), torch.ones(1000, 4, dtype=torch.int64)
+child = os.fork()
+if child == 0:
+    native.forward(codes, weight, spec)
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_a_fork_has_threads_of_its_own(kept_memory):
