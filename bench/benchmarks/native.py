@@ -99,8 +99,10 @@ def _conditions(case: Case, workload: Workload, threads: int, conditions: str, l
 
     def step(provider: Provider, turn: int, mark: Mark) -> None:
         with _threads(threads):
-            for _ in range(10 if conditions == WARM else 0):
-                inner(provider, turn, unmarked)
+            if conditions == WARM:
+                for _ in range(10):
+                    inner(provider, turn, unmarked)
+                mark("warm-up")
             inner(provider, turn, mark)
 
     def checked(provider: Provider) -> str | None:

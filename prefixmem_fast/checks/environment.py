@@ -46,7 +46,10 @@ def facts() -> dict[str, Any]:
         "gpus": gpus,
         "settings": {gpu["name"]: _settings_of(gpu["name"]) for gpu in gpus},
         "interpreter": interpreting(),
-        "backends": {backend: backend_problem(backend, device) for backend in BACKENDS[1:]},
+        "backends": {
+            backend: backend_problem(backend, torch.device("cpu") if backend in ("native", "cpu") else device)
+            for backend in BACKENDS[1:]
+        },
     }
 
 
