@@ -15,7 +15,8 @@
 namespace prefixmem {
 
 constexpr int64_t SIDS_A_BLOCK = 256;  // a constant: sums are added in the same order whatever the number of threads
-constexpr int64_t ALONE = 256;         // SIDs that one thread takes faster than two
+// SIDs up to which one thread updates alone: two gain little, and beside a busy process they wait for each other.
+constexpr int64_t ALONE = 2048;
 
 // What several prefixes of one order and head add to: their sums go aside first, those of a row side by side.
 struct SharedRow {
