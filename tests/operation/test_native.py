@@ -129,7 +129,7 @@ def test_any_quantized_table(spec, width, kind, dtype, data):
 def test_a_quantized_table_by_any_threads(kind, mode, dtype):
     """Of a size that threads share, with a result in kept memory."""
     spec = AddressSpec((300,) * 4, max_order=3, heads=3, table_rows=400, mode=mode, active_levels=(1, 3, 4))
-    codes, (ids, token_table) = torch.randint(-20, 320, (1500, 4)), token_case(spec, (700, 4))
+    codes, (ids, token_table) = torch.randint(-20, 320, (3000, 4)), token_case(spec, (700, 4))
     table = quantize(torch.randn(spec.total_rows, 64), kind)
     sources = codes, TokenStream(ids, token_table, None)
     expected = [reference.quantized_forward(source, table, spec, dtype) for source in sources]
@@ -141,13 +141,13 @@ def test_a_quantized_table_by_any_threads(kind, mode, dtype):
 
 
 KINDS = {
-    "distinct prefixes": lambda: torch.randint(0, 300, (1500, 4)),
-    "few prefixes": lambda: torch.randint(0, 3, (1500, 4)),
-    "one SID": lambda: torch.tensor([[4, 3, 2, 1]]).expand(1500, 4).clone(),
-    "half one SID": lambda: torch.where(torch.arange(1500)[:, None] % 2 == 0, 7, torch.randint(0, 300, (1500, 4))),
-    "one first code": lambda: torch.cat([torch.full((1500, 1), 5), torch.randint(0, 300, (1500, 3))], 1),
-    "ended prefixes": lambda: torch.randint(-60, 330, (1500, 4)),
-    "as many as blocks hold": lambda: torch.randint(0, 40, (512, 4)),
+    "distinct prefixes": lambda: torch.randint(0, 300, (3000, 4)),
+    "few prefixes": lambda: torch.randint(0, 3, (3000, 4)),
+    "one SID": lambda: torch.tensor([[4, 3, 2, 1]]).expand(3000, 4).clone(),
+    "half one SID": lambda: torch.where(torch.arange(3000)[:, None] % 2 == 0, 7, torch.randint(0, 300, (3000, 4))),
+    "one first code": lambda: torch.cat([torch.full((3000, 1), 5), torch.randint(0, 300, (3000, 3))], 1),
+    "ended prefixes": lambda: torch.randint(-60, 330, (3000, 4)),
+    "as many as blocks hold": lambda: torch.randint(0, 40, (2560, 4)),
 }
 
 
@@ -186,7 +186,7 @@ def test_long_token_streams(count):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_same_update_by_any_threads(make, dtype):
     spec = AddressSpec((300,) * 3, heads=2, table_rows=500)
-    batches = [torch.randint(0, 300, (700, 3)) for _ in range(3)]
+    batches = [torch.randint(0, 300, (2600, 3)) for _ in range(3)]
     start = torch.randn(spec.total_rows, 8).to(dtype)
     tables = []
     for count in THREADS:
