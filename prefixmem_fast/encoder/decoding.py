@@ -96,16 +96,11 @@ class DecodingState:
         return self._project(self._step(tokens))
 
     def _project(self, S: Tensor) -> Tensor:
-        """m of S. On a CPU W_out skips the zeros of text and inactive levels; a GPU would have to wait to know them."""
-        if S.device.type != "cpu":
-            return self.encoder.out_proj(S)
-        active = self._is_active[self._state.level[0]]
-        if bool(active.all()):
-            return self.encoder.out_proj(S)
-        m = self.encoder.out_proj(S[active])
-        out = m.new_zeros(len(S), m.shape[1])
-        out[active] = m
-        return out
+        """m of S. On a CPU W_out is left out where no token is at an active level; a GPU would have to wait to know."""
+        if S.device.type == "cpu" and not bool(self._is_active[self._state.level[0]].any()):
+            m = self.encoder.out_proj(S[:0])
+            return m.new_zeros(len(S), m.shape[1])
+        return self.encoder.out_proj(S)
 
     def _step(self, tokens: Tensor) -> Tensor:
         memory, spec = self.encoder.memory, self.encoder.config.spec

@@ -89,3 +89,16 @@ def test_decoding_state_errors_and_batch_changes():
     state.reorder(torch.zeros(4, dtype=torch.int64))
     m = state.step(torch.tensor([sid(1, 3, 4)[2]] * 4))
     torch.testing.assert_close(m, one.encode_tokens(torch.tensor([sid(1, 3, 4)] * 4), vocabulary())[:, 2])
+
+
+def test_a_cpu_multiplies_nothing_by_w_out_where_no_level_is_active():
+    spec = AddressSpec((9, 9), table_rows=30, active_levels=(2,))
+    encoder = PrefixMem(PrefixMemConfig(spec, memory_dim=8, hidden_size=4))
+    vocabulary = SIDVocabulary.from_table({i: (1 + i // 9, i % 9) for i in range(18)}, (9, 9))
+    state, rows = DecodingState(encoder, vocabulary, 3), []
+    encoder.out_proj.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    first, second = state.step(torch.tensor([0, 1, 2])), state.step(torch.tensor([9, 10, 1]))
+    assert rows == [0, 3]
+    assert first.shape == second.shape == (3, 4)
+    assert not first.any()
+    assert second[:2].any(1).all()
