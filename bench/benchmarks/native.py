@@ -17,7 +17,7 @@ from torch import Tensor
 from prefixmem_fast import prefix_rows
 
 from ..ceiling import loop_over
-from ..registry import Case, Floor, Mark, benchmark, unmarked
+from ..registry import Case, Mark, benchmark, unmarked
 from .providers import CPU_READERS, CPU_TRAINERS, Ours, Provider
 from .tables import QUICK, Grid, _reading, _training
 from .workloads import Workload
@@ -115,8 +115,7 @@ def _conditions(case: Case, workload: Workload, threads: int, conditions: str, l
         with _threads(threads):
             return bare_loops(provider, workload, loops)
 
-    floors = {name: floor for name, floor in case.floors.items() if isinstance(floor, Floor)}
-    case = replace(case, step=step, check=checked, alone=alone, floors=floors)
+    case = replace(case, step=step, check=checked, alone=alone)
     if conditions == BUSY:
         process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
         weakref.finalize(case, process.kill)

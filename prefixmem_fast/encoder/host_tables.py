@@ -21,7 +21,7 @@ from .._choices import TABLES
 from ..addressing import AddressSpec, TokenStream
 from ..operation import operators, prefix_memory, token_memory
 from ..operation.backends import choose_backend, functions_of
-from ..operation.functions import check_codes, check_stream
+from ..operation.functions import as_given, check_codes, check_stream, two_dimensional
 from ..operation.row_gradients import check_unscaled, read_memory
 from .config import PrefixMemConfig
 from .table_worker import Worker, unguarded
@@ -219,8 +219,7 @@ def _on_host(source: Tensor | TokenStream, *, own: bool) -> Tensor | TokenStream
 
 def _gather(codes: Tensor, weight: Tensor, spec: AddressSpec, backend: str) -> Tensor:
     """S of codes ``[..., L]``, in memory from where it crosses fast."""
-    S = functions_of(backend).forward(codes.reshape(-1, spec.levels), weight, spec)
-    S = S.view(*codes.shape[:-1], *S.shape[1:])
+    S = as_given(functions_of(backend).forward(two_dimensional(codes), weight, spec), codes)
     return S.pin_memory() if torch.cuda.is_initialized() else S
 
 
@@ -238,13 +237,13 @@ def _differentiated(source: Tensor | TokenStream, S: Tensor | None, memory: Memo
     backend = choose_backend(memory.backend, weight=weight)
     if isinstance(source, TokenStream):
         return read_memory(weight, source, spec, backend, memory.grad, updates=updates)
-    codes = source.reshape(-1, spec.levels)
+    codes = two_dimensional(source)
     flat = None if S is None else S.flatten(0, -3) if S.dim() > 2 else S[None]
     if memory.grad == "dense":
         flat = _Gathered.apply(weight, flat, codes, spec.key, backend, memory.deterministic)
     else:
         flat = read_memory(weight, codes, spec, backend, memory.grad, S=flat, updates=updates)
-    return flat.view(*source.shape[:-1], *flat.shape[1:])
+    return as_given(flat, source)
 
 
 class MappedTable(nn.Parameter):

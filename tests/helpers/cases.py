@@ -8,6 +8,7 @@ import torch
 
 from prefixmem_fast.checks.cases import random_tokens
 from prefixmem_fast.checks.report import exact_sums
+from prefixmem_fast.operation import reference
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MODES = ["prefix", "suffix", "full"]
@@ -24,6 +25,17 @@ def assert_exact_sums(sums, operation, values):
     assert sums.isfinite().all()
     error = (sums.double() - exact).abs()
     assert (error <= bound).all(), f"{(error / bound).max().item():.3g} times the bound"
+
+
+def assert_row_sums(backend, grad, source, spec):
+    """The touched rows exactly, each once and ascending, their sums within the bound, and the dense gradient alike."""
+    rows, sums, unique = backend.row_sums(grad, source, spec, grad.dtype)
+    assert unique
+    assert torch.equal(rows, reference.row_sums(grad, source, spec, grad.dtype).rows)
+    assert_exact_sums(sums, lambda g: reference.row_sums(g, source, spec, g.dtype).sums, grad)
+    dense = backend.dense_gradient(grad, source, spec)
+    assert torch.equal(dense[rows], sums)
+    assert dense.count_nonzero() == sums.count_nonzero()
 
 
 def token_case(spec, shape, seed=0):

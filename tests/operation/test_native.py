@@ -18,7 +18,7 @@ from prefixmem_fast.checks import oracle
 from prefixmem_fast.operation import native, reference
 from prefixmem_fast.operation.interface import PrefixState, QuantizedTable
 from prefixmem_fast.operation.quantization import quantize
-from tests.helpers.cases import FLOATS, MODES, assert_exact_sums, token_case
+from tests.helpers.cases import FLOATS, MODES, assert_row_sums, token_case
 from tests.helpers.strategies import codes_for, specs
 
 THREADS = (1, 2, 5)
@@ -31,17 +31,6 @@ def threads():
     torch.set_num_threads(before)
 
 
-def assert_row_sums(grad, source, spec):
-    """The touched rows exactly, each once and ascending, and their sums within the bound; the dense gradient alike."""
-    rows, sums, unique = native.row_sums(grad, source, spec, grad.dtype)
-    assert unique
-    assert torch.equal(rows, reference.row_sums(grad, source, spec, grad.dtype).rows)
-    assert_exact_sums(sums, lambda g: reference.row_sums(g, source, spec, g.dtype).sums, grad)
-    dense = native.dense_gradient(grad, source, spec)
-    assert torch.equal(dense[rows], sums)
-    assert dense.count_nonzero() == sums.count_nonzero()
-
-
 @given(specs(largest_code=3_000_000_000), st.sampled_from((1, 3, 64)), st.sampled_from(FLOATS), st.data())
 @settings(max_examples=600)
 def test_any_spec(spec, width, dtype, data):
@@ -50,7 +39,7 @@ def test_any_spec(spec, width, dtype, data):
     assert torch.equal(native.prefix_rows(codes, spec), reference.prefix_rows(codes, spec))
     out = native.forward(codes, weight, spec)
     assert torch.equal(out, reference.forward(codes, weight, spec))
-    assert_row_sums(torch.randn(out.shape).to(dtype), codes, spec)
+    assert_row_sums(native, torch.randn(out.shape).to(dtype), codes, spec)
 
 
 def test_an_exact_order_after_a_hashed_one():
@@ -61,7 +50,7 @@ def test_an_exact_order_after_a_hashed_one():
     weight = torch.randn(spec.total_rows, 3)
     out = native.forward(codes, weight, spec)
     assert torch.equal(out, reference.forward(codes, weight, spec))
-    assert_row_sums(torch.randn_like(out), codes, spec)
+    assert_row_sums(native, torch.randn_like(out), codes, spec)
 
 
 @given(specs(), st.data())
@@ -83,7 +72,7 @@ def test_any_token_stream(spec, seed, packed):
     stream = TokenStream(ids if seed % 2 else ids.int(), table, segments)
     out = native.forward(stream, weight, spec)
     assert torch.equal(out, reference.forward(stream, weight, spec))
-    assert_row_sums(torch.randn_like(out), stream, spec)
+    assert_row_sums(native, torch.randn_like(out), stream, spec)
 
 
 # Tables of 8 bits a number
@@ -165,7 +154,7 @@ def test_blocks_and_threads(kind, mode):
         assert torch.equal(native.forward(codes, weight, spec), reference.forward(codes, weight, spec))
         found.append(native.row_sums(grad, codes, spec, torch.float32))
     assert all(torch.equal(found[0].sums, other.sums) for other in found)
-    assert_row_sums(grad, codes, spec)
+    assert_row_sums(native, grad, codes, spec)
 
 
 @pytest.mark.parametrize("count", THREADS)
@@ -179,7 +168,7 @@ def test_long_token_streams(count):
     stream = TokenStream(ids, table, None)
     out = native.forward(stream, weight, spec)
     assert torch.equal(out, reference.forward(stream, weight, spec))
-    assert_row_sums(torch.randn_like(out), stream, spec)
+    assert_row_sums(native, torch.randn_like(out), stream, spec)
 
 
 @pytest.mark.parametrize("make", [optim.SGD, optim.RowWiseAdagrad, optim.RowWiseAdam, optim.LazyAdam])
