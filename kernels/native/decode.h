@@ -35,21 +35,20 @@ INLINE void added_orders(const Spec& spec, int64_t level, int64_t& first, int64_
 }
 
 template <class Rows, class Out>
-void decoding_chunk(const Table& given, const Spec& spec, const TokenTable& tokens, const Ids& ids,
+void decoding_chunk(const Table& given, const Spec& spec, const TokenTable& tokens, const Integers& ids,
                     const PrefixState& state, void* to, int64_t chunk, int64_t sequences) {
   using Sum = typename Rows::Sum;
   const Rows table(given);
   const int64_t width = spec.heads * given.width;
   const int64_t first = chunk * SEQUENCES_A_CHUNK, last = std::min(first + SEQUENCES_A_CHUNK, sequences);
   const int64_t each = int64_t(spec.orders) * spec.heads;
-  std::vector<int64_t> rows(SEQUENCES_A_CHUNK * each, -1);
+  std::vector<int64_t> rows(SEQUENCES_A_CHUNK * each, -1), valid(spec.levels);
   for (int64_t b = first; b < last; ++b) {
     int64_t* codes = state.codes + b * spec.levels;
     int64_t level = move_on(spec, tokens, ids.at(b), codes, state.level[b]);
-    int64_t length = 0, from, upto;
-    while (length < level && codes[length] >= 0 && codes[length] < spec.sizes[length]) ++length;
+    int64_t from, upto;
     added_orders(spec, level, from, upto);
-    if (level == 0 || length < level) continue;
+    if (level == 0 || read_codes(spec, {state.codes}, b, valid.data()) < level) continue;
     for (int64_t n = from; n <= upto; ++n) {
       int64_t* mine = rows.data() + (b - first) * each + (n - 1) * spec.heads;
       order_rows(spec, codes + (spec.mode == SUFFIX ? level - n : 0), int32_t(n), mine);

@@ -1,6 +1,7 @@
 // What native.cpp offers, by mode and dtype.
 #pragma once
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "decode.h"
@@ -27,6 +28,8 @@ struct Target {
   const UpdateNumbers* update;
 };
 
+// SIDs up to which one thread updates alone: two gain little, and beside a busy process they wait for each other.
+constexpr int64_t ALONE = 2048;
 constexpr int64_t FEW_ROWS = 2048;  // that one thread reads before a second one would be awake
 
 template <class F> INLINE void with_rows(const Table& table, F&& f) {
@@ -46,7 +49,7 @@ template <class F> INLINE void with_rows(const Table& table, F&& f) {
   }
 }
 
-inline void all_rows(const Spec& spec, const Codes& codes, int64_t sids, int64_t* out, int threads) {
+inline void all_rows(const Spec& spec, const Integers& codes, int64_t sids, int64_t* out, int threads) {
   const int64_t each = int64_t(spec.orders) * spec.heads, chunk = 64;
   parallel((sids + chunk - 1) / chunk, sids * spec.levels * each > 16384 ? threads : 1, [&](int64_t c) {
     std::vector<int64_t> sid(spec.levels);
@@ -73,7 +76,7 @@ inline void forward(const Table& table, const Spec& spec, const Sids& sids, void
   });
 }
 
-inline void decode(const Table& table, const Spec& spec, const TokenTable& tokens, const Ids& ids,
+inline void decode(const Table& table, const Spec& spec, const TokenTable& tokens, const Integers& ids,
                    const PrefixState& state, void* out, int64_t sequences, int threads) {
   const int64_t chunks = (sequences + SEQUENCES_A_CHUNK - 1) / SEQUENCES_A_CHUNK;
   with_rows(table, [&](auto rows, auto number) {
@@ -83,11 +86,11 @@ inline void decode(const Table& table, const Spec& spec, const TokenTable& token
   });
 }
 
-inline void plan(Plan& plan, int threads) {
+inline void find_rows(Plan& plan) {
   if (plan.spec->mode == SUFFIX)
-    plan.windows = std::make_unique<Windows>(find_windows(*plan.spec, plan.sids, threads));
+    plan.windows = std::make_unique<Windows>(find_windows(*plan.spec, plan.sids, plan.threads));
   else
-    plan.prefixes = std::make_unique<Prefixes>(find_prefixes(*plan.spec, plan.sids, threads));
+    plan.prefixes = std::make_unique<Prefixes>(find_prefixes(*plan.spec, plan.sids, plan.threads));
 }
 
 // Counts the touched rows; with `out`, writes them there in ascending order and makes their places the targets.
@@ -163,35 +166,25 @@ inline double sum(const Plan& plan, const Gradient& grad, const Target& target) 
   });
 }
 
-template <class A, class Vector>
-INLINE double sum_chunk(const TableEntries& table, DType dtype, int64_t width, const Destination<A>& destination,
-                        Vector vector, size_t first, size_t last) {
-  return sum_table<A>(table, dtype, width, destination, vector, first, last);
-}
-
-// Entries of one row are added in their order.
-inline double sum_sparse(const int64_t* rows, int64_t entries, int64_t width, const void* values, DType dtype,
-                         const Target& target, int threads) {
+// Entries of one row, of 0 .. table_rows - 1, are added in their order.
+inline double sum_sparse(const int64_t* rows, int64_t entries, int64_t table_rows, int64_t width, const void* values,
+                         DType dtype, const Target& target, int threads) {
   TableEntries table;
   bool ascending = true;
-  for (int64_t i = 1; i < entries && ascending; ++i) ascending = rows[i] > rows[i - 1];
-  uint64_t largest = 0;
   Array<Entry> unsorted(entries);
   for (int64_t i = 0; i < entries; ++i) {
     unsorted[i] = {uint64_t(rows[i]), uint32_t(i)};
-    largest = std::max(largest, uint64_t(rows[i]));
+    ascending &= i == 0 || rows[i] > rows[i - 1];
   }
-  group_by_row(table, std::move(unsorted), entries, ascending ? 0 : bits_needed(largest), 0);
+  group_by_row(table, std::move(unsorted), entries, ascending ? 0 : bits_needed(uint64_t(table_rows)), 0);
   const int64_t distinct = int64_t(table.targets.size()), chunk = 256, chunks = (distinct + chunk - 1) / chunk;
   auto vector = [&](uint32_t item) { return static_cast<const char*>(values) + int64_t(item) * width * bytes_of(dtype); };
   return with_destination(target, dtype, width, [&](const auto& destination) {
     std::vector<double> squares(chunks, 0.0);
     parallel(chunks, distinct > FEW_ROWS / 4 ? threads : 1, [&](int64_t c) {
-      squares[c] = sum_chunk(table, dtype, width, destination, vector, c * chunk, std::min((c + 1) * chunk, distinct));
+      squares[c] = sum_table(table, dtype, width, destination, vector, c * chunk, std::min((c + 1) * chunk, distinct));
     });
-    double total = 0;
-    for (double part : squares) total += part;
-    return total;
+    return std::accumulate(squares.begin(), squares.end(), 0.0);
   });
 }
 

@@ -104,7 +104,7 @@ Plan* prefixmem_plan(const Spec* spec, const Source* source, int64_t threads) {
     made->spec = spec;
     made->sids = sids_of(*source, *spec);
     made->threads = made->sids.count > ALONE ? int(threads) : 1;
-    with_threads(made->threads, [&] { plan(*made, made->threads); });
+    with_threads(made->threads, [&] { find_rows(*made); });
     return made.release();
   } catch (...) {
     return nullptr;
@@ -134,7 +134,7 @@ int64_t prefixmem_sum_sparse(const int64_t* rows, int64_t entries, int64_t table
   return guarded([&] {
     for (int64_t i = 0; i < entries; ++i)
       if (uint64_t(rows[i]) >= uint64_t(table_rows)) return NO_SUCH_ROW;
-    *squares = sum_sparse(rows, entries, width, values, DType(dtype), {nullptr, FLOAT32, update}, int(threads));
+    *squares = sum_sparse(rows, entries, table_rows, width, values, DType(dtype), {nullptr, FLOAT32, update}, int(threads));
     return int64_t(0);
   });
 }

@@ -5,6 +5,7 @@
 // threads; a prefix that goes on into the next block leaves what it has, and the pieces are added in their order.
 #pragma once
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "destination.h"
@@ -25,9 +26,7 @@ template <class A> class PrefixSums {
     parallel(p_.blocks, p_.threads, [&](int64_t block) { walk(block, squares[block]); });
     parallel(p_.last, p_.threads, [&](int64_t n) { join(int32_t(n) + 1, squares[p_.blocks + n]); });
     parallel(tables, p_.threads, [&](int64_t t) { add_shared(p_.shared[t], squares[p_.blocks + p_.last + t]); });
-    double total = 0;
-    for (double part : squares) total += part;
-    return total;
+    return std::accumulate(squares.begin(), squares.end(), 0.0);
   }
 
  private:
@@ -60,7 +59,7 @@ template <class A> class PrefixSums {
     for (int64_t i = p_.first(block); i <= p_.end(block); ++i) {
       const int32_t kept = i == p_.end(block) ? 0 : p_.equal[i];
       if (i > p_.first(block))
-        for (int32_t n = p_.last; n > kept; --n) order.push_back(next[n - 1] > 0 ? targets_of(n, next[n - 1] - 1) : nullptr);
+        for (int32_t n = p_.last; n > kept; --n) order.push_back(targets_of(n, next[n - 1] - 1));
       if (i < p_.end(block))
         for (int32_t n = kept + 1; n <= p_.last; ++n) ++next[n - 1];
     }
@@ -79,7 +78,6 @@ template <class A> class PrefixSums {
     std::vector<A> memory(last * width_, A(0));
     std::vector<A*> sums;  // of each order
     for (int32_t n = 0; n < last; ++n) sums.push_back(memory.data() + n * width_);
-    std::vector<int64_t> next(p_.starts.begin() + block * last, p_.starts.begin() + (block + 1) * last);
     std::vector<uint8_t> continued(last, 0), held(last, 0);  // held: the sum has a summand
     std::vector<int32_t> added(actives, 0);  // to which order a level's gradient is added; 0 for none
     for (int64_t a = 0; a < actives; ++a) {
@@ -98,7 +96,7 @@ template <class A> class PrefixSums {
         else if (goes_on)
           std::memcpy(piece(block, n, true), sum, width_ * sizeof(A));
         else
-          deliver(targets_of(n, next[n - 1] - 1), delivered + ahead < prefixes ? order[delivered + ahead] : nullptr, gradients, sum, squares);
+          deliver(order[delivered], delivered + ahead < prefixes ? order[delivered + ahead] : nullptr, gradients, sum, squares);
         ++delivered;
         continued[n - 1] = 0;
         if (nested_ && n > 1 && held[n - 1]) {
@@ -112,14 +110,13 @@ template <class A> class PrefixSums {
     };
     for (int64_t k = 0; k < std::min(ahead, prefixes); ++k)
       for (int32_t h = 0; h < spec_.heads; ++h)
-        if (order[k] != nullptr && order[k][h] >= 0) destination_.fetch(order[k][h]);
+        if (order[k][h] >= 0) destination_.fetch(order[k][h]);
     for (int64_t i = first; i < end; ++i) {
       const int32_t same = p_.equal[i];
       if (i == first)
         for (int32_t n = 1; n <= same; ++n) continued[n - 1] = 1;
       else
         finish(same, i);
-      for (int32_t n = same + 1; n <= last; ++n) ++next[n - 1];
       gradients.fetch_rest();
       gradients.begin();
       if (i + GRADIENTS_AHEAD < end)

@@ -15,8 +15,6 @@
 namespace prefixmem {
 
 constexpr int64_t SIDS_A_BLOCK = 256;  // a constant: sums are added in the same order whatever the number of threads
-// SIDs up to which one thread updates alone: two gain little, and beside a busy process they wait for each other.
-constexpr int64_t ALONE = 2048;
 
 // What several prefixes of one order and head add to: their sums go aside first, those of a row side by side.
 struct SharedRow {
@@ -97,9 +95,9 @@ INLINE int32_t common_codes(const Prefixes& p, int64_t a, int64_t b) {
 INLINE int64_t find_shared(Prefixes& p, int32_t order, int32_t head, Array<Entry>& claims) {
   const int64_t count = p.prefixes(order);
   const int32_t heads = p.spec->heads;
+  if (count < 2) return 0;
   int64_t* targets = p.targets[order - 1].data() + head;
   const int64_t offset = p.spec->offsets[(order - 1) * heads + head];
-  if (count < 2) return 0;
   uint64_t bits = 1024;
   while (bits < uint64_t(count) * 8) bits *= 2;
   Array<uint64_t> filter(int64_t(bits / 32));  // two bits a place: claimed, and claimed again
@@ -109,8 +107,8 @@ INLINE int64_t find_shared(Prefixes& p, int32_t order, int32_t head, Array<Entry
     const int64_t row = targets[u * heads];
     if (row < 0) continue;
     const uint64_t place = uint64_t(row - offset) & (bits - 1), bit = uint64_t(1) << (place & 63);
-    again[place >> 6] |= filter[int64_t(place >> 6)] & bit;
-    filter[int64_t(place >> 6)] |= bit;
+    again[place >> 6] |= filter[place >> 6] & bit;
+    filter[place >> 6] |= bit;
   }
   claims = Array<Entry>(count);
   int64_t claimed = 0;
@@ -161,14 +159,13 @@ INLINE void share_rows(Prefixes& p) {
 
 INLINE Prefixes find_prefixes(const Spec& spec, const Sids& sids, int threads) {
   Prefixes p{};
-  p.spec = &spec, p.sids = &sids, p.last = spec.last_order;
-  p.threads = sids.count > ALONE ? threads : 1;
+  p.spec = &spec, p.sids = &sids, p.last = spec.last_order, p.threads = threads;
   p.blocks = (sids.count + SIDS_A_BLOCK - 1) / SIDS_A_BLOCK;
   p.reach = Array<int32_t>(sids.count);
   parallel(p.blocks, p.threads, [&](int64_t block) {
     std::vector<int64_t> codes(spec.levels);
     for (int64_t sid = p.first(block); sid < p.end(block); ++sid)
-      p.reach[sid] = (reach_of(spec, sids, sid, codes.data()));
+      p.reach[sid] = reach_of(spec, sids, sid, codes.data());
   });
   sort_sids(p);
   p.equal = Array<int32_t>(sids.count + 1);

@@ -38,10 +38,10 @@ struct Spec {
   int64_t rows_a_sid() const { return int64_t(reads.size()) * heads; }
 };
 
-// Codes [M, L] of 2, 4 or 8 bytes.
-struct Codes {
-  const void* data;
-  int32_t bytes;
+// Integers of 2, 4 or 8 bytes.
+struct Integers {
+  const void* data = nullptr;
+  int32_t bytes = 8;
 
   int64_t at(int64_t i) const {
     if (bytes == 8) return static_cast<const int64_t*>(data)[i];
@@ -49,8 +49,8 @@ struct Codes {
   }
 };
 
-// Reads a SID; returns how many of its codes stand before one that ends the prefix.
-INLINE int32_t read_codes(const Spec& spec, const Codes& codes, int64_t sid, int64_t* out) {
+// Reads a SID of codes [M, L]; returns how many of its codes stand before one that ends the prefix.
+INLINE int32_t read_codes(const Spec& spec, const Integers& codes, int64_t sid, int64_t* out) {
   int32_t length = 0;
   while (length < spec.levels) {
     int64_t code = codes.at(sid * spec.levels + length);

@@ -155,13 +155,13 @@ void with_threads(int threads, const std::function<void()>& work) {
         region.team.serve();
     }, &region, unsigned(threads), 0);
   } else {
-    Pool* mine_alone = pool;
-    const bool has_it = !mine_alone->taken.exchange(true);
-    if (has_it) mine_alone->begin(mine, threads - 1);
+    Pool* own = pool;
+    const bool has_it = !own->taken.exchange(true);
+    if (has_it) own->begin(mine, threads - 1);
     work_with(mine, work, error);
     if (has_it) {
-      mine_alone->end();
-      mine_alone->taken.store(false);
+      own->end();
+      own->taken.store(false);
     }
   }
   if (error) std::rethrow_exception(error);

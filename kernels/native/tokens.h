@@ -9,16 +9,6 @@
 
 namespace prefixmem {
 
-// Integers of 4 or 8 bytes.
-struct Ids {
-  const void* data = nullptr;
-  int32_t bytes = 8;
-
-  int64_t at(int64_t i) const {
-    return bytes == 8 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-};
-
 struct TokenTable {
   const int32_t* entries;  // [V, 2], level and code
   int64_t vocabulary;
@@ -34,14 +24,14 @@ struct TokenTable {
 };
 
 struct TokenStream {
-  Ids ids, segments;  // [rows, length]; no segments where rows are not packed
+  Integers ids, segments;  // [rows, length]; no segments where rows are not packed
   TokenTable table;
   int64_t rows, length;
 };
 
 // The Semantic IDs of a batch, wherever they stand: codes [M, L], or found in a token stream.
 struct Sids {
-  Codes codes;               // [M, L]
+  Integers codes;            // [M, L]
   int64_t count = 0;         // M
   Array<int64_t> found;      // the codes of a token stream
   Array<int64_t> place;      // [M], of the level-1 token in the flattened stream

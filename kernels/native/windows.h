@@ -2,7 +2,7 @@
 // entries of a sparse gradient. The entries are sorted by row, and each row adds its vectors in their order.
 #pragma once
 #include <algorithm>
-#include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "destination.h"
@@ -12,9 +12,10 @@ namespace prefixmem {
 
 // The rows of one order and head that a batch touches.
 struct TableEntries {
-  Array<Entry> sorted;                      // by row; `item` is (SID, active level) or the entry of a sparse gradient
-  std::vector<int64_t> firsts, targets;     // of each distinct row: its first entry, and where its sum goes
-  int64_t end(size_t row) const { return row + 1 < firsts.size() ? firsts[row + 1] : sorted.size(); }
+  Array<Entry> sorted;                   // by row; `item` is (SID, active level) or the entry of a sparse gradient
+  int64_t count = 0;                     // entries; the array may be longer
+  std::vector<int64_t> firsts, targets;  // of each distinct row: its first entry, and where its sum goes
+  int64_t end(size_t row) const { return row + 1 < firsts.size() ? firsts[row + 1] : count; }
 };
 
 struct Windows {
@@ -25,19 +26,18 @@ struct Windows {
 };
 
 INLINE void group_by_row(TableEntries& table, Array<Entry>&& entries, int64_t count, int bits, int64_t offset) {
-  Array<Entry> exact(count), spare(count);
-  if (count > 0) std::memcpy(static_cast<void*>(exact.data()), entries.data(), count * sizeof(Entry));
-  if (sort_entries(exact.data(), spare.data(), count, bits) != exact.data()) std::swap(exact, spare);
+  Array<Entry> spare(count);
+  if (sort_entries(entries.data(), spare.data(), count, bits) != entries.data()) std::swap(entries, spare);
   for (int64_t i = 0; i < count; ++i)
-    if (i == 0 || exact[i].key != exact[i - 1].key) {
+    if (i == 0 || entries[i].key != entries[i - 1].key) {
       table.firsts.push_back(i);
-      table.targets.push_back(offset + int64_t(exact[i].key));
+      table.targets.push_back(offset + int64_t(entries[i].key));
     }
-  table.sorted = std::move(exact);
+  table.sorted = std::move(entries), table.count = count;
 }
 
 INLINE Windows find_windows(const Spec& spec, const Sids& sids, int threads) {
-  Windows windows{&spec, &sids, sids.count > ALONE ? threads : 1, {}};
+  Windows windows{&spec, &sids, threads, {}};
   const int64_t actives = int64_t(spec.active.size());
   windows.tables.resize(spec.orders * spec.heads);
   parallel(spec.orders, windows.threads, [&](int64_t n) {
@@ -78,7 +78,7 @@ double sum_table(const TableEntries& table, DType dtype, int64_t width, const De
     if (row + AHEAD < last) destination.fetch(table.targets[row + AHEAD]);
     uint8_t held = 0;
     for (int64_t i = table.firsts[row]; i < table.end(row); ++i) {
-      if (i + AHEAD < table.sorted.size()) prefetch(vector(table.sorted[i + AHEAD].item), width * bytes_of(dtype));
+      if (i + AHEAD < table.count) prefetch(vector(table.sorted[i + AHEAD].item), width * bytes_of(dtype));
       add_vector(sum.data(), held, vector(table.sorted[i].item), dtype, width);
     }
     destination.put(table.targets[row], sum.data(), width, squares);
@@ -101,9 +101,7 @@ template <class A> double sum_windows(const Windows& windows, const Gradient& gr
     const TableEntries& table = windows.tables[t];
     squares[t] = sum_table(table, grad.dtype, width, destination, vector, 0, table.targets.size());
   });
-  double total = 0;
-  for (double part : squares) total += part;
-  return total;
+  return std::accumulate(squares.begin(), squares.end(), 0.0);
 }
 
 }  // namespace prefixmem

@@ -21,19 +21,6 @@ from .interface import PrefixState, QuantizedTable, RowSums
 from .rounding import mix_seed, mix_word
 from .rules import RULES, RowUpdate
 
-__all__ = [
-    "decoding_step",
-    "dense_gradient",
-    "forward",
-    "fused_update",
-    "prefix_rows",
-    "quantized_decoding_step",
-    "quantized_forward",
-    "row_sums",
-    "sparse_update",
-    "state_copies",
-]
-
 _DTYPES = {
     torch.float32: 0,
     torch.float64: 1,
@@ -42,7 +29,13 @@ _DTYPES = {
     torch.int8: 4,
     torch.float8_e4m3fn: 5,
 }
-_DLPACK = {torch.float32: (2, 32), torch.float64: (2, 64), torch.bfloat16: (4, 16), torch.float16: (2, 16)}
+_DLPACK = {
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.bfloat16: (4, 16),
+    torch.float16: (2, 16),
+    torch.int64: (0, 64),
+}
 _MODES = {"prefix": 0, "suffix": 1, "full": 2}
 _RULES = {"sgd": 0, "row_adagrad": 1, "row_adam": 2, "lazy_adam": 3}
 _MOST_ENTRIES = 1 << 32  # of one sort
@@ -231,15 +224,11 @@ def _source(source: Tensor | TokenStream) -> tuple[_Source, Any]:
 
 def prefix_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
     codes = codes.contiguous()
-    rows = _empty_rows((len(codes), spec.levels, spec.max_order, spec.heads))
+    rows = _empty((len(codes), spec.levels, spec.max_order, spec.heads), torch.int64)
     threads = torch.get_num_threads()
     given = _at(codes), codes.element_size(), len(codes)
     _checked(_library().rows(_given(spec), *given, _at(rows), threads))
     return rows
-
-
-def _empty_rows(shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=torch.int64, device="cpu")
 
 
 def forward(source: Tensor | TokenStream, weight: Tensor, spec: AddressSpec) -> Tensor:
@@ -322,7 +311,7 @@ def row_sums(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec, dtyp
     if _too_many(grad, spec) or half_of_double:
         return cpu.row_sums(grad, source, spec, dtype)
     with _plan(source, spec) as plan:
-        rows = _empty_rows((_library().number(plan, None),))
+        rows = _empty((_checked(_library().number(plan, None)),), torch.int64)
         sums = _empty((len(rows), grad.shape[-1] // spec.heads), dtype)
         _checked(_library().number(plan, _at(rows)))
         _sum(plan, grad.contiguous(), sums, None)
