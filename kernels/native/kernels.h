@@ -174,7 +174,7 @@ inline double sum_sparse(const int64_t* rows, int64_t entries, int64_t table_row
   Array<Entry> unsorted(entries);
   for (int64_t i = 0; i < entries; ++i) {
     unsorted[i] = {uint64_t(rows[i]), uint32_t(i)};
-    ascending &= i == 0 || rows[i] > rows[i - 1];
+    ascending &= i == 0 || rows[i] >= rows[i - 1];
   }
   group_by_row(table, std::move(unsorted), entries, ascending ? 0 : bits_needed(uint64_t(table_rows)), 0);
   const int64_t distinct = int64_t(table.targets.size()), chunk = 256, chunks = (distinct + chunk - 1) / chunk;
