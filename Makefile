@@ -17,9 +17,8 @@ TRITON_FOLDERS := $(TRITONS:%=.venv-triton/%/ready)
 
 .PHONY: test test-slow test-all test-oldest test-newest triton-releases compile-report demo bench gpu lint format clean
 
-test: $(VENV)/ready
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow" tests
-	@$(MAKE) --no-print-directory lint
 
 test-slow: $(VENV)/ready triton-releases
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow tests

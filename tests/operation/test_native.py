@@ -158,7 +158,7 @@ def test_blocks_and_threads(kind, mode):
 
 
 def test_keys_of_many_digits():
-    """36 bits are sorted in four passes. All orders are exact, so a prefix that is sorted apart would be there twice."""
+    """36 bits are sorted in four passes. All orders are exact, so a prefix sorted apart would be there twice."""
     spec = AddressSpec((2,) * 18, max_order=18, heads=1, table_rows=1 << 18, active_levels=(18,))
     codes = torch.randint(0, 2, (200, 18))
     assert spec.exact_orders == tuple(range(1, 19))
