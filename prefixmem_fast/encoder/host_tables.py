@@ -97,16 +97,19 @@ class _Crossing(torch.autograd.Function):
 
 
 class _Gathered(torch.autograd.Function):
-    """S that has been gathered before: its gradient is that of `prefix_memory`."""
+    """S that has been gathered before: its gradient is that of `prefix_memory` or `token_memory`."""
 
     @staticmethod
-    def forward(ctx, weight, S, codes, *options):
-        ctx.codes, ctx.options = codes, options
+    def forward(ctx, weight, S, source, *options):
+        ctx.source, ctx.options = source, options
         return S.view_as(S)
 
     @staticmethod
     def backward(ctx, grad):
-        gradient = operators.prefix_memory_backward(grad, ctx.codes, *ctx.options)
+        if isinstance(ctx.source, TokenStream):
+            gradient = operators.token_memory_backward(grad, *ctx.source, *ctx.options)
+        else:
+            gradient = operators.prefix_memory_backward(grad, ctx.source, *ctx.options)
         return gradient, *[None] * (2 + len(ctx.options))
 
 
@@ -116,7 +119,7 @@ class _Gather(NamedTuple):
     The table is kept, so that no other one gets its address meanwhile.
     """
 
-    codes: Tensor
+    source: Tensor | TokenStream
     changes: int
     stale: bool
     weight: Tensor
@@ -145,7 +148,7 @@ class HostReader:
             Exception: what the thread has raised since the last call.
         """
         weight, is_stream = memory.weight, isinstance(source, TokenStream)
-        check_stream(source) if is_stream else check_codes(source, memory.config.levels)
+        _check(source, memory)
         device = source.input_ids.device if is_stream else source.device
         trains = weight.requires_grad and torch.is_grad_enabled()
         if trains:
@@ -162,25 +165,23 @@ class HostReader:
             S = _differentiated(source, S, memory, self.worker if overlaps else None)
         return _Crossing.apply(S, device, overlaps) if S.device != device or overlaps else S
 
-    def prefetch(self, memory: Memory, codes: Tensor, stale: bool) -> None:
-        """See `PrefixMem.prefetch`."""
+    def prefetch(self, memory: Memory, source: Tensor | TokenStream, stale: bool) -> None:
+        """See `PrefixMem.prefetch` and `PrefixMem.prefetch_tokens`."""
         spec, weight = memory.config.spec, memory.weight
-        check_codes(codes, spec.levels)
+        _check(source, memory)
         _checks.boolean("stale", stale)
-        codes = copy_across(codes, HOST, own=True)
+        source = _on_host(source, own=True)
         backend = choose_backend(memory.backend, weight=weight)
         changes = self._changes_of(weight)
-        S = self.worker.submit(_gather, codes, unguarded(weight), spec, backend)
-        self._gathers.append(_Gather(codes, changes, stale, weight, S))
+        S = self.worker.submit(_gather, source, unguarded(weight), spec, backend)
+        self._gathers.append(_Gather(source, changes, stale, weight, S))
         del self._gathers[:-_MOST_GATHERS]
 
     def _take(self, source: Tensor | TokenStream, weight: Tensor) -> tuple[Tensor | None, bool]:
-        """S that has been gathered for these codes, if one may be used, and whether an update is not in it."""
+        """S that has been gathered for this source, if one may be used, and whether an update is not in it."""
         now = self._changes_of(weight) if self._gathers else 0
-        if isinstance(source, TokenStream):
-            return None, False
         for i, gather in enumerate(self._gathers):
-            if gather.codes.dtype == source.dtype and torch.equal(gather.codes, source):
+            if _same(gather.source, source):
                 del self._gathers[: i + 1]
                 age = now - gather.changes
                 if age <= int(gather.stale):
@@ -197,6 +198,31 @@ class HostReader:
             self._table = table
             self._changes += 1
         return self._changes
+
+
+def _check(source: Tensor | TokenStream, memory: Memory) -> None:
+    if isinstance(source, TokenStream):
+        check_stream(source)
+    else:
+        check_codes(source, memory.config.levels)
+
+
+def _same(source: Tensor | TokenStream, other: Tensor | TokenStream) -> bool:
+    """Whether two sources have the same S; segments may be numbered otherwise."""
+    if isinstance(source, TokenStream) and isinstance(other, TokenStream):
+        tables = source.token_table is other.token_table or _equal(source.token_table, other.token_table)
+        return tables and _equal(source.input_ids, other.input_ids) and torch.equal(_edges(source), _edges(other))
+    return isinstance(source, Tensor) and isinstance(other, Tensor) and _equal(source, other)
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    return x.dtype == y.dtype and torch.equal(x, y)
+
+
+def _edges(stream: TokenStream) -> Tensor:
+    """Between which neighbours one packed sequence ends and another begins: bool ``[B, T - 1]``."""
+    segments = torch.zeros_like(stream.input_ids) if stream.segment_ids is None else stream.segment_ids
+    return segments[:, 1:] != segments[:, :-1]
 
 
 def _check_trainable(memory: Memory, device: torch.device) -> None:
@@ -217,9 +243,13 @@ def _on_host(source: Tensor | TokenStream, *, own: bool) -> Tensor | TokenStream
     return TokenStream(copy_across(tokens, HOST, own=own), table, segments)
 
 
-def _gather(codes: Tensor, weight: Tensor, spec: AddressSpec, backend: str) -> Tensor:
-    """S of codes ``[..., L]``, in memory from where it crosses fast."""
-    S = as_given(functions_of(backend).forward(two_dimensional(codes), weight, spec), codes)
+def _gather(source: Tensor | TokenStream, weight: Tensor, spec: AddressSpec, backend: str) -> Tensor:
+    """S of codes ``[..., L]`` or of a token stream, in memory from where it crosses fast."""
+    forward = functions_of(backend).forward
+    if isinstance(source, TokenStream):
+        S = forward(source, weight, spec)
+    else:
+        S = as_given(forward(two_dimensional(source), weight, spec), source)
     return S.pin_memory() if torch.cuda.is_initialized() else S
 
 
@@ -235,15 +265,15 @@ def _differentiated(source: Tensor | TokenStream, S: Tensor | None, memory: Memo
     """S, gathered or not, with its derivative in the table."""
     weight, spec = memory.weight, memory.config.spec
     backend = choose_backend(memory.backend, weight=weight)
-    if isinstance(source, TokenStream):
-        return read_memory(weight, source, spec, backend, memory.grad, updates=updates)
-    codes = two_dimensional(source)
-    flat = None if S is None else S.flatten(0, -3) if S.dim() > 2 else S[None]
+    is_stream = isinstance(source, TokenStream)
+    given = source if is_stream else two_dimensional(source)
+    if S is not None and not is_stream:
+        S = S.flatten(0, -3) if S.dim() > 2 else S[None]
     if memory.grad == "dense":
-        flat = _Gathered.apply(weight, flat, codes, spec.key, backend, memory.deterministic)
+        S = _Gathered.apply(weight, S, given, spec.key, backend, memory.deterministic)
     else:
-        flat = read_memory(weight, codes, spec, backend, memory.grad, S=flat, updates=updates)
-    return as_given(flat, source)
+        S = read_memory(weight, given, spec, backend, memory.grad, S=S, updates=updates)
+    return S if is_stream else as_given(S, source)
 
 
 class MappedTable(nn.Parameter):

@@ -113,9 +113,25 @@ class PrefixMemory(nn.Module):
 
     def prefetch(self, codes: Tensor, *, stale: bool = False) -> None:
         """Begin to gather S of a coming batch; see `PrefixMem.prefetch`."""
+        self._check_prefetch()
+        self._reader.prefetch(self, codes, stale)
+
+    def prefetch_tokens(
+        self,
+        input_ids: Tensor,
+        vocabulary: SIDVocabulary,
+        segment_ids: Tensor | None = None,
+        *,
+        stale: bool = False,
+    ) -> None:
+        """The same of a token stream; see `PrefixMem.prefetch_tokens`."""
+        self._check_prefetch()
+        table = self._token_table(input_ids, vocabulary)
+        self._reader.prefetch(self, TokenStream(input_ids, table, segment_ids), stale)
+
+    def _check_prefetch(self) -> None:
         if self.tables == "device":
             raise ValueError('prefetch is for tables in the host\'s memory, and tables = "device"; give tables="host"')
-        self._reader.prefetch(self, codes, stale)
 
     def read_tokens(self, input_ids: Tensor, vocabulary: SIDVocabulary, segment_ids: Tensor | None = None) -> Tensor:
         """S over a token stream: ``[B, T]`` to ``[B, T, memory_dim]``, zero at text; see `token_memory`.

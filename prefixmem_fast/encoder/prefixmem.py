@@ -183,6 +183,26 @@ class PrefixMem(nn.Module):
         """
         self.memory.prefetch(codes, stale=stale)
 
+    def prefetch_tokens(
+        self,
+        input_ids: Tensor,
+        vocabulary: SIDVocabulary,
+        segment_ids: Tensor | None = None,
+        *,
+        stale: bool = False,
+    ) -> None:
+        """`prefetch` for `encode_tokens`, and for the forward pass of a model that this encoder is attached to.
+
+        Args:
+            input_ids, vocabulary, segment_ids: as `encode_tokens` or the model will be given them; segments may be
+                numbered otherwise.
+            stale: see `prefetch`.
+
+        Raises:
+            TypeError, ValueError: an argument is not as stated, or tables="device".
+        """
+        self.memory.prefetch_tokens(input_ids, vocabulary, segment_ids, stale=stale)
+
     def forward(self, codes: Tensor) -> Tensor:
         """m of every level: integer ``[..., L]`` to ``[..., L, hidden_size]``, zero at inactive levels."""
         spec = self.config.spec

@@ -95,7 +95,7 @@ class QuantizedMemory(PrefixMemory):
         """S of every active level: integer ``[..., L]`` to ``[..., A, memory_dim]``."""
         return quantized_prefix_memory(codes, self.table, self.config.spec, dtype=self.dtype, backend=self.backend)
 
-    def prefetch(self, codes: Tensor, *, stale: bool = False) -> None:
+    def _check_prefetch(self) -> None:
         raise ValueError(
             "prefetch is for tables in the host's memory, and a quantized table moves with its module; leave it out"
         )

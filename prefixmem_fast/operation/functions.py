@@ -23,7 +23,8 @@ def prefix_rows(codes: Tensor, spec: AddressSpec, *, backend: str = "auto") -> T
     Args:
         codes: int16, int32 or int64 ``[..., L]``. A code below 0 or at least K_l ends the prefix.
         spec: the address spec.
-        backend: "auto", "triton", "cpu" or "reference"; "auto" takes Triton for tensors on a GPU.
+        backend: "auto", "triton", "native", "cpu" or "reference"; "auto" takes Triton for tensors on a GPU, and on
+            a CPU the C++ kernels where they can be built, else "cpu".
 
     Returns:
         int64 ``[..., L, N, H]``; -1 where the order does not exist at the level or the prefix has ended.
@@ -55,7 +56,8 @@ def prefix_memory(
             on add zero and receive no gradient.
         weight: float32, bfloat16, float16 or float64 ``[R, w]``, with R = ``spec.total_rows``.
         spec: the address spec; A = ``len(spec.active_levels)``.
-        backend: "auto", "triton", "cpu" or "reference"; "auto" takes Triton on a GPU and the fast path on a CPU.
+        backend: "auto", "triton", "native", "cpu" or "reference"; "auto" takes Triton on a GPU, and on a CPU the C++
+            kernels where they can be built, else "cpu".
         grad: where the gradient of `weight` goes. "dense": ``weight.grad`` of its shape and dtype. "sparse":
             ``weight.grad`` is a sparse tensor of the touched rows. "fused": the optimizer of `prefixmem_fast.optim`
             that holds `weight` updates the touched rows in the backward pass, and no gradient is kept; accumulating,

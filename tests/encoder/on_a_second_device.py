@@ -1,6 +1,7 @@
 """Tables in the host's memory under a model on another device; `test_host_tables.py` runs this file by itself."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.helpers.second_device import CROSSINGS, second_device
 
 FAR = second_device()
 CPU = torch.device("cpu")
+VOCABULARY = models.vocabulary()
 ROWS = (optim.SGD, optim.RowWiseAdagrad, optim.RowWiseAdam, optim.LazyAdam)
 WAYS = [("dense", optim.RowWiseAdagrad), *((grad, rows) for grad in ("sparse", "fused") for rows in ROWS)]
 
@@ -29,12 +31,13 @@ def trained(device, source, rows, ahead=False, **options):
     encoder = models.encoder(**options).to(device)
     optimizer = optim.for_model(encoder, lr=0.01, rows=rows)
     if source == "codes":
-        call, batch = encoder, codes
+        call, prefetch, batch = encoder, encoder.prefetch, codes
     else:
-        call, batch = (lambda ids: encoder.encode_tokens(ids, models.vocabulary())), tokens
+        call, prefetch = (partial(f, vocabulary=VOCABULARY) for f in (encoder.encode_tokens, encoder.prefetch_tokens))
+        batch = tokens
     for step in range(4):
         if ahead:
-            encoder.prefetch(batch(step + 1))
+            prefetch(batch(step + 1))
         given = batch(step).to(device)
         CROSSINGS.clear()
         call(given).sin().sum().backward()
@@ -69,11 +72,12 @@ def test_steps_are_those_of_tables_on_the_device(grad, rows, source):
         assert_same(trained(FAR, source, rows, grad=grad, tables="host", overlap=True), expected)
 
 
+@pytest.mark.parametrize("source", ["codes", "tokens"])
 @pytest.mark.parametrize("grad", ["dense", "sparse", "fused"])
-def test_steps_with_gathers_ahead(grad):
-    expected = trained(CPU, "codes", optim.RowWiseAdam, grad=grad)
+def test_steps_with_gathers_ahead(grad, source):
+    expected = trained(CPU, source, optim.RowWiseAdam, grad=grad)
     options = {"grad": grad, "tables": "host", "overlap": grad == "fused"}
-    assert_same(trained(FAR, "codes", optim.RowWiseAdam, ahead=True, **options), expected)
+    assert_same(trained(FAR, source, optim.RowWiseAdam, ahead=True, **options), expected)
 
 
 def test_prefetched_codes_are_taken_on_the_other_device():

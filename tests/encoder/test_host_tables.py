@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,24 @@ from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from prefixmem_fast import AddressSpec, DecodingState, PrefixMem, PrefixMemConfig, PrefixMemory, SIDVocabulary, optim
+from prefixmem_fast import (
+    AddressSpec,
+    DecodingState,
+    PrefixMem,
+    PrefixMemConfig,
+    PrefixMemory,
+    SIDVocabulary,
+    attach,
+    optim,
+)
 from prefixmem_fast.operation.backends import choose_backend, functions_of
+from tests.helpers import models
 from tests.helpers.second_device import AVAILABLE
 
 SPEC = AddressSpec((8, 8, 8, 8), table_rows=50, active_levels=(2, 4))
 CONFIG = PrefixMemConfig(SPEC, memory_dim=16, hidden_size=24, output_init_std=1.0)
-VOCABULARY = SIDVocabulary.from_table(
-    {100 + 8 * level + code: (level + 1, code) for level in range(4) for code in range(8)}, (8,) * 4
-)
+IDS = {100 + 8 * level + code: (level + 1, code) for level in range(4) for code in range(8)}
+VOCABULARY = SIDVocabulary.from_table(IDS, (8,) * 4)
 OPTIMIZERS = (optim.SGD, optim.RowWiseAdagrad, optim.RowWiseAdam, optim.LazyAdam)
 OVERLAP = {"grad": "fused", "tables": "host", "overlap": True}
 FUNCTIONS = functions_of(choose_backend("auto", weight=torch.zeros(1)))
@@ -300,23 +310,90 @@ def test_gathers_ahead_wait_their_turn(gathers):
     assert in_thread(gathers) == [False], "of another dtype"
 
 
+def codes_ahead(encoder):
+    """A reading of S, and what gathers it ahead."""
+    return partial(encoder.memory, codes(1)), partial(encoder.prefetch, codes(1))
+
+
+def tokens_ahead(encoder):
+    segments = torch.arange(8).expand(3, 8) // 5
+    given = tokens(1), VOCABULARY, segments
+    return partial(encoder.memory.read_tokens, *given), partial(encoder.prefetch_tokens, *given)
+
+
+@pytest.mark.parametrize("ahead", [codes_ahead, tokens_ahead])
 @pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("rows", OPTIMIZERS)
 @pytest.mark.parametrize("grad", ["dense", "sparse", "fused"])
-def test_a_gather_before_an_update(grad, rows, stale):
+def test_a_gather_before_an_update(grad, rows, stale, ahead):
     """It is outdated, unless the user allows one update."""
     encoder = made(tables="host", grad=grad)
     optimizer = optim.for_model(encoder, lr=0.5, rows=rows)
+    read, prefetch = ahead(encoder)
     for updates in (1, 2):
-        before = encoder.memory(codes(1)).detach()
-        encoder.prefetch(codes(1), stale=stale)
+        before = read().detach()
+        prefetch(stale=stale)
         encoder.memory._reader.worker.wait()
         for _ in range(updates):
             train(encoder, optimizer, codes(0))
-        S = encoder.memory(codes(1))
+        S = read()
         old = stale and updates == 1
-        assert torch.equal(S, before if old else copy.deepcopy(encoder).requires_grad_(False).memory(codes(1)))
+        assert torch.equal(S, before if old else ahead(copy.deepcopy(encoder).requires_grad_(False))[0]())
         assert torch.equal(S, before) == old, "the update has changed these rows"
+
+
+@pytest.mark.parametrize("grad", ["dense", "sparse", "fused"])
+def test_the_gradient_of_a_stream_gathered_ahead(grad):
+    found, expected = made(tables="host", grad=grad), made(grad=grad)
+    for encoder in (found, expected):
+        optimizer = optim.for_model(encoder, lr=0.5)
+        if encoder is found:
+            encoder.prefetch_tokens(tokens(), VOCABULARY)
+        train(encoder, optimizer, tokens(), partial(encoder.encode_tokens, vocabulary=VOCABULARY))
+    assert_same(found, expected)
+
+
+def test_which_streams_are_the_same(gathers):
+    """Those with the same S, however their packed sequences are numbered."""
+    ids, other = tokens(), SIDVocabulary.from_table({**IDS, 100: (1, 1), 101: (1, 0)}, (8,) * 4)
+    packed = torch.tensor([7, 7, 7, 7, 7, 3, 3, 3]).expand(3, 8)
+    cases = [
+        ((ids, VOCABULARY), (ids.clone(), VOCABULARY), True),
+        ((ids, VOCABULARY), (ids, VOCABULARY, torch.zeros_like(ids)), True),
+        ((ids, VOCABULARY, packed), (ids, VOCABULARY, (packed == 3).int()), True),
+        ((ids, VOCABULARY, packed), (ids, VOCABULARY), False),
+        ((ids, VOCABULARY), (ids, VOCABULARY, packed), False),
+        ((ids, VOCABULARY), (ids.int(), VOCABULARY), False),
+        ((ids, VOCABULARY), (ids.roll(1, 0), VOCABULARY), False),
+        ((ids, VOCABULARY), (ids, other), False),
+    ]
+    for ahead, read, taken in cases:
+        encoder, expected = made(tables="host").requires_grad_(False), made().encode_tokens(*read)
+        encoder.prefetch_tokens(*ahead)
+        encoder.memory._reader.worker.wait()
+        gathers.clear()
+        assert torch.equal(encoder.encode_tokens(*read), expected)
+        assert (gathers == []) == taken
+    encoder.prefetch_tokens(ids[:, :4], VOCABULARY)
+    encoder.memory._reader.worker.wait()
+    gathers.clear()
+    encoder(ids[:, :4])
+    assert in_thread(gathers) == [False], "the same numbers as codes"
+
+
+def test_a_model_takes_what_was_gathered_ahead(gathers):
+    encoder, model = models.encoder(tables="host"), models.tiny_model()
+    attach(model, encoder, models.vocabulary())
+    ids = models.prompts()["input_ids"]
+    packed = (torch.arange(ids.shape[1]) < 7).long().expand_as(ids)
+    for segments in ({}, {"segment_ids": packed}):
+        with torch.no_grad():
+            expected = model(ids, **segments).logits
+            encoder.prefetch_tokens(ids, models.vocabulary(), **segments)
+            encoder.memory._reader.worker.wait()
+            gathers.clear()
+            assert torch.equal(model(ids, **segments).logits, expected)
+        assert gathers == []
 
 
 def test_writes_into_the_table_are_seen():
@@ -575,6 +652,10 @@ def test_arguments_are_checked():
         made(tables="host", grad="fused", overlap=1)
     with pytest.raises(ValueError, match='prefetch is for tables in the host\'s memory, and tables = "device"'):
         made().prefetch(codes())
+    with pytest.raises(ValueError, match='prefetch is for tables in the host\'s memory, and tables = "device"'):
+        made().prefetch_tokens(tokens(), VOCABULARY)
+    with pytest.raises(TypeError, match=r"input_ids has dtype torch\.float32"):
+        made(tables="host").prefetch_tokens(tokens().float(), VOCABULARY)
     with pytest.raises(ValueError, match="its last dimension must be the 4 levels"):
         made(tables="host").prefetch(codes()[..., :3])
     with pytest.raises(TypeError, match=r"codes has dtype torch.float32"):
