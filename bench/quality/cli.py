@@ -37,7 +37,7 @@ def add_arguments(option: Callable) -> None:
     option("--arms", default=",".join(FIRST), help=f"of {', '.join(ARMS)} (default: %(default)s)")
     option("--seeds", default="0,1,2", help="(default: %(default)s)")
     option("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
-    option("--rounds", type=int, default=3, help="of pace: turns of each arm (default: %(default)s)")
+    option("--rounds", type=int, default=9, help="of pace: turns of each arm (default: %(default)s)")
     option("--beams", type=int, default=100, help="of the test's searches (default: %(default)s)")
     option("--examples", type=int, default=3000, help="of the test; 0 for all (default: %(default)s)")
     option("--runs", type=Path, default=RUNS, help="checkpoints (default: %(default)s)")
@@ -105,7 +105,9 @@ def _pace_here(data_set: str, arms: list[str], options: argparse.Namespace) -> i
 
     append_rows(options.out / PACE, run_record(), rows)
     for row in rows:
-        print(f"{data_set:<24}{row['arm']:<18}{row['seconds_per_step'] * 1e3:.0f} ms a step")
+        print(
+            f"{data_set:<24}{row['arm']:<18}{row['seconds_per_step'] * 1e3:.0f} ms a step, {row['of_first']:.3f} of {timed[0]}"
+        )
     return 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from prefixmem_fast.recommender.training.run import train
 from .arms import ARMS
 from .run import arm_of
 
-STEPS = 100  # of warm-up, and as many that are timed
+STEPS = 25  # of warm-up, and as many that are timed
 
 
 def measure(data_set: str, arms: list[str], data: Path, rounds: int) -> list[dict[str, Any]]:
-    """A row an arm: the median of some rounds, in each of which every arm has its turn."""
+    """A row an arm: the median of some rounds, in each of which every arm has its turn.
+
+    The machine's speed drifts meanwhile, so `of_first` is the median of the ratios to the first arm's turn beside it.
+    """
     prepared = {arm: arm_of(arm, data_set, data, seed=0) for arm in arms}
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     for arm in tqdm(arms * rounds, desc=f"pace on {data_set}"):
@@ -36,8 +40,9 @@ def measure(data_set: str, arms: list[str], data: Path, rounds: int) -> list[dic
             "set": data_set,
             "arm": arm,
             "what": ARMS[arm].what,
-            "seconds_per_step": statistics.median(rounds_of_arm),
-            "rounds": rounds_of_arm,
+            "seconds_per_step": round(statistics.median(rounds_of_arm), 5),
+            "of_first": round(statistics.median(map(truediv, rounds_of_arm, seconds[arms[0]])), 4),
+            "rounds": [round(of_round, 5) for of_round in rounds_of_arm],
         }
         for arm, rounds_of_arm in seconds.items()
     ]

@@ -137,6 +137,7 @@ def test_a_pace_is_the_median_after_the_warm_up(tmp_path, small_study, monkeypat
     )
     rows = pace.measure("small", ["plain", "permuted"], tmp_path, 3)
     assert [row["seconds_per_step"] for row in rows] == [3.0 / pace.STEPS, 1.0 / pace.STEPS]
+    assert [row["of_first"] for row in rows] == [1.0, 0.5]
 
 
 @pytest.mark.parametrize(("codes", "expected"), [([0], 0), ([-9], 1), ([2], 1)])
