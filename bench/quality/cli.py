@@ -105,9 +105,8 @@ def _pace_here(data_set: str, arms: list[str], options: argparse.Namespace) -> i
 
     append_rows(options.out / PACE, run_record(), rows)
     for row in rows:
-        print(
-            f"{data_set:<24}{row['arm']:<18}{row['seconds_per_step'] * 1e3:.0f} ms a step, {row['of_first']:.3f} of {timed[0]}"
-        )
+        time = f"{row['seconds_per_step'] * 1e3:.0f} ms a step, {row['of_first']:.3f} of {timed[0]}'s"
+        print(f"{data_set:<24}{row['arm']:<18}{time}")
     return 0
 
 
