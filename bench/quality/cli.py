@@ -37,7 +37,7 @@ def add_arguments(option: Callable) -> None:
     option("--arms", default=",".join(FIRST), help=f"of {', '.join(ARMS)} (default: %(default)s)")
     option("--seeds", default="0,1,2", help="(default: %(default)s)")
     option("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
-    option("--rounds", type=int, default=9, help="of pace: turns of each arm (default: %(default)s)")
+    option("--turns", type=int, default=100, help="of pace: steps of each arm, in turns (default: %(default)s)")
     option("--beams", type=int, default=100, help="of the test's searches (default: %(default)s)")
     option("--examples", type=int, default=3000, help="of the test; 0 for all (default: %(default)s)")
     option("--runs", type=Path, default=RUNS, help="checkpoints (default: %(default)s)")
@@ -100,7 +100,7 @@ def _pace_here(data_set: str, arms: list[str], options: argparse.Namespace) -> i
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     timed = [arm for arm in arms if not ARMS[arm].steps_of]
-    rows = measure(data_set, timed, options.data, options.rounds)
+    rows = measure(data_set, timed, options.data, options.turns)
     from ..machine import run_record
 
     append_rows(options.out / PACE, run_record(), rows)
@@ -113,7 +113,7 @@ def _pace_here(data_set: str, arms: list[str], options: argparse.Namespace) -> i
 def _command(action: str, data_set: str, arms: str, seeds: str, options: argparse.Namespace) -> list[str]:
     module = __package__.removesuffix(".quality")  # bench, or prefixmem_fast.bench
     command = [sys.executable, "-m", module, "quality", action, "--sets", data_set, "--arms", arms, "--seeds", seeds]
-    for name in ("data", "runs", "out", "rounds", "beams", "examples"):
+    for name in ("data", "runs", "out", "turns", "beams", "examples"):
         command += [f"--{name}", str(getattr(options, name))]
     return command
 

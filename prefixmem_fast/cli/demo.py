@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import time
+import statistics
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,36 +102,22 @@ def step_times(config: RunConfig, data: Data, steps: int = 8) -> dict[str, float
 
     Plain PyTorch is the reference implementation, a dense gradient and AdamW on the tables. The three take turns.
     """
-    import statistics
+    from ..recommender.training.arms import add_arm
+    from ..recommender.training.pace import seconds_of_steps
+    from ..recommender.training.run import prepare
 
-    import torch
-
-    from ..recommender.training.arms import add_arm, optimizer_for
-    from ..recommender.training.run import prepare, stream_of
-
-    contenders = {}
+    runs = {}
     for name, changes, backend in (
         ("no encoder", {"arm": "plain"}, None),
         ("PrefixMem", {}, "auto"),
         ("PrefixMem in plain PyTorch, dense AdamW", {"grad": "dense"}, "reference"),
     ):
-        run = prepare(config.replace(table_rows=200_000, **changes), data)
+        run = runs[name] = prepare(config.replace(table_rows=200_000, **changes), data)
         add_arm(run.model, run.config, run.vocabulary)
         if backend:
             run.model.prefixmem.memory.backend = backend
-        stream, collate = stream_of(run)
-        contenders[name] = (run.model.train(), collate(stream[0]), optimizer_for(run.model, run.config), [])
-    for turn in range(steps + 1):
-        for model, batch, optimizer, times in contenders.values():
-            started = time.perf_counter()
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn:
-                times.append(1e3 * (time.perf_counter() - started))
-    return {name: round(statistics.median(times), 1) for name, (_, _, _, times) in contenders.items()}
+    seconds = seconds_of_steps(runs, steps)
+    return {name: round(1e3 * statistics.median(times), 1) for name, times in seconds.items()}
 
 
 def _folder(out: str | None) -> Path:

@@ -111,11 +111,11 @@ def test_runs_are_done_once_and_reported(tmp_path, small_study, capsys):
 
 
 def test_equal_time_is_counted_with_the_pace_of_steps(tmp_path, small_study, monkeypatch, capsys):
-    monkeypatch.setattr("bench.quality.pace.STEPS", 2)
-    assert main(["pace-here", *small_study, "--arms", "plain,permuted,pretrained", "--rounds", "2"]) == 0
-    timed = read_rows(tmp_path / "out" / arms.PACE, ("arm", "rounds"))
+    assert main(["pace-here", *small_study, "--arms", "plain,permuted,pretrained", "--turns", "2"]) == 0
+    timed = read_rows(tmp_path / "out" / arms.PACE, ("arm", "of_first"))
     assert [row["arm"] for row in timed] == ["plain", "permuted"]  # the steps of "pretrained" are those of "prefixmem"
-    assert all(len(row["rounds"]) == 2 for row in timed)
+    assert [row["of_first"] == 1.0 for row in timed] == [True, False]
+    assert all(row["steps"] == 2 for row in timed)
     assert "ms a step" in capsys.readouterr().out
     assert set(report.read_pace(tmp_path / "out", "small")) == {"plain", "permuted"}
 
@@ -130,13 +130,11 @@ def test_equal_time_is_counted_with_the_pace_of_steps(tmp_path, small_study, mon
         report._at_time({**row, "arm": "plain-long"}, 1.0, times, "loss")  # its schedule is another
 
 
-def test_a_pace_is_the_median_after_the_warm_up(tmp_path, small_study, monkeypatch):
-    seconds = iter([(9.0, 11.0), (9.0, 10.0), (2.0, 9.0), (1.0, 2.0), (3.0, 6.0), (0.0, 9.0)])  # arms in turns
-    monkeypatch.setattr(
-        pace, "train", lambda *_, **__: {"validation": [{"seconds": passed} for passed in next(seconds)]}
-    )
+def test_a_pace_is_a_median_and_so_is_its_ratio(tmp_path, small_study, monkeypatch):
+    times = {"plain": [0.2, 0.7, 0.3], "permuted": [0.1, 0.1, 0.9]}
+    monkeypatch.setattr(pace, "seconds_of_steps", lambda runs, steps, turn: {name: times[name] for name in runs})
     rows = pace.measure("small", ["plain", "permuted"], tmp_path, 3)
-    assert [row["seconds_per_step"] for row in rows] == [3.0 / pace.STEPS, 1.0 / pace.STEPS]
+    assert [row["seconds_per_step"] for row in rows] == [0.3, 0.1]
     assert [row["of_first"] for row in rows] == [1.0, 0.5]
 
 

@@ -89,7 +89,7 @@ class RecommenderTrainer(Trainer):
         if self._before is None:
             self._before = max((row.get("eval_seconds", 0.0) for row in self.state.log_history), default=0.0)
         seconds = self._before + begun - self._started - self._validating
-        scored = {"seconds": round(seconds, 3), **self.score(self.model)}
+        scored = {"seconds": round(seconds, 1), **self.score(self.model)}
         self._check_finite("validation loss", scored["loss"])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scored.items()}
         self._validating += time.perf_counter() - begun
