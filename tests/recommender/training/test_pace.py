@@ -16,7 +16,9 @@ def prepared(config):
     return run
 
 
-@pytest.mark.parametrize("changes", [{}, {"max_grad_norm": 0.0, "grad": "fused"}, {"precision": "bfloat16"}])
+@pytest.mark.parametrize(
+    "changes", [{"max_grad_norm": 0.01}, {"max_grad_norm": 0.0, "grad": "fused"}, {"precision": "bfloat16"}]
+)
 def test_steps_are_those_of_a_run(tmp_path, changes):
     torch.set_num_threads(1)
     same = {"steps": 4, "warmup_steps": 0, "schedule": "constant", "keep_best": False, "learning_rate": 1e-3}
@@ -25,6 +27,7 @@ def test_steps_are_those_of_a_run(tmp_path, changes):
     train(config, tmp_path / "run", quiet=True)
     run = prepared(config)
     seconds = seconds_of_steps({"run": run}, steps=3, warm_up=1)
+    assert run.model.training
     assert len(seconds["run"]) == 3
     expected = load_run(tmp_path / "run").model.state_dict()
     assert expected.keys() == run.model.state_dict().keys()
