@@ -1,7 +1,11 @@
-"""Times of a training step of several runs, side by side: they take turns step by step, as a machine's speed drifts."""
+"""Times of a training step of several runs, side by side: they take turns step by step, as a machine's speed drifts.
+
+Each turn has an order of its own, as a step's time depends on what the one before has left in the caches.
+"""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 
@@ -26,8 +30,8 @@ def seconds_of_steps(
     streams = {name: stream_of(run) for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for step in range(warm_up + steps):
-        for name, run in runs.items():
-            stream, collate = streams[name]
+        for name in random.Random(step).sample(list(runs), len(runs)):
+            run, (stream, collate) = runs[name], streams[name]
             batch = collate(stream[step % len(stream)])
             started = time.perf_counter()
             _step(run, batch, optimizers[name])
