@@ -37,8 +37,9 @@ def _visit() -> Callable:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as made:
                 part = Path(made, "ceiling.so")
-                flags = (*_native.FLAGS, "-I", str(kernels["threads.h"].parent))
-                command = [*_native.compiler(), *flags, str(SOURCE), str(kernels["threads.cpp"]), "-o", str(part)]
+                compiler = _native.compiler()
+                flags = (*_native.flags_of(_native.version_of(compiler)), "-I", str(kernels["threads.h"].parent))
+                command = [*compiler, *flags, str(SOURCE), str(kernels["threads.cpp"]), "-o", str(part)]
                 subprocess.run(command, check=True, capture_output=True)
                 os.replace(part, library)
         loaded = ctypes.CDLL(str(library))

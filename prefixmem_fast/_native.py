@@ -32,7 +32,6 @@ FLAGS = (
     "-std=c++17",
     "-O2",
     "-ftree-vectorize",
-    "-fvect-cost-model=dynamic",
     "-fPIC",
     "-shared",
     "-pthread",
@@ -40,6 +39,7 @@ FLAGS = (
     "-ffp-contract=off",
     "-fno-math-errno",
 )
+OF_GCC = ("-fvect-cost-model=dynamic",)  # clang, which is also the c++ of macOS, refuses it
 # By the names of torch.backends.cpu.get_cpu_capability(), the widest first.
 INSTRUCTION_SETS = {
     "AVX512": ("-mavx2", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
@@ -140,7 +140,7 @@ def folder() -> Path:
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache_home, "torch_extensions"))
     key = hashlib.sha256(
-        repr((FLAGS, INSTRUCTION_SETS, platform.system(), platform.machine(), platform.libc_ver())).encode()
+        repr((FLAGS, OF_GCC, INSTRUCTION_SETS, platform.system(), platform.machine(), platform.libc_ver())).encode()
     )
     for path in sources():
         key.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -196,10 +196,27 @@ def compiler() -> list[str]:
     raise BuildError(f"{missing}; install g++ or clang++ (Debian: apt install g++) for a faster CPU path")
 
 
+def version_of(command: list[str]) -> str:
+    """What a compiler says of itself.
+
+    Raises:
+        BuildError: it cannot be run.
+    """
+    try:
+        return subprocess.run([*command, "--version"], capture_output=True, check=False).stdout.decode(errors="replace")
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run ({error}); set CXX to a C++ compiler") from None
+
+
+def flags_of(version: str) -> tuple[str, ...]:
+    """The flags of every instruction set, for a compiler that says this of itself."""
+    return FLAGS if "clang" in version else (*FLAGS, *OF_GCC)
+
+
 def _build(target: Path, sets: list[str]) -> None:
     """Compile the libraries of all instruction sets; those that an old compiler does not know are left out."""
     command = compiler()
-    version = _output([*command, "--version"])
+    version = version_of(command)
     failed = target / f"failed-{hashlib.sha256(repr((command, version)).encode()).hexdigest()[:16]}.log"
     if failed.exists():  # nobody waits for the same failure twice
         raise _failure(failed)
@@ -213,7 +230,7 @@ def _build(target: Path, sets: list[str]) -> None:
                 quick = ("-O1",) if name == "DEFAULT" and len(sets) > 1 else ()  # for processors that few still have
                 arguments = [
                     *command,
-                    *FLAGS,
+                    *flags_of(version),
                     *quick,
                     *INSTRUCTION_SETS[name],
                     *files,
@@ -247,13 +264,6 @@ def _build(target: Path, sets: list[str]) -> None:
 
 def _say(text: str) -> None:
     print(f"prefixmem_fast: {text}", file=sys.stderr, flush=True)
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, check=False).stdout.decode(errors="replace")
-    except OSError as error:
-        raise BuildError(f"{command[0]} cannot be run ({error}); set CXX to a C++ compiler") from None
 
 
 def _failure(log: Path) -> BuildError:

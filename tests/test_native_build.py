@@ -14,7 +14,7 @@ from prefixmem_fast.operation.backends import BackendError, choose_backend
 
 FAKE = """#!/bin/sh
 # A compiler that takes the library that is there, and notes each run.
-case "$1" in --version) echo fake 1; exit 0;; esac
+case "$1" in --version) echo {version}; exit 0;; esac
 echo run >> {log}
 {fault}
 for part; do :; done
@@ -29,9 +29,9 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(_native, "_loaded", _native._loaded.__wrapped__)
 
-    def compiler(fault=""):
+    def compiler(fault="", version="fake 1"):
         script = tmp_path / "c++"
-        script.write_text(FAKE.format(log=tmp_path / "runs", library=library, fault=fault))
+        script.write_text(FAKE.format(log=tmp_path / "runs", library=library, fault=fault, version=version))
         script.chmod(0o755)
         monkeypatch.setenv("CXX", str(script))
         return lambda: len((tmp_path / "runs").read_text().splitlines()) if (tmp_path / "runs").exists() else 0
@@ -140,6 +140,12 @@ def test_a_compiler_that_knows_fewer_instruction_sets(cache):
     cache('case "$*" in *mavx*) echo unknown flag; exit 1;; esac')
     assert _native.native_problem() is None
     assert [path.name for path in _native.folder().iterdir()] == ["default.so"]
+
+
+def test_clang_gets_no_flag_of_gcc(cache):
+    """It ends at one that it does not know; the c++ of macOS is clang."""
+    cache('case "$*" in *vect-cost-model*) echo error: unknown argument; exit 1;; esac', "Apple clang version 16.0.0")
+    assert _native.native_problem() is None
 
 
 def test_whatever_is_wrong_pytorch_runs(cache, monkeypatch):
