@@ -11,7 +11,7 @@ TORCH ?=
 PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # Other releases of triton, whose machine code the slow tests hold too, each in a folder of its own.
-TRITONS := 3.4.0 3.6.0
+TRITONS := 3.4.0 3.6.0 3.8.0
 COMMA := ,
 TRITON_FOLDERS := $(TRITONS:%=.venv-triton/%/ready)
 

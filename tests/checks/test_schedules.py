@@ -88,6 +88,18 @@ RELEASES = {
             least_rows_at_first_wait=4, most_rounds=1, most_rows_waited_for_at_once=4, most_instructions_a_sid=720
         ),
     },
+    "3.8.0": {
+        **LIMITS,
+        ("row_adagrad_bwd", "sum_prefixes"): Limits(
+            least_rows_at_first_wait=3,
+            least_resident_warps=12,
+            most_rounds=2,
+            most_rows_waited_for_at_once=5,
+            most_barriers_in_loops=0,
+            most_shared_accesses_in_loops=0,
+            most_instructions_a_sid=720,
+        ),
+    },
 }
 # What cannot be compiled: release and target.
 UNBUILT = {
@@ -146,7 +158,7 @@ def test_limits_tell_what_is_broken(name, met, missed):
 def test_loads_stay_in_flight():
     """The kernels that decide speed, by the command that users run."""
     found = report("--targets", "sm_90", "--dtypes", "bfloat16", "--launchers", ",".join(MOST_LAUNCHES))
-    assert held(found["kernels"], LIMITS) == []
+    assert held(found["kernels"], RELEASES.get(found["versions"]["triton"], LIMITS)) == []
     assert unreached(found["kernels"]) == []
     assert [row["kernel"] for row in found["kernels"] if row["schedule"]["unknown_pointers"]] == []
     launched = {row["launcher"]: len(row["kernels"]) for row in found["launches"] if row["sids"] == 65_536}
