@@ -11,18 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import _checks
 from .._choices import TABLES
 from ..addressing import AddressSpec, TokenStream
 from ..operation import operators, prefix_memory, token_memory
 from ..operation.backends import choose_backend, functions_of
-from ..operation.functions import as_given, check_codes, check_stream, two_dimensional
-from ..operation.row_gradients import check_unscaled, read_memory
+from ..operation.functions import as_given, check_codes, check_stream, check_weight, two_dimensional
+from ..operation.row_gradients import Gathered, check_unscaled, read_memory
+from ..operation.table_state import table_state, table_state_of
 from .config import PrefixMemConfig
 from .table_worker import Worker, unguarded
 
@@ -100,23 +103,22 @@ class _Gathered(torch.autograd.Function):
     """S that has been gathered before: its gradient is that of `prefix_memory` or `token_memory`."""
 
     @staticmethod
-    def forward(ctx, weight, S, source, *options):
-        ctx.source, ctx.options = source, options
-        return S.view_as(S)
+    def forward(ctx, weight, gathered, is_stream, options, *tensors):
+        ctx.is_stream, ctx.options = is_stream, options
+        ctx.save_for_backward(*tensors)
+        return gathered.S
 
     @staticmethod
     def backward(ctx, grad):
-        if isinstance(ctx.source, TokenStream):
-            gradient = operators.token_memory_backward(grad, *ctx.source, *ctx.options)
-        else:
-            gradient = operators.prefix_memory_backward(grad, ctx.source, *ctx.options)
-        return gradient, *[None] * (2 + len(ctx.options))
+        backward = operators.token_memory_backward if ctx.is_stream else operators.prefix_memory_backward
+        tensors = ctx.saved_tensors
+        return backward(grad, *tensors, *ctx.options), *[None] * (3 + len(tensors))
 
 
 class _Gather(NamedTuple):
     """A gather in the thread, and how often the table had changed when it was asked for.
 
-    The table is kept, so that no other one gets its address meanwhile.
+    The table's memory is kept, so that no other table gets its address meanwhile.
     """
 
     source: Tensor | TokenStream
@@ -132,11 +134,18 @@ class HostReader:
     def __init__(self) -> None:
         self.worker = Worker()
         self._gathers: list[_Gather] = []
-        self._changes, self._table = 0, None
+        self._changes = 0
+        self._memory: Any = None  # of the table: where and what it is
+        self._version: Any = None
 
     def __reduce__(self) -> Any:
         self.worker.finish()
         return HostReader, ()
+
+    def forget(self) -> None:
+        """Drop what was gathered, and wait for what the thread does: the table gets other numbers or another place."""
+        self._gathers.clear()
+        self.worker.wait()
 
     @torch.compiler.disable
     def read(self, memory: Memory, source: Tensor | TokenStream) -> Tensor:
@@ -153,6 +162,7 @@ class HostReader:
         trains = weight.requires_grad and torch.is_grad_enabled()
         if trains:
             _check_trainable(memory, device)
+        check_weight(weight, memory.config.spec)
         if weight.is_meta:
             return _operation(source._replace(token_table=source[1].to(device)) if is_stream else source, memory)
         overlaps = trains and memory.overlap and memory.grad == "fused"
@@ -163,18 +173,25 @@ class HostReader:
             S = _operation(source, memory)
         elif trains:
             S = _differentiated(source, S, memory, self.worker if overlaps else None)
+        elif not is_stream:
+            S = as_given(S, source)
         return _Crossing.apply(S, device, overlaps) if S.device != device or overlaps else S
 
+    @torch.compiler.disable
     def prefetch(self, memory: Memory, source: Tensor | TokenStream, stale: bool) -> None:
         """See `PrefixMem.prefetch` and `PrefixMem.prefetch_tokens`."""
         spec, weight = memory.config.spec, memory.weight
         _check(source, memory)
         _checks.boolean("stale", stale)
+        check_weight(weight, spec)
+        _watch_fused_optimizers()
+        table_state(weight).read_ahead = True
         source = _on_host(source, own=True)
         backend = choose_backend(memory.backend, weight=weight)
         changes = self._changes_of(weight)
-        S = self.worker.submit(_gather, source, unguarded(weight), spec, backend)
-        self._gathers.append(_Gather(source, changes, stale, weight, S))
+        rows = unguarded(weight)
+        S = self.worker.submit(_gather, source, rows, spec, backend)
+        self._gathers.append(_Gather(source, changes, stale, rows, S))
         del self._gathers[:-_MOST_GATHERS]
 
     def _take(self, source: Tensor | TokenStream, weight: Tensor) -> tuple[Tensor | None, bool]:
@@ -191,13 +208,30 @@ class HostReader:
         return None, False
 
     def _changes_of(self, weight: Tensor) -> int:
-        """How often the table has been found to differ from what it was at the call before."""
+        """How often the table has been found updated at a call; what was gathered of another table is dropped."""
         rows = unguarded(weight)
-        table = object() if rows.is_inference() else (rows.data_ptr(), rows._version)  # the former have no version
-        if table != self._table:
-            self._table = table
+        memory = rows.data_ptr(), rows.dtype, rows.shape
+        if memory != self._memory:
+            self._memory = memory
+            self._gathers.clear()
+        version = object() if rows.is_inference() else rows._version  # the former have none
+        if version != self._version:
+            self._version = version
             self._changes += 1
         return self._changes
+
+
+@cache
+def _watch_fused_optimizers() -> None:
+    """Those of torch change a table without a new version of it, and are transformers' default."""
+
+    def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group.get("fused") else ():
+                if table_state_of(parameter) is not None and table_state_of(parameter).read_ahead:
+                    torch.autograd.graph.increment_version(parameter)
+
+    register_optimizer_step_post_hook(count)
 
 
 def _check(source: Tensor | TokenStream, memory: Memory) -> None:
@@ -244,12 +278,9 @@ def _on_host(source: Tensor | TokenStream, *, own: bool) -> Tensor | TokenStream
 
 
 def _gather(source: Tensor | TokenStream, weight: Tensor, spec: AddressSpec, backend: str) -> Tensor:
-    """S of codes ``[..., L]`` or of a token stream, in memory from where it crosses fast."""
-    forward = functions_of(backend).forward
-    if isinstance(source, TokenStream):
-        S = forward(source, weight, spec)
-    else:
-        S = as_given(forward(two_dimensional(source), weight, spec), source)
+    """S of codes, ``[M, A, D]`` whatever their shape, or of a token stream; in memory from where it crosses fast."""
+    source = source if isinstance(source, TokenStream) else two_dimensional(source)
+    S = functions_of(backend).forward(source, weight, spec)
     return S.pin_memory() if torch.cuda.is_initialized() else S
 
 
@@ -267,12 +298,12 @@ def _differentiated(source: Tensor | TokenStream, S: Tensor | None, memory: Memo
     backend = choose_backend(memory.backend, weight=weight)
     is_stream = isinstance(source, TokenStream)
     given = source if is_stream else two_dimensional(source)
-    if S is not None and not is_stream:
-        S = S.flatten(0, -3) if S.dim() > 2 else S[None]
+    gathered = None if S is None else Gathered(S)
     if memory.grad == "dense":
-        S = _Gathered.apply(weight, S, given, spec.key, backend, memory.deterministic)
+        options = spec.key, backend, memory.deterministic
+        S = _Gathered.apply(weight, gathered, is_stream, options, *(source if is_stream else (given,)))
     else:
-        S = read_memory(weight, given, spec, backend, memory.grad, S=S, updates=updates)
+        S = read_memory(weight, given, spec, backend, memory.grad, gathered=gathered, updates=updates)
     return S if is_stream else as_given(S, source)
 
 

@@ -73,8 +73,15 @@ class PrefixMemory(nn.Module):
         self._keep_table()
         self.reset_parameters()
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self.tables != "device":
+            self._reader.worker.wait()  # pickling for another process may move the table
+        return self.__dict__
+
     def reset_parameters(self) -> None:
         self.check_writable()
+        if self.tables != "device":
+            self._reader.forget()
         nn.init.normal_(self.weight, std=self.config.memory_init_std)
 
     def check_writable(self) -> None:
@@ -100,6 +107,7 @@ class PrefixMemory(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrefixMemory:
         if self.tables != "device":
+            self._reader.forget()
             fn = staying_on_host(fn, self.tables == "mapped")
         super()._apply(fn, recurse)
         self._keep_table()
@@ -185,6 +193,8 @@ class PrefixMemory(nn.Module):
         key = prefix + "_extra_state"
         if prefix + "weight" in state_dict:
             self.check_writable()
+            if self.tables != "device":
+                self._reader.forget()
         if key in state_dict:
             difference = self._spec_difference(state_dict[key])
             if difference is not None:  # raised at once, not collected: later modules keep their weights too

@@ -75,7 +75,7 @@ def prefix_memory(
     """
     check_spec(spec)
     check_codes(codes, spec.levels)
-    _check_weight(weight, spec)
+    check_weight(weight, spec)
     _check_gradient(grad, deterministic)
     backend = choose_backend(backend, codes=codes, weight=weight)
     codes_2d = two_dimensional(codes)
@@ -119,7 +119,7 @@ def token_memory(
     check_spec(spec)
     stream = TokenStream(input_ids, token_table, segment_ids)
     check_stream(stream)
-    _check_weight(weight, spec)
+    check_weight(weight, spec)
     _check_gradient(grad, deterministic)
     tensors = {name: tensor for name, tensor in stream._asdict().items() if tensor is not None}
     backend = choose_backend(backend, **tensors, weight=weight)
@@ -181,7 +181,7 @@ def check_spec(spec: AddressSpec) -> None:
         raise TypeError(f"spec is a {type(spec).__name__}; give an AddressSpec")
 
 
-def _check_weight(weight: Tensor, spec: AddressSpec) -> None:
+def check_weight(weight: Tensor, spec: AddressSpec) -> None:
     _checks.tensor("weight", weight, TABLE_DTYPES, 2, "[R, w]")
     if type(weight).__name__ == "DTensor":
         raise TypeError(

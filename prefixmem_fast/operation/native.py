@@ -164,14 +164,20 @@ def _at(tensor: Tensor) -> int:
     """The address of a tensor that the library may read or write.
 
     Raises:
-        RuntimeError: it is elsewhere than in the host's memory.
+        RuntimeError: it is elsewhere than in the host's memory, or has none.
     """
     if not tensor.is_cpu:
         raise RuntimeError(
             f"a tensor of shape {tuple(tensor.shape)} is on {tensor.device}, and the table was read on the CPU before; "
             "move the table, its optimizer's state and what is read to one device, and make a DecodingState anew"
         )
-    return tensor.data_ptr()
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} has no memory, as those of FakeTensorMode have not; "
+            'backend="cpu" works without'
+        )
+    return address
 
 
 def _checked(result: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def read_memory(
     backend: str,
     grad: str,
     *,
-    S: Tensor | None = None,
+    gathered: Gathered | None = None,
     updates: Updates | None = None,
 ) -> Tensor:
     """S of codes ``[M, L]`` or of a token stream, differentiated into rows.
@@ -35,7 +36,7 @@ def read_memory(
     Args:
         backend: a chosen one; a later step of the table's optimizer uses it too.
         grad: "sparse" or "fused".
-        S: where it has been gathered already.
+        gathered: S, where it has been gathered already.
         updates: where a fused update is to run, beside the caller; nobody may change `source` or the gradient of S in
             place until it has ended.
     """
@@ -49,7 +50,20 @@ def read_memory(
         state.backend = backend
         state.updates = updates or state.updates
     is_stream = isinstance(source, TokenStream)
-    return _RowGradient.apply(weight, spec, backend, grad, S, updates, is_stream, *_tensors(source))
+    return _RowGradient.apply(weight, spec, backend, grad, gathered, updates, is_stream, *_tensors(source))
+
+
+class Gathered(NamedTuple):
+    """S, as an argument that autograd does not look into: what it returns is then no view of an input."""
+
+    S: Tensor
+
+
+def _in_memory(grad: Tensor) -> Tensor:
+    """A gradient whose memory holds its numbers: torch may keep a sign apart, or no memory for zeros."""
+    return (
+        torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device) if grad._is_zerotensor() else grad.resolve_neg()
+    )
 
 
 def _tensors(source: Tensor | TokenStream) -> tuple[Tensor | None, ...]:
@@ -58,11 +72,11 @@ def _tensors(source: Tensor | TokenStream) -> tuple[Tensor | None, ...]:
 
 class _RowGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, spec, backend, grad, S, updates, is_stream, *tensors):
+    def forward(ctx, weight, spec, backend, grad, gathered, updates, is_stream, *tensors):
         ctx.weight, ctx.options = weight, (spec, backend, grad, updates, is_stream)
         ctx.save_for_backward(*tensors)
-        if S is not None:
-            return S.view_as(S)
+        if gathered is not None:
+            return gathered.S
         source = TokenStream(*tensors) if is_stream else tensors[0]
         return functions_of(backend).forward(source, weight, spec)
 
@@ -74,6 +88,7 @@ class _RowGradient(torch.autograd.Function):
         tensors = ctx.saved_tensors  # checkpointing unpacks them once
         source = TokenStream(*tensors) if is_stream else tensors[0]
         weight, functions = ctx.weight, functions_of(backend)
+        grad = _in_memory(grad)
         no_gradients = [None] * (6 + len(tensors))
         if mode == "fused":
             _check_accumulates(ctx.next_functions[0][0])

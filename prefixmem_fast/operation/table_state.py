@@ -41,11 +41,13 @@ class TableState:
     Attributes:
         backend: the chosen backend that read the table last with grad="sparse" or "fused"; None before that.
         updates: where updates of the table may be under way; None where each ends before its backward pass returns.
+        read_ahead: rows may have been gathered before they are asked for, so that a change must be seen.
     """
 
     def __init__(self) -> None:
         self.backend: str | None = None
         self.updates: Updates | None = None
+        self.read_ahead = False
         self._optimizer: weakref.ref | None = None
 
     def __reduce__(self) -> Any:
@@ -61,8 +63,13 @@ class TableState:
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
 
 
+def table_state_of(parameter: Tensor) -> TableState | None:
+    """The state of a parameter that has been read as a table."""
+    return getattr(parameter, _ATTRIBUTE, None)
+
+
 def table_state(weight: Tensor) -> TableState:
-    state = getattr(weight, _ATTRIBUTE, None)
+    state = table_state_of(weight)
     if state is None:
         state = TableState()
         setattr(weight, _ATTRIBUTE, state)
@@ -71,6 +78,6 @@ def table_state(weight: Tensor) -> TableState:
 
 def finish_updates(weight: Tensor) -> None:
     """Before the table or its optimizer's state is read or written: no update of it is under way any more."""
-    state = getattr(weight, _ATTRIBUTE, None)
+    state = table_state_of(weight)
     if state is not None and state.updates is not None:
         state.updates.finish()

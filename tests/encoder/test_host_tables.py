@@ -410,6 +410,93 @@ def test_writes_into_the_table_are_seen():
         assert torch.equal(encoder(codes()), copy.deepcopy(encoder)(codes()))
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad])
+def test_steps_of_fused_optimizers_are_seen(kind):
+    """They change a table without a new version of it."""
+    encoder = made(tables="host")
+    optimizer = kind(encoder.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        encoder(codes()).sin().sum().backward()
+        encoder.prefetch(codes())
+        encoder.memory._reader.worker.wait()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(encoder(codes()), copy.deepcopy(encoder)(codes()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda encoder: encoder.load_state_dict({**made().state_dict(), "memory.weight": encoder.memory.weight * 3}),
+        lambda encoder: encoder.memory.reset_parameters(),
+        lambda encoder: encoder.bfloat16(),
+        lambda encoder: encoder.bfloat16().float(),
+        lambda encoder: setattr(encoder.memory, "weight", torch.nn.Parameter(encoder.memory.weight.detach() * 2)),
+    ],
+)
+def test_another_table_is_not_read_stale(change):
+    """stale=True allows an update of this table, and not another one."""
+    encoder = made(tables="host")
+    encoder.prefetch(codes(), stale=True)
+    encoder.memory._reader.worker.wait()
+    change(encoder)
+    S = encoder.memory(codes())
+    assert S.dtype == encoder.memory.weight.dtype
+    assert torch.equal(S, copy.deepcopy(encoder).memory(codes()))
+
+
+def test_a_table_of_another_shape_is_refused():
+    for options in ({"tables": "host"}, OVERLAP):
+        encoder = made(**options)
+        optimizer = optim.for_model(encoder)
+        assert optimizer is not None
+        encoder.memory.weight.data = torch.zeros(0, encoder.memory.weight.shape[1])
+        for call in (encoder, encoder.prefetch):
+            with pytest.raises(ValueError, match=r"weight has shape \(0, 4\); the spec needs \["):
+                call(codes())
+
+
+@pytest.mark.parametrize("source", ["codes", "tokens"])
+@pytest.mark.parametrize("grad", ["dense", "sparse", "fused"])
+def test_what_was_gathered_ahead_is_as_what_was_not(grad, source):
+    """S may be changed in place, and codes between forward and backward may not."""
+    encoder = made(tables="host", grad=grad)
+    optimizer = optim.for_model(encoder)
+    assert optimizer is not None
+    read, prefetch, batch = encoder.memory, encoder.prefetch, codes()
+    if source == "tokens":
+        read, prefetch = partial(encoder.memory.read_tokens, vocabulary=VOCABULARY), encoder.prefetch_tokens
+        prefetch, batch = partial(prefetch, vocabulary=VOCABULARY), tokens()
+    prefetch(batch)
+    read(batch).mul_(2).sum().backward()
+    optimizer.zero_grad()
+    prefetch(batch)
+    S = read(batch)
+    batch.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        S.sum().backward()
+
+
+PICKLED = """
+import sys, torch
+from multiprocessing.reduction import ForkingPickler
+from prefixmem_fast import AddressSpec, PrefixMemory, PrefixMemConfig
+torch.set_num_threads(1)
+memory = PrefixMemory(PrefixMemConfig(AddressSpec((2048,) * 4, table_rows=100_000), memory_dim=64), tables="host")
+codes = torch.randint(0, 2048, (100_000, 4))
+for move in (memory.share_memory, lambda: ForkingPickler.dumps(memory)):
+    memory.prefetch(codes)
+    move()
+    assert memory._reader.worker._running[-1].done()
+    memory(codes)
+"""
+
+
+def test_a_table_that_moves_waits_for_the_gather():
+    """Memory that is shared with another process is another one; the thread would read what is freed."""
+    subprocess.run([sys.executable, "-c", PICKLED], check=True, timeout=100)
+
+
 def test_a_gather_ahead_inside_inference_mode():
     with torch.inference_mode():
         encoder = made(tables="host")  # its table has no version

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prefixmem_fast import AddressSpec, DecodingState, PrefixMem, PrefixMemConfig, SIDVocabulary, optim, prefix_memory
 from prefixmem_fast._choices import QUANTIZATIONS
@@ -420,3 +421,11 @@ def test_a_fork_has_threads_of_its_own(kept_memory):
         os._exit(0 if (native.forward(codes, weight, spec).numpy() == expected.numpy()).all() else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(native.forward(codes, weight, spec), expected)
+
+
+def test_a_tensor_without_memory():
+    spec = AddressSpec((8,) * 2, table_rows=9)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weight = torch.nn.Parameter(torch.ones(spec.total_rows, 4))
+        with pytest.raises(RuntimeError, match='has no memory, as those of FakeTensorMode have not; backend="cpu"'):
+            prefix_memory(torch.ones(3, 2, dtype=torch.int64), weight, spec, grad="sparse", backend="native")
