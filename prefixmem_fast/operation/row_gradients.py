@@ -50,7 +50,9 @@ def read_memory(
         state.backend = backend
         state.updates = updates or state.updates
     is_stream = isinstance(source, TokenStream)
-    return _RowGradient.apply(weight, spec, backend, grad, gathered, updates, is_stream, *_tensors(source))
+    return _RowGradient.apply(
+        weight, spec, backend, grad, gathered, updates, is_stream, *(source if is_stream else (source,))
+    )
 
 
 class Gathered(NamedTuple):
@@ -59,15 +61,9 @@ class Gathered(NamedTuple):
     S: Tensor
 
 
-def _in_memory(grad: Tensor) -> Tensor:
-    """A gradient whose memory holds its numbers: torch may keep a sign apart, or no memory for zeros."""
-    return (
-        torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device) if grad._is_zerotensor() else grad.resolve_neg()
-    )
-
-
-def _tensors(source: Tensor | TokenStream) -> tuple[Tensor | None, ...]:
-    return tuple(source) if isinstance(source, TokenStream) else (source,)
+def _zeros_like(x: Tensor) -> Tensor:
+    """Zeros in memory; those of `torch.zeros_like` would have none either."""
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
 
 
 class _RowGradient(torch.autograd.Function):
@@ -88,7 +84,8 @@ class _RowGradient(torch.autograd.Function):
         tensors = ctx.saved_tensors  # checkpointing unpacks them once
         source = TokenStream(*tensors) if is_stream else tensors[0]
         weight, functions = ctx.weight, functions_of(backend)
-        grad = _in_memory(grad)
+        # The kernels read memory: torch may keep a sign apart, or no memory for zeros.
+        grad = _zeros_like(grad) if grad._is_zerotensor() else grad.resolve_neg()
         no_gradients = [None] * (6 + len(tensors))
         if mode == "fused":
             _check_accumulates(ctx.next_functions[0][0])

@@ -69,7 +69,7 @@ def table_state_of(parameter: Tensor) -> TableState | None:
 
 
 def table_state(weight: Tensor) -> TableState:
-    state = table_state_of(weight)
+    state = getattr(weight, _ATTRIBUTE, None)
     if state is None:
         state = TableState()
         setattr(weight, _ATTRIBUTE, state)
@@ -78,6 +78,6 @@ def table_state(weight: Tensor) -> TableState:
 
 def finish_updates(weight: Tensor) -> None:
     """Before the table or its optimizer's state is read or written: no update of it is under way any more."""
-    state = table_state_of(weight)
+    state = getattr(weight, _ATTRIBUTE, None)
     if state is not None and state.updates is not None:
         state.updates.finish()
