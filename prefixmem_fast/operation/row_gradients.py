@@ -61,11 +61,6 @@ class Gathered(NamedTuple):
     S: Tensor
 
 
-def _zeros_like(x: Tensor) -> Tensor:
-    """Zeros in memory; those of `torch.zeros_like` would have none either."""
-    return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-
-
 class _RowGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, spec, backend, grad, gathered, updates, is_stream, *tensors):
@@ -85,7 +80,7 @@ class _RowGradient(torch.autograd.Function):
         source = TokenStream(*tensors) if is_stream else tensors[0]
         weight, functions = ctx.weight, functions_of(backend)
         # The kernels read memory: torch may keep a sign apart, or no memory for zeros.
-        grad = _zeros_like(grad) if grad._is_zerotensor() else grad.resolve_neg()
+        grad = torch.zeros_like(grad) if grad._is_zerotensor() else grad.resolve_neg()
         no_gradients = [None] * (6 + len(tensors))
         if mode == "fused":
             _check_accumulates(ctx.next_functions[0][0])
