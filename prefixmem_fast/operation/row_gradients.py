@@ -17,7 +17,7 @@ from .backends import functions_of
 from .rules import RowUpdate
 from .sparse_norm import register_sparse_norm
 from .spent_gradient import FusedGradient
-from .table_state import Updates, table_state
+from .table_state import TableOptimizer, TableState, Updates, table_state
 
 
 @torch.compiler.disable
@@ -42,11 +42,11 @@ def read_memory(
     """
     if weight.requires_grad and torch.is_grad_enabled():
         _check_one_process(grad)
+        state = table_state(weight)
         if grad == "fused":
-            _check_fusible(weight)
+            _check_fusible(weight, state)
         else:
             register_sparse_norm()
-        state = table_state(weight)
         state.backend = backend
         state.updates = updates or state.updates
     is_stream = isinstance(source, TokenStream)
@@ -107,10 +107,10 @@ def _check_one_process(grad: str) -> None:
         raise RuntimeError(f'grad="{grad}" {reason[grad]}; use grad="dense" in several processes')
 
 
-def _check_fusible(weight: Tensor) -> None:
+def _check_fusible(weight: Tensor, state: TableState) -> None:
     if not weight.is_leaf:
         raise RuntimeError('grad="fused" updates a parameter, and weight was computed from one; use grad="dense"')
-    _optimizer_of(weight)
+    _optimizer_of(state)
     check_unscaled(weight.device.type)
 
 
@@ -135,8 +135,8 @@ def _check_accumulates(accumulation: torch.autograd.graph.Node) -> None:
             ) from None
 
 
-def _optimizer_of(weight: Tensor):
-    optimizer = table_state(weight).optimizer
+def _optimizer_of(state: TableState) -> TableOptimizer:
+    optimizer = state.optimizer
     if optimizer is None:
         raise RuntimeError(
             'grad="fused" found no optimizer for the table; build one of prefixmem_fast.optim over it and keep it, or '
@@ -159,6 +159,6 @@ def _begin_update(weight: Tensor) -> RowUpdate:
             'nor over two readings of one table; use grad="sparse", or call optimizer.step() or zero_grad() after '
             "each backward pass"
         )
-    update = _optimizer_of(weight).begin(weight)
+    update = _optimizer_of(table_state(weight)).begin(weight)
     update.squares = []
     return update
