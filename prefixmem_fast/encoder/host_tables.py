@@ -25,7 +25,7 @@ from ..operation import operators, prefix_memory, token_memory
 from ..operation.backends import choose_backend, functions_of
 from ..operation.functions import as_given, check_codes, check_stream, check_weight, two_dimensional
 from ..operation.row_gradients import Gathered, check_unscaled, read_memory
-from ..operation.table_state import table_state, table_state_of
+from ..operation.table_state import count_change, table_state
 from .config import PrefixMemConfig
 from .table_worker import Worker, unguarded
 
@@ -118,14 +118,19 @@ class _Gathered(torch.autograd.Function):
 class _Gather(NamedTuple):
     """A gather in the thread, and how often the table had changed when it was asked for.
 
-    The table's memory is kept, so that no other table gets its address meanwhile.
+    The rows that it reads are kept, so that no other table gets their address meanwhile.
     """
 
     source: Tensor | TokenStream
     changes: int
     stale: bool
-    weight: Tensor
+    rows: Tensor
     S: Future[Tensor]
+
+    def reads(self, rows: Tensor) -> bool:
+        """Whether they are those of this table, and not of another one or in another dtype."""
+        mine = self.rows
+        return (mine.data_ptr(), mine.dtype, mine.shape) == (rows.data_ptr(), rows.dtype, rows.shape)
 
 
 class HostReader:
@@ -134,9 +139,7 @@ class HostReader:
     def __init__(self) -> None:
         self.worker = Worker()
         self._gathers: list[_Gather] = []
-        self._changes = 0
-        self._memory: Any = None  # of the table: where and what it is
-        self._version: Any = None
+        self._changes, self._table = 0, None
 
     def __reduce__(self) -> Any:
         self.worker.finish()
@@ -162,7 +165,6 @@ class HostReader:
         trains = weight.requires_grad and torch.is_grad_enabled()
         if trains:
             _check_trainable(memory, device)
-        check_weight(weight, memory.config.spec)
         if weight.is_meta:
             return _operation(source._replace(token_table=source[1].to(device)) if is_stream else source, memory)
         overlaps = trains and memory.overlap and memory.grad == "fused"
@@ -188,35 +190,31 @@ class HostReader:
         table_state(weight).read_ahead = True
         source = _on_host(source, own=True)
         backend = choose_backend(memory.backend, weight=weight)
-        changes = self._changes_of(weight)
         rows = unguarded(weight)
+        changes = self._changes_of(rows)
         S = self.worker.submit(_gather, source, rows, spec, backend)
         self._gathers.append(_Gather(source, changes, stale, rows, S))
         del self._gathers[:-_MOST_GATHERS]
 
     def _take(self, source: Tensor | TokenStream, weight: Tensor) -> tuple[Tensor | None, bool]:
         """S that has been gathered for this source, if one may be used, and whether an update is not in it."""
-        now = self._changes_of(weight) if self._gathers else 0
+        rows = unguarded(weight)
+        now = self._changes_of(rows) if self._gathers else 0
         for i, gather in enumerate(self._gathers):
             if _same(gather.source, source):
                 del self._gathers[: i + 1]
                 age = now - gather.changes
-                if age <= int(gather.stale):
+                if gather.reads(rows) and age <= int(gather.stale):
                     return gather.S.result(), age > 0
                 gather.S.cancel()
                 break
         return None, False
 
-    def _changes_of(self, weight: Tensor) -> int:
-        """How often the table has been found updated at a call; what was gathered of another table is dropped."""
-        rows = unguarded(weight)
-        memory = rows.data_ptr(), rows.dtype, rows.shape
-        if memory != self._memory:
-            self._memory = memory
-            self._gathers.clear()
-        version = object() if rows.is_inference() else rows._version  # the former have none
-        if version != self._version:
-            self._version = version
+    def _changes_of(self, rows: Tensor) -> int:
+        """How often the table has been found to differ from what it was at the call before."""
+        table = object() if rows.is_inference() else (rows.data_ptr(), rows._version)  # the former have no version
+        if table != self._table:
+            self._table = table
             self._changes += 1
         return self._changes
 
@@ -225,13 +223,12 @@ class HostReader:
 def _watch_fused_optimizers() -> None:
     """Those of torch change a table without a new version of it, and are transformers' default."""
 
-    def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def count_changes(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"] if group.get("fused") else ():
-                if table_state_of(parameter) is not None and table_state_of(parameter).read_ahead:
-                    torch.autograd.graph.increment_version(parameter)
+                count_change(parameter)
 
-    register_optimizer_step_post_hook(count)
+    register_optimizer_step_post_hook(count_changes)
 
 
 def _check(source: Tensor | TokenStream, memory: Memory) -> None:
@@ -295,6 +292,7 @@ def _operation(source: Tensor | TokenStream, memory: Memory) -> Tensor:
 def _differentiated(source: Tensor | TokenStream, S: Tensor | None, memory: Memory, updates: Worker | None) -> Tensor:
     """S, gathered or not, with its derivative in the table."""
     weight, spec = memory.weight, memory.config.spec
+    check_weight(weight, spec)
     backend = choose_backend(memory.backend, weight=weight)
     is_stream = isinstance(source, TokenStream)
     given = source if is_stream else two_dimensional(source)

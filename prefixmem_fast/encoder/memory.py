@@ -79,13 +79,11 @@ class PrefixMemory(nn.Module):
         return self.__dict__
 
     def reset_parameters(self) -> None:
-        self.check_writable()
-        if self.tables != "device":
-            self._reader.forget()
+        self.before_write()
         nn.init.normal_(self.weight, std=self.config.memory_init_std)
 
-    def check_writable(self) -> None:
-        """Refuse to write into a table that is a map of its file.
+    def before_write(self) -> None:
+        """Drop what was gathered of the old numbers; refuse to write into a table that is a map of its file.
 
         Raises:
             RuntimeError: tables = "mapped".
@@ -95,6 +93,8 @@ class PrefixMemory(nn.Module):
                 'tables = "mapped" is read-only, and nothing can be loaded into it; load another file with '
                 'PrefixMem.from_pretrained, or this one with tables="host"'
             )
+        if self.tables != "device":
+            self._reader.forget()
 
     def _keep_table(self) -> None:
         """The table in the host's memory, as the kind of parameter that it has to be; others may have replaced it."""
@@ -192,9 +192,7 @@ class PrefixMemory(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         key = prefix + "_extra_state"
         if prefix + "weight" in state_dict:
-            self.check_writable()
-            if self.tables != "device":
-                self._reader.forget()
+            self.before_write()
         if key in state_dict:
             difference = self._spec_difference(state_dict[key])
             if difference is not None:  # raised at once, not collected: later modules keep their weights too

@@ -172,7 +172,7 @@ def load_weights(encoder: Encoder, path: str | Path) -> bool:
 
     def load(folder: Path, stored: dict[str, Any]) -> bool:
         if hasattr(encoder, "memory"):
-            encoder.memory.check_writable()
+            encoder.memory.before_write()
         own = encoder.config.to_dict()
         compared = [name for name in dict.fromkeys((*own, *stored["encoder"])) if name not in _HOW_WEIGHTS_STARTED]
         names = [name for name in compared if stored["encoder"].get(name) != own.get(name)]

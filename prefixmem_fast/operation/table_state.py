@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -63,17 +64,19 @@ class TableState:
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
 
 
-def table_state_of(parameter: Tensor) -> TableState | None:
-    """The state of a parameter that has been read as a table."""
-    return getattr(parameter, _ATTRIBUTE, None)
-
-
 def table_state(weight: Tensor) -> TableState:
     state = getattr(weight, _ATTRIBUTE, None)
     if state is None:
         state = TableState()
         setattr(weight, _ATTRIBUTE, state)
     return state
+
+
+def count_change(parameter: Tensor) -> None:
+    """After what changes a parameter without a new version of it: one for a table whose rows may have been gathered."""
+    state = getattr(parameter, _ATTRIBUTE, None)
+    if state is not None and state.read_ahead:
+        torch.autograd.graph.increment_version(parameter)
 
 
 def finish_updates(weight: Tensor) -> None:
