@@ -16,13 +16,15 @@ from prefixmem_fast.addressing import AddressSpec
 
 
 class Address(NamedTuple):
-    codebook_sizes: tuple[int, ...]
+    codebook_sizes: tuple[int, ...]  # by level of the window
     multipliers: tuple[tuple[int, ...], ...]  # [position][head]
     rows: tuple[int, ...]  # rows of one head's table, by order
     starts: tuple[int, ...]  # first row of an order's block
     exact: tuple[bool, ...]  # by order
     slot_of_level: tuple[int, ...]  # index of the level among the active ones, -1 where inactive
-    levels: int  # L, codes a SID
+    levels: int  # codes a SID, or a window of two
+    item_levels: int  # L, codes a SID
+    gap: int  # tokens of the items between the two of a window, which are not read
     orders: int  # orders that exist at some level
     heads: int
     active: int  # A, number of active levels
@@ -35,7 +37,7 @@ class Address(NamedTuple):
 @lru_cache(maxsize=64)
 def address_of(spec: AddressSpec) -> Address:
     return Address(
-        codebook_sizes=spec.codebook_sizes,
+        codebook_sizes=spec.window_sizes,
         multipliers=spec.multipliers,
         rows=spec.rows_per_order,
         starts=tuple(heads[0] for heads in spec.offsets),
@@ -45,6 +47,8 @@ def address_of(spec: AddressSpec) -> Address:
             for level in range(1, spec.levels + 1)
         ),
         levels=spec.levels,
+        item_levels=spec.item_levels,
+        gap=spec.gap,
         orders=min(spec.max_order, spec.levels),
         heads=spec.heads,
         active=len(spec.active_levels),

@@ -148,7 +148,7 @@ def token_memory_bwd_kernel(
         b_sum = tl.zeros([BM, BH, BW], ACC)
         for l in tl.static_range(LAST, 0, -1):
             if address.slot_of_level[l - 1] >= 0:
-                p_level = p_grad + ((o_sid + (l - 1)).to(tl.int64) * (H * W))[:, None, None] + o_d
+                p_level = p_grad + ((o_sid + (l - 1 + address.gap)).to(tl.int64) * (H * W))[:, None, None] + o_d
                 b_grad = tl.load(p_level, mask=(b_n_tokens >= l)[:, None, None] & m_d, other=0.0).to(ACC)
                 b_sum = b_sum + b_grad if address.mode == "prefix" else b_grad
             scatter_level(b_sum, p_total, b_codes, b_length, o_h, o_w, m_d, l, W, address)

@@ -175,8 +175,10 @@ def load_token_rows(
             if address.mode == "prefix":
                 b_rows = b_rows + (load_order(p_weight, p_scales, b_codes, b_length, o_h, o_w, m_d, n, n, W, address),)
             elif address.mode == "full":
-                b_here = tl.where(b_level == n, b_length, 0)
-                b_rows = b_rows + (load_order(p_weight, p_scales, b_codes, b_here, o_h, o_w, m_d, n, n, W, address),)
+                if address.slot_of_level[n - 1] >= 0:
+                    b_here = tl.where(b_level == n, b_length, 0)
+                    b_row = load_order(p_weight, p_scales, b_codes, b_here, o_h, o_w, m_d, n, n, W, address)
+                    b_rows = b_rows + (b_row,)
             else:
                 m_whole = (b_level >= n) & (b_length == b_level)
                 b_here = tl.where(m_whole, n, 0)

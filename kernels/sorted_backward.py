@@ -111,7 +111,7 @@ def _sum_prefixes_of(grad, codes, n_tokens, spec, ending):
 @lru_cache(maxsize=64)
 def _least_crowded(plan: SortPlan, spec: AddressSpec) -> int:
     """The most SIDs with which no order can have more runs than rows."""
-    aside = [(math.prod(spec.codebook_sizes[:n]), spec.rows_per_order[n - 1]) for n in plan.orders[: plan.n_aside]]
+    aside = [(math.prod(spec.window_sizes[:n]), spec.rows_per_order[n - 1]) for n in plan.orders[: plan.n_aside]]
     return min((rows for prefixes, rows in aside if prefixes > rows), default=1 << 63)
 
 

@@ -49,10 +49,10 @@ def sort_plan_of(spec: AddressSpec, ranked: bool = False) -> SortPlan:
     else:
         orders = tuple(level for level in spec.active_levels if level <= spec.max_order)
     depth = max(orders, default=0)
-    few = tuple(n for n in orders if math.prod(spec.codebook_sizes[:n]) <= FEW)
+    few = tuple(n for n in orders if math.prod(spec.window_sizes[:n]) <= FEW)
     claimed = tuple(n for n in orders if n not in few and (ranked or n not in spec.exact_orders))
     own = tuple(n for n in orders if n not in few + claimed)
-    sizes = [size.bit_length() for size in spec.codebook_sizes[:depth]]  # one number more, for an ended prefix
+    sizes = [size.bit_length() for size in spec.window_sizes[:depth]]  # one number more, for an ended prefix
     words, shifts, word, left = [0] * depth, [0] * depth, -1, 0
     for position in reversed(range(depth)):  # the last code is the least significant; 63 bits a key
         if sizes[position] > left:
@@ -158,8 +158,9 @@ class Prefixes(NamedTuple):
 
 
 def most_sids(codes: Tensor, n_tokens: Tensor | None, spec: AddressSpec) -> int:
-    """A bound on the SIDs that reach an active level; in a token stream each takes as many tokens as that level."""
-    return codes.shape[0] // (1 if n_tokens is None else spec.active_levels[0])
+    """A bound on the SIDs that reach an active level; in a token stream each takes as many tokens as that level, and a
+    window those of its first item, as the next one may begin behind it."""
+    return codes.shape[0] // (1 if n_tokens is None else spec.item_levels if spec.history else spec.active_levels[0])
 
 
 def _first_tokens(n_tokens: Tensor, slots: int, spec: AddressSpec) -> Tensor:

@@ -95,7 +95,7 @@ def load_gradients(p_grad, p_counts, b_sid, b_count, o_d, m_d, W: tl.constexpr, 
             m_level = b_sid >= 0
             if p_counts is not None:  # a token stream: the level's gradient stands at the SID's l-th token
                 m_level = m_level & (b_count >= l)
-                o_vector = b_sid.to(tl.int64) + (l - 1)
+                o_vector = b_sid.to(tl.int64) + (l - 1 + address.gap)
             else:
                 o_vector = b_sid.to(tl.int64) * A + address.slot_of_level[l - 1]
             p_level = p_grad + (o_vector * (H * W))[:, None, None] + o_d

@@ -2,6 +2,9 @@
 
 A token of level l belongs to a SID where the l - 1 tokens before it have the levels 1 .. l - 1 in that order, in the
 same row and the same packed segment. The table [V, 2] gives (level, code) of every vocabulary id, level 0 for text.
+
+A window of two items is read as one long SID. Its tokens have the levels 1 .. L and 1 .. L again; those of the items
+between the two, `gap` of them, have to follow the same pattern, and their codes are not read.
 """
 
 from __future__ import annotations
@@ -59,26 +62,33 @@ def same_segment(p_segments, o_t, o_other, m_t):
 def load_token_codes(p_ids, p_table, p_segments, o_t, m_t, T, V, address: tl.constexpr):
     """Codes of the SIDs whose first token is o_t of a row of T, read forward up to the last active level.
 
-    Returns the tuple of [BM] codes, how many stand before the prefix ends, and how many tokens follow one another.
-    A SID cut before the first active level is given length 0: none of its rows is used.
+    Returns the tuple of [BM] codes, how many stand before the prefix ends, and the last level of which there is a
+    token: that of level l stands at o_t + l - 1 + gap. A SID cut before the first active level is given length 0: none
+    of its rows is used.
     """
     LAST: tl.constexpr = address.last_active
+    ITEM: tl.constexpr = address.item_levels
+    GAP: tl.constexpr = address.gap
     b_ids, m_ids = (), ()  # every token, then every entry: one after the other they would be as many trips to memory
-    for l in tl.static_range(1, LAST + 1):
-        m_t = m_t & (o_t + (l - 1) < T)
-        b_ids = b_ids + (tl.load(p_ids + o_t + (l - 1), mask=m_t, other=-1).to(tl.int64),)  # [BM]
-        m_ids = m_ids + (m_t if l == 1 else same_segment(p_segments, o_t, o_t + (l - 1), m_t),)
+    for i in tl.static_range(LAST + GAP):
+        m_t = m_t & (o_t + i < T)
+        b_ids = b_ids + (tl.load(p_ids + o_t + i, mask=m_t, other=-1).to(tl.int64),)  # [BM]
+        m_ids = m_ids + (m_t if i == 0 else same_segment(p_segments, o_t, o_t + i, m_t),)
     b_levels, b_all = (), ()
-    for l in tl.static_range(1, LAST + 1):
-        b_level, b_code = load_entry(p_table, b_ids[l - 1], V)
+    for i in tl.static_range(LAST + GAP):
+        b_level, b_code = load_entry(p_table, b_ids[i], V)
         b_levels, b_all = b_levels + (b_level,), b_all + (b_code,)
     b_codes = ()
     b_length = tl.zeros_like(o_t).to(tl.int32)
     b_n_tokens = tl.zeros_like(b_length)
-    for l in tl.static_range(1, LAST + 1):
-        m_next = m_ids[l - 1] & (b_n_tokens == l - 1) & (b_levels[l - 1] == l)
+    for i in tl.static_range(LAST + GAP):
+        m_next = m_ids[i] & (b_n_tokens == i) & (b_levels[i] == i % ITEM + 1)
         b_n_tokens += m_next.to(tl.int32)
-        b_codes, b_length = append_code(b_codes, b_length, tl.where(m_next, b_all[l - 1], -1), l, address)
+        if i < ITEM or i >= ITEM + GAP:
+            l = i + 1 if i < ITEM else i + 1 - GAP
+            b_codes, b_length = append_code(b_codes, b_length, tl.where(m_next, b_all[i], -1), l, address)
+    if GAP > 0:
+        b_n_tokens = tl.maximum(b_n_tokens - GAP, 0)
     return b_codes, tl.where(b_n_tokens >= address.first_active, b_length, 0), b_n_tokens
 
 
@@ -89,28 +99,32 @@ def load_codes_before(p_ids, p_table, p_segments, o_t, m_t, V, address: tl.const
     and the codes as they look back, the token's own first.
     """
     LAST: tl.constexpr = address.last_active
+    ITEM: tl.constexpr = address.item_levels
+    GAP: tl.constexpr = address.gap
     b_ids, m_ids = (), ()  # every token, then every entry: one after the other they would be as many trips to memory
-    for back in tl.static_range(LAST):
+    for back in tl.static_range(LAST + GAP):
         m_back = m_t & (o_t >= back)
         b_ids = b_ids + (tl.load(p_ids + o_t - back, mask=m_back, other=-1).to(tl.int64),)  # [BM]
         m_ids = m_ids + (m_back if back == 0 else same_segment(p_segments, o_t, o_t - back, m_back),)
     b_levels, b_before = (), ()
-    for back in tl.static_range(LAST):
+    for back in tl.static_range(LAST + GAP):
         b_level, b_code = load_entry(p_table, b_ids[back], V)
         b_levels, b_before = b_levels + (tl.where(m_ids[back], b_level, 0),), b_before + (b_code,)
     b_level = tl.zeros_like(b_levels[0])
     for l in tl.static_range(1, LAST + 1):
         if address.slot_of_level[l - 1] >= 0:
-            m_whole = b_levels[0] == l
-            for back in tl.static_range(1, l):
-                m_whole = m_whole & (b_levels[back] == l - back)
+            m_whole = b_levels[0] == (l - 1) % ITEM + 1
+            for back in tl.static_range(1, l + GAP):
+                m_whole = m_whole & (b_levels[back] == (l + GAP - back - 1) % ITEM + 1)
             b_level = tl.where(m_whole, l, b_level)
     b_codes = ()
     b_length = tl.zeros_like(b_level)
     for position in tl.static_range(1, LAST + 1):
         b_code = tl.full(b_level.shape, -1, b_before[0].dtype)
         for l in tl.static_range(position, LAST + 1):
-            b_code = tl.where(b_level == l, b_before[l - position], b_code)
+            if l >= address.first_active:
+                o_back: tl.constexpr = l - position + (GAP if position <= ITEM else 0)
+                b_code = tl.where(b_level == l, b_before[o_back], b_code)
         b_codes, b_length = append_code(b_codes, b_length, b_code, position, address)
     return b_level, b_codes, b_length, b_before
 

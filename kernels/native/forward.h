@@ -116,7 +116,10 @@ template <class Rows, class Out> void forward_chunk(const Table& given, const Sp
   int64_t vectors = sids.in_stream() ? sids.places : sids.count * actives;
   Writer<Out> writer(width, to, vectors * width * int64_t(sizeof(Out)));
   std::vector<Sum> sum(width);
-  int64_t written = chunk == 0 ? 0 : sids.in_stream() && first < sids.count ? sids.place[first] : 0;
+  auto begin_of = [&](int64_t sid) {  // where the first level that may be read stands
+    return sid < sids.count ? std::min(sids.place[sid] + spec.begin() - 1, sids.places) : sids.places;
+  };
+  int64_t written = chunk == 0 || !sids.in_stream() ? 0 : begin_of(first);
   read_ahead(table, spec, sids, first, last, [&](int64_t sid, const int64_t* rows, const int64_t* coming) {
     clear(sum.data(), width);
     for (int64_t a = 0; a < actives; ++a) {
@@ -133,7 +136,7 @@ template <class Rows, class Out> void forward_chunk(const Table& given, const Sp
     }
   });
   if (sids.in_stream()) {
-    int64_t end = last < sids.count ? sids.place[last] : sids.places;
+    int64_t end = begin_of(last);
     writer.zero(out + written * width, end - written);
   }
   if (writer.streamed) end_streams();

@@ -11,7 +11,7 @@ struct Plan;
 struct DLPackTensor;
 
 struct Sizes {  // as numbers of Python
-  int64_t levels, orders, heads, mode, narrow, actives;
+  int64_t levels, orders, heads, mode, narrow, actives, item_levels, gap;
   const int64_t *codebooks, *multipliers, *rows, *offsets, *exact, *active;
 };
 

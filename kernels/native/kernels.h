@@ -57,7 +57,8 @@ inline void all_rows(const Spec& spec, const Integers& codes, int64_t sids, int6
       const int32_t length = read_codes(spec, codes, m, sid.data());
       int64_t* rows = out + m * spec.levels * each;
       for (int64_t i = 0; i < spec.levels * each; ++i) rows[i] = -1;
-      for (int32_t level = 1; level <= spec.levels; ++level, rows += each)
+      rows += (spec.begin() - 1) * each;
+      for (int32_t level = spec.begin(); level <= spec.levels; ++level, rows += each)
         for (int32_t n = spec.mode == FULL ? level : 1; n <= std::min(level, spec.orders); ++n) {
           const int32_t first = spec.mode == SUFFIX ? level - n : 0;
           if (first + n <= length) order_rows(spec, sid.data() + first, n, rows + (n - 1) * spec.heads);

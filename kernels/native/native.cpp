@@ -1,6 +1,7 @@
 // The functions that prefixmem_fast/operation/native.py calls, in C: plain integers and addresses of tensors.
 //
 // A function that fails returns a negative number, or no address. dtypes are numbered as in numbers.h.
+#include <algorithm>
 #include <cstdint>
 #include <new>
 
@@ -43,12 +44,14 @@ const Spec* prefixmem_spec(const Sizes* sizes) {
     auto* spec = new Spec{};
     spec->levels = int32_t(sizes->levels), spec->orders = int32_t(sizes->orders), spec->heads = int32_t(sizes->heads);
     spec->mode = int32_t(sizes->mode), spec->narrow = sizes->narrow != 0;
+    spec->item_levels = int32_t(sizes->item_levels), spec->gap = int32_t(sizes->gap);
     spec->sizes.assign(sizes->codebooks, sizes->codebooks + sizes->levels);
     spec->multipliers.assign(sizes->multipliers, sizes->multipliers + sizes->orders * sizes->heads);
     spec->offsets.assign(sizes->offsets, sizes->offsets + sizes->orders * sizes->heads);
     spec->rows.assign(sizes->rows, sizes->rows + sizes->orders);
+    for (int64_t& rows : spec->rows) rows = std::max<int64_t>(rows, 1);  // a modulus of orders that hold none
     spec->exact.assign(sizes->exact, sizes->exact + sizes->orders);
-    for (int64_t rows : spec->rows) spec->reciprocals.push_back(rows > 0 ? ~uint64_t(0) / uint64_t(rows) + 1 : 0);
+    for (int64_t rows : spec->rows) spec->reciprocals.push_back(~uint64_t(0) / uint64_t(rows) + 1);
     int32_t summed = 0;  // orders that the running sum of prefix mode holds
     for (int64_t a = 0; a < sizes->actives; ++a) {
       const int32_t level = int32_t(sizes->active[a]), last = std::min(level, spec->orders);

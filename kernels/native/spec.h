@@ -4,6 +4,8 @@
 //   exact order:   row = offset[n, h] + ( .. (c_1 * K_2 + c_2) * K_3 + .. ) * K_n + c_n
 //
 // Orders and levels count from 1, as in the paper; arrays of them have no place 0.
+//
+// Cross-item orders read windows of two items: levels 1 .. L are the codes of an earlier item, L + l is c_l of this one.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -26,9 +28,10 @@ struct ActiveLevel {
 };
 
 struct Spec {
-  int32_t levels, orders, heads, mode;
+  int32_t levels, orders, heads, mode;  // levels: codes of a window, L or 2L
+  int32_t item_levels, gap;             // L; tokens of the items between the two of a window, which are not read
   bool narrow;  // hashes and moduli fit 32 bits
-  std::vector<int64_t> sizes, multipliers, rows, offsets;  // [L], [N * H], [N], [N * H]
+  std::vector<int64_t> sizes, multipliers, rows, offsets;  // [levels], [N * H], [N], [N * H]
   std::vector<uint8_t> exact;                              // [N]
   std::vector<uint64_t> reciprocals;                       // [N], of the moduli: ceil(2^64 / T)
   std::vector<ActiveLevel> active;
@@ -36,6 +39,8 @@ struct Spec {
   int32_t last_order = 0;   // the last that an active level reads
 
   int64_t rows_a_sid() const { return int64_t(reads.size()) * heads; }
+  // The first level that may be read.
+  int32_t begin() const { return levels > item_levels ? item_levels : 1; }
 };
 
 // Integers of 2, 4 or 8 bytes.

@@ -1,5 +1,6 @@
 // Semantic IDs in a token stream: a token of level l belongs to one where the l - 1 tokens before it have the levels
-// 1 .. l - 1 in that order, in the same row and, where segments are given, in the same segment.
+// 1 .. l - 1 in that order, in the same row and, where segments are given, in the same segment. A window of two items
+// needs the tokens of both, and of the items between, directly one after the other.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -29,13 +30,13 @@ struct TokenStream {
   int64_t rows, length;
 };
 
-// The Semantic IDs of a batch, wherever they stand: codes [M, L], or found in a token stream.
+// The Semantic IDs of a batch, or the windows of two, wherever they stand: codes [M, L], or found in a token stream.
 struct Sids {
   Integers codes;            // [M, L]
   int64_t count = 0;         // M
   Array<int64_t> found;      // the codes of a token stream
-  Array<int64_t> place;      // [M], of the level-1 token in the flattened stream
-  Array<int32_t> tokens;     // [M], how many tokens follow one another; no array where codes were given: all L
+  Array<int64_t> place;      // [M]: the token of level l stands at place + l - 1 of the flattened stream
+  Array<int32_t> tokens;     // [M], the last level of which there is a token; no array where codes were given: all L
   int64_t places = 0;        // tokens of the stream
 
   bool in_stream() const { return tokens.size() > 0 || places > 0; }

@@ -41,6 +41,27 @@ def active_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
     return prefix_rows(codes, spec)[..., [level - 1 for level in spec.active_levels], :, :]
 
 
+def item_windows(codes: Tensor, spec: AddressSpec) -> Tensor:
+    """The windows of the items of a history, which a spec with `history` reads.
+
+    Args:
+        codes: integer ``[..., items, L]``, items in the order in which they were met.
+
+    Returns:
+        ``[..., items + 1, 2L]``: for each item, and for the one that is to come, the codes of the item
+        `spec.history` before it and its own; -1 where there is none, or where an item between has ended early.
+    """
+    items = codes.shape[-2]
+    none = codes.new_full((*codes.shape[:-2], spec.history, codes.shape[-1]), -1)
+    earlier = torch.cat([none, codes], -2)[..., : items + 1, :]
+    whole = prefix_length(codes, spec.codebook_sizes) == spec.item_levels
+    whole = torch.cat([torch.ones_like(none[..., 0], dtype=torch.bool), whole], -1)
+    for back in range(1, spec.history):
+        between = whole[..., spec.history - back : spec.history - back + items + 1, None]
+        earlier = torch.where(between, earlier, -1)
+    return torch.cat([earlier, torch.cat([codes, none[..., :1, :]], -2)], -1)
+
+
 def prefix_length(codes: Tensor, codebook_sizes: tuple[int, ...]) -> Tensor:
     """int64 ``[...]``: how many codes of ``[..., L]`` stand before one ends the prefix."""
     length = torch.zeros_like(codes[..., 0], dtype=torch.int64)
@@ -53,7 +74,7 @@ def prefix_length(codes: Tensor, codebook_sizes: tuple[int, ...]) -> Tensor:
 
 def cut_prefix(codes: Tensor, spec: AddressSpec) -> tuple[Tensor, Tensor]:
     """Codes as int64 ``[..., L]``, -1 from the end of the prefix on, and the length ``[...]`` of the prefix."""
-    length = prefix_length(codes, spec.codebook_sizes)
+    length = prefix_length(codes, spec.window_sizes)
     before_end = torch.arange(spec.levels, device=codes.device) < length[..., None]
     return torch.where(before_end, codes.long(), -1), length
 
@@ -63,7 +84,7 @@ def order_rows(window: Tensor, order: int, spec: AddressSpec) -> Tensor:
     if order in spec.exact_orders:
         index = torch.zeros_like(window[..., 0])
         for i in range(order):
-            index = index * spec.codebook_sizes[i] + window[..., i]
+            index = index * spec.window_sizes[i] + window[..., i]
         index = index[..., None]
     else:
         index = torch.zeros_like(window[..., :1])

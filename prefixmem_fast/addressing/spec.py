@@ -6,6 +6,9 @@ For a prefix (c_1 .. c_l), order n and head h (PrefixMem, arXiv 2606.00324):
     exact order:   idx = ( .. (c_1 * K_2 + c_2) * K_3 + .. ) * K_n + c_n        (mixed radix, c_1 most significant)
     row          = offsets[n, h] + idx
 
+Cross-item orders, an addition to the paper, read a longer prefix in the same way: the L codes of an item met before,
+then those of this item up to c_l. `AddressSpec.cross_item` makes such a spec.
+
 Every backend reads this object; none derives an address by other means.
 """
 
@@ -22,7 +25,7 @@ from .. import _checks
 from .._choices import ADDRESSING, MODES
 from .primes import draw_primes
 
-VERSION = 1
+VERSIONS = (1, 2)  # 2 has `history`; rows of a version never change
 
 # Multipliers below about 5e4 leave part of a table empty; from there on occupancy is near ideal.
 _SMALLEST_PRIME = 50_000
@@ -31,6 +34,7 @@ _MOST_ROWS_31_BITS = 1 << 26
 _INT64_MAX = (1 << 63) - 1
 # Far above what anybody uses (4 orders of 4 heads in the paper), and derived within a second.
 MOST_LEVELS = 1024
+MOST_HISTORY = 64
 _MOST_PRIMES = 4096
 
 
@@ -39,6 +43,10 @@ class AddressSpec:
     """Where every memory row lives.
 
     Levels, positions and orders count from 1 in this text; L is the number of codebooks, N is `max_order`.
+
+    With `history` = k >= 1 the codes that are read are a window of 2L: those of the item k back, then those of this
+    item. Its levels 1 .. L are the codes of the former, and level L + l is c_l of the latter. Level L stands for the
+    empty prefix of an item, and is read at the last token of the item before it.
 
     Args:
         codebook_sizes: K_1 .. K_L, the number of codes at each level; L <= 1024.
@@ -52,11 +60,16 @@ class AddressSpec:
         addressing: ``"auto"`` addresses an order exactly where the product of its codebook sizes is at most T_n, in a
             table of exactly that many rows; ``"hash"`` hashes every order, as the paper does.
         active_levels: the prefix lengths at which the memory is read, strictly increasing; None means every level.
+            With `history`, levels of the window from L to 2L - 1, and None means all of these.
         seed: seed of the primes, 0 <= seed < 2^64.
-        version: version of the derivation of the primes; 1 is the only one.
+        version: of the derivation of rows; None takes the lowest that has what is asked for: 2 with `history`, else 1.
+        history: how many items back the window begins; 0, as in the paper, for windows of one item. More than 0 needs
+            ``mode="full"``, and orders below L, which no level reads, hold no rows.
 
     Derived attributes:
-        levels: L.
+        levels: codes of a window: L, or 2L with `history`.
+        item_levels: L.
+        window_sizes: codebook sizes of all levels of a window.
         multipliers: the primes p, ``[position][head]``, N x H, all distinct.
         product_bits: 31 or 63; every c * p is below 2 to that power. Both widths give the same rows.
         exact_orders: the orders that are addressed exactly, ascending.
@@ -81,9 +94,12 @@ class AddressSpec:
     addressing: str = "auto"
     active_levels: Sequence[int] | None = None
     seed: int = 0
-    version: int = VERSION
+    version: int | None = None
+    history: int = 0
 
     levels: int = field(init=False, repr=False, compare=False)
+    item_levels: int = field(init=False, repr=False, compare=False)
+    window_sizes: tuple[int, ...] = field(init=False, repr=False, compare=False)
     multipliers: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
     product_bits: int = field(init=False, repr=False, compare=False)
     exact_orders: tuple[int, ...] = field(init=False, repr=False, compare=False)
@@ -107,6 +123,14 @@ class AddressSpec:
         sizes = _checks.codebook_sizes(self.codebook_sizes)
         if len(sizes) > MOST_LEVELS:
             raise ValueError(f"codebook_sizes has {len(sizes)} levels; give {MOST_LEVELS} at most")
+        history = _checks.integer("history", self.history)
+        if not 0 <= history <= MOST_HISTORY:
+            raise ValueError(f"history = {history} is outside 0..{MOST_HISTORY}; 1 is the item before")
+        if history and self.mode != "full":
+            raise ValueError(
+                f"history = {history} with mode = {self.mode!r}: cross-item orders read a whole window; give "
+                "mode='full', or take AddressSpec.cross_item"
+            )
         max_order = _checks.positive("max_order", self.max_order)
         heads = _checks.positive("heads", self.heads)
         if max_order * heads > _MOST_PRIMES:
@@ -130,33 +154,44 @@ class AddressSpec:
 
         _checks.choice("mode", self.mode, MODES)
         _checks.choice("addressing", self.addressing, ADDRESSING)
-        active = tuple(range(1, len(sizes) + 1))
+        active = tuple(range(len(sizes), 2 * len(sizes)) if history else range(1, len(sizes) + 1))
         if self.active_levels is not None:
             given = _checks.integers("active_levels", self.active_levels)
             if not given or any(level not in active for level in given) or sorted(set(given)) != list(given):
                 raise ValueError(
                     f"active_levels = {given} is not allowed; give strictly increasing levels "
-                    f"of 1..{len(sizes)}, or None for all of them"
+                    f"of {active[0]}..{active[-1]}, or None for all of them"
                 )
             active = given
         seed = _checks.integer("seed", self.seed)
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed = {seed} is outside 0..2^64 - 1")
-        if type(self.version) is not int or self.version != VERSION:
+        version = (2 if history else 1) if self.version is None else self.version
+        if type(version) is not int or version not in VERSIONS:
             raise ValueError(
-                f"version = {self.version!r} is unknown; this release knows version {VERSION}; "
+                f"version = {version!r} is unknown; this release knows versions {' and '.join(map(str, VERSIONS))}; "
                 "install the release that wrote the spec"
             )
+        if version != (2 if history else 1):
+            raise ValueError(f"version = {version} with history = {history}; leave version out")
         self._set(
-            codebook_sizes=sizes, max_order=max_order, heads=heads, table_rows=rows, active_levels=active, seed=seed
+            codebook_sizes=sizes,
+            max_order=max_order,
+            heads=heads,
+            table_rows=rows,
+            active_levels=active,
+            seed=seed,
+            version=version,
+            history=history,
         )
 
     def _derive(self) -> None:
-        sizes, orders, heads = self.codebook_sizes, self.max_order, self.heads
+        orders, heads = self.max_order, self.heads
+        sizes = self.codebook_sizes * (2 if self.history else 1)
         exact, rows = [], []
         for n, table in enumerate(self.table_rows, 1):
             prefixes = math.prod(sizes[:n])
-            if n > len(sizes):
+            if n > len(sizes) or (self.history and n < len(self.codebook_sizes)):
                 rows.append(0)
             elif self.addressing == "auto" and self.mode != "suffix" and prefixes <= table:
                 exact.append(n)
@@ -170,6 +205,8 @@ class AddressSpec:
             )
         self._set(
             levels=len(sizes),
+            item_levels=len(self.codebook_sizes),
+            window_sizes=sizes,
             exact_orders=tuple(exact),
             rows_per_order=tuple(rows),
             offsets=tuple(tuple(starts[n] + h * rows[n] for h in range(heads)) for n in range(orders)),
@@ -198,10 +235,74 @@ class AddressSpec:
             "code x prime below 2^63; use smaller codebooks"
         )
 
+    @classmethod
+    def cross_item(
+        cls,
+        codebook_sizes: Sequence[int],
+        *,
+        history: int = 1,
+        heads: int = 4,
+        table_rows: int | Sequence[int] = 2_000_000,
+        active_levels: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> AddressSpec:
+        """The spec of cross-item orders: rows keyed by (the whole SID of an item met before, the prefix so far).
+
+        Args:
+            codebook_sizes: of one item.
+            history: which item: 1 is the one before.
+            heads, seed: see `AddressSpec`.
+            table_rows: T, rows of each hashed table: one number, or one for each prefix length 0 .. L - 1.
+            active_levels: prefix lengths of the item at which the memory is read, of 0 .. L - 1, strictly increasing;
+                0 is the last token of the item before, where c_1 is predicted. None means all of them.
+
+        Raises:
+            TypeError, ValueError: an argument is not as stated.
+        """
+        sizes = _checks.codebook_sizes(codebook_sizes)
+        levels = len(sizes)
+        if active_levels is not None:
+            given = _checks.integers("active_levels", active_levels)
+            if not given or any(not 0 <= level < levels for level in given) or sorted(set(given)) != list(given):
+                raise ValueError(
+                    f"active_levels = {given} is not allowed; give strictly increasing prefix lengths of "
+                    f"0..{levels - 1}, or None for all of them"
+                )
+            active_levels = [levels + level for level in given]
+        if hasattr(table_rows, "__iter__"):
+            table_rows = _checks.integers("table_rows", table_rows)
+            if len(table_rows) != levels:
+                raise ValueError(
+                    f"table_rows has {len(table_rows)} entries; give one number, or one for each prefix length of "
+                    f"0..{levels - 1}"
+                )
+            table_rows = (1,) * (levels - 1) + table_rows
+        if _checks.integer("history", history) < 1:
+            raise ValueError(f"history = {history}; give 1 for the item before, or more")
+        return cls(
+            sizes,
+            max_order=2 * levels - 1,
+            heads=heads,
+            table_rows=table_rows,
+            mode="full",
+            active_levels=active_levels,
+            seed=seed,
+            history=history,
+        )
+
+    @property
+    def _first_order(self) -> int:
+        return self.item_levels if self.history else 1
+
+    @property
+    def gap(self) -> int:
+        """Tokens of the items that stand between the two of a window, and are not read."""
+        return max(self.history - 1, 0) * self.item_levels
+
     def orders_at(self, level: int) -> tuple[int, ...]:
         """The orders that exist at `level` (1..L), ascending."""
         if self.mode == "full":
-            return (level,) if level <= self.max_order else ()
+            return (level,) if self._first_order <= level <= self.max_order else ()
         return tuple(range(1, min(level, self.max_order) + 1))
 
     def window(self, level: int, order: int) -> tuple[int, int]:
@@ -216,6 +317,7 @@ class AddressSpec:
         """All arguments and all that is derived from them: enough to recompute every row without this package."""
         return {
             "version": self.version,
+            **({"history": self.history} if self.history else {}),
             "codebook_sizes": list(self.codebook_sizes),
             "max_order": self.max_order,
             "heads": self.heads,
@@ -244,6 +346,8 @@ class AddressSpec:
         arguments = [name for name, f in cls.__dataclass_fields__.items() if f.init]
         # A default that fills a gap in a written spec would quietly move rows.
         needed = ["codebook_sizes"] if set(values) <= set(arguments) else arguments
+        if values.get("version") == 1:
+            needed = [name for name in needed if name != "history"]
         missing = [name for name in needed if name not in values]
         if missing:
             raise ValueError(f"the address spec lacks {', '.join(missing)}; it has {', '.join(map(str, values))}")

@@ -2,6 +2,8 @@
 
 A token of level l belongs to a SID where the l - 1 tokens before it have the levels 1 .. l - 1 in that order, in the
 same row and, where segments are given, in the same segment. Everything else is text.
+
+Cross-item orders read an earlier item where its tokens, and those of the items between, stand directly before.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .spec import AddressSpec
 
 
 class TokenStream(NamedTuple):
@@ -60,8 +64,45 @@ def token_codes(stream: TokenStream, levels: int) -> tuple[Tensor, Tensor]:
     return codes, level
 
 
-def _shift(x: Tensor, fill: bool | int) -> Tensor:
-    """Move every entry one token to the right, `fill` coming in from the left."""
+def window_codes(stream: TokenStream, spec: AddressSpec) -> tuple[Tensor, Tensor]:
+    """The windows that end at the tokens of a stream ``[B, T]``; see `AddressSpec`.
+
+    Returns:
+        codes: int64 ``[B, T, spec.levels]``, the codes of the window up to the token, then -1.
+        level: int64 ``[B, T]``, the level of the token within its window, 0 where there is none.
+    """
+    L = spec.item_levels
+    codes, level = token_codes(stream, L)
+    if not spec.history:
+        return codes, level
+    whole = level == L
+    items = whole.long()  # whole items that end here, one directly after the other
+    for _ in range(spec.history - 1):
+        items = torch.where(whole & _same_segment(stream, L), 1 + _shift(items, 0, L), whole.long())
+    windows = codes.new_full((*level.shape, spec.levels), -1)
+    place = torch.zeros_like(level)
+    for l in range(L):  # codes of this item; without one the token is the last of the item before
+        ends_before = (items if l == 0 else _shift(items, 0, l)) >= spec.history
+        here = ends_before & (whole if l == 0 else (level == l) & _same_segment(stream, l))
+        earlier = _shift(codes, -1, l + spec.gap)
+        own = codes if l else torch.full_like(codes, -1)
+        windows = torch.where(here[..., None], torch.cat([earlier, own], -1), windows)
+        place = torch.where(here, L + l, place)
+    return windows, place
+
+
+def _same_segment(stream: TokenStream, back: int) -> Tensor:
+    """Where the token `back` before stands in the same row and segment: bool ``[B, T]``."""
+    segments = stream.segment_ids
+    if segments is None:
+        segments = torch.zeros_like(stream.input_ids)
+    same = torch.zeros_like(segments, dtype=torch.bool)
+    same[:, back:] = segments[:, back:] == segments[:, : segments.shape[1] - back]
+    return same
+
+
+def _shift(x: Tensor, fill: bool | int, by: int = 1) -> Tensor:
+    """Move every entry `by` tokens to the right, `fill` coming in from the left."""
     shifted = torch.full_like(x, fill)
-    shifted[:, 1:] = x[:, :-1]
+    shifted[:, by:] = x[:, : max(x.shape[1] - by, 0)]
     return shifted

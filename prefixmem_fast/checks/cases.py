@@ -32,7 +32,7 @@ class Case:
         s = self.spec
         return (
             f"AddressSpec({s.codebook_sizes}, {s.max_order}, {s.heads}, {s.table_rows}, {s.mode!r}, "
-            f"{s.addressing!r}, {s.active_levels}, seed={s.seed}), width {self.weight.shape[1]}, "
+            f"{s.addressing!r}, {s.active_levels}, seed={s.seed}, history={s.history}), width {self.weight.shape[1]}, "
             f"{self.weight.dtype}, codes {self.codes.dtype} {tuple(self.codes.shape)}, "
             f"input_ids {tuple(self.input_ids.shape)}{', packed' if self.segment_ids is not None else ''}"
             f"{', ' * bool(self.batch)}{self.batch}"
@@ -40,11 +40,26 @@ class Case:
 
 
 def random_spec(rng: random.Random) -> AddressSpec:
-    """Small sizes of every kind: one level to six, one-row tables, mixed codebooks, exact and hashed orders."""
+    """Small sizes of every kind: one level to six, one-row tables, mixed codebooks, exact, hashed and cross-item
+    orders."""
     levels, orders = rng.randint(1, 6), rng.randint(1, 5)
     largest = rng.choice((2, 5, 12, 300, 70_000, 3_000_000_000))
     sizes = [rng.randint(1, largest) for _ in range(levels)]
     rows = rng.choice((1, 7, 64, 500))
+    if rng.random() < 0.25:
+        sizes = sizes[:4]
+        levels = len(sizes)
+        return AddressSpec(
+            codebook_sizes=sizes,
+            max_order=rng.choice((2 * levels - 1, levels, 2 * levels + 1)),
+            heads=rng.randint(1, 3),
+            table_rows=rows,
+            mode="full",
+            addressing=rng.choice(("auto", "hash")),
+            active_levels=sorted(rng.sample(range(levels, 2 * levels), rng.randint(1, levels))),
+            seed=rng.randrange(1 << 32),
+            history=rng.choice((1, 1, 2, 3)),
+        )
     return AddressSpec(
         codebook_sizes=sizes,
         max_order=orders,
@@ -59,14 +74,15 @@ def random_spec(rng: random.Random) -> AddressSpec:
 
 def random_codes(rng: random.Random, spec: AddressSpec, sids: int, invalid: float) -> list[list[int]]:
     """SIDs with duplicates and shared prefixes; a share `invalid` of them is cut or damaged."""
-    pool = [[rng.randrange(size) for size in spec.codebook_sizes] for _ in range(max(sids // 3, 1))]
+    sizes = spec.window_sizes
+    pool = [[rng.randrange(size) for size in sizes] for _ in range(max(sids // 3, 1))]
     result = []
     for _ in range(sids):
         sid, other, keep = rng.choice(pool), rng.choice(pool), rng.randint(0, spec.levels)
         sid = sid[:keep] + other[keep:]
         if rng.random() < invalid:
             cut = rng.randrange(spec.levels)
-            sid = [*sid[:cut], rng.choice((-1, -(1 << 14), spec.codebook_sizes[cut])), *sid[cut + 1 :]]
+            sid = [*sid[:cut], rng.choice((-1, -(1 << 14), sizes[cut])), *sid[cut + 1 :]]
         result.append(sid)
     return result
 
@@ -90,10 +106,10 @@ def random_tokens(rng: random.Random, spec: AddressSpec, shape: tuple[int, int])
         row: list[int] = []
         while len(row) < shape[1]:
             kind = rng.random()
-            if kind < 0.6:
+            if kind < (0.85 if spec.history else 0.6):
                 row += [shuffled[rng.choice(ids)] for ids in by_level]
-            elif kind < 0.8:
-                row += [shuffled[rng.choice(ids)] for ids in by_level[: rng.randint(1, spec.levels)]]
+            elif kind < (0.95 if spec.history else 0.8):
+                row += [shuffled[rng.choice(ids)] for ids in by_level[: rng.randint(1, spec.item_levels)]]
             else:
                 row.append(rng.choice((rng.randrange(len(entries)), -100, len(entries) + 5)))
         cut = rng.randint(0, len(row) - shape[1])
@@ -161,8 +177,11 @@ class Shape(NamedTuple):
     active: tuple[int, ...] = (3, 4)
     addressing: str = "hash"
     packed: bool = False
+    history: int = 0
 
     def spec(self, rows: int) -> AddressSpec:
+        if self.history:
+            return AddressSpec.cross_item(self.sizes, history=self.history, heads=self.heads, table_rows=rows)
         return AddressSpec(
             self.sizes,
             self.orders,
@@ -192,6 +211,7 @@ SHAPES = {
         active=(1, 3, 4),
         packed=True,
     ),
+    "cross-item": Shape(_PAPER, "full", packed=True, history=1),
     "float64": Shape(_PAPER, dtype=torch.float64, codes=torch.int16, orders=5, heads=2, width=33, active=(2, 5)),
 }
 KINDS = ("uniform", "zipf 1.05", "duplicates", "hot prefix", "ended", "invalid")
@@ -222,7 +242,7 @@ def batches_of(name: str, device: str, seed: int, largest: int) -> Iterator[Case
 def kind_of_codes(spec: AddressSpec, kind: str, sids: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Codes int64 ``[M, L]`` of one of KINDS, which fit `dtype`."""
     uniform = torch.rand(sids, spec.levels, generator=generator, device=generator.device, dtype=torch.float64)
-    sizes = torch.tensor(spec.codebook_sizes, device=uniform.device)
+    sizes = torch.tensor(spec.window_sizes, device=uniform.device)
     if kind == "zipf 1.05":  # the law's inverse, on real numbers
         drawn = (1 + uniform * ((sizes + 1.0) ** -0.05 - 1)) ** -20 - 1
     else:
@@ -242,14 +262,18 @@ def kind_of_codes(spec: AddressSpec, kind: str, sids: int, dtype: torch.dtype, g
 
 
 def _stream(spec: AddressSpec, codes: Tensor, packed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The SIDs as tokens, one of text before each, and none of the vocabulary in place of a code that is not valid."""
+    """The SIDs as tokens, one of text before each, and none of the vocabulary in place of a code that is not valid.
+
+    Of a window both items are there, one after the other.
+    """
     sids, device = len(codes), codes.device
     first, entries, tokens = 3, [torch.zeros(3, 2, dtype=torch.int32)], [torch.zeros_like(codes[:, 0])]
-    for level, size in enumerate(spec.codebook_sizes, 1):
+    for place, size in enumerate(spec.window_sizes):
+        level = place % spec.item_levels + 1
         known = torch.arange(min(size, 2048), dtype=torch.int64)
         entry = known * (min(size, 1 << 30) // len(known))  # no vocabulary has codes past 2^31
         entries.append(torch.stack([torch.full_like(entry, level), entry], 1).int())
-        code = codes[:, level - 1]
+        code = codes[:, place]
         tokens.append(torch.where((code >= 0) & (code < size), first + code % len(known), -100))
         first += len(known)
     rows = 8 if sids % 8 == 0 else 1

@@ -13,11 +13,18 @@ from typing import Any
 import numpy as np
 
 
+def window_sizes(spec: dict[str, Any]) -> list[int]:
+    """Codebook sizes of what is read: an item, or with `history` one met before and then this one."""
+    return spec["codebook_sizes"] * (2 if spec.get("history") else 1)
+
+
 def row(codes: list[int], level: int, order: int, head: int, spec: dict[str, Any]) -> int:
     """Row of one (level, order, head) for one SID of Python integers; -1 where there is none."""
-    sizes = spec["codebook_sizes"]
+    sizes = window_sizes(spec)
     mode = spec["mode"]
     if order > level or order > spec["max_order"] or (mode == "full" and order != level):
+        return -1
+    if spec.get("history") and level < len(spec["codebook_sizes"]):
         return -1
     last = order if mode == "prefix" else level
     if any(not 0 <= codes[k] < sizes[k] for k in range(last)):
@@ -38,7 +45,7 @@ def row(codes: list[int], level: int, order: int, head: int, spec: dict[str, Any
 
 def prefix_rows(codes: np.ndarray, spec: dict[str, Any]) -> np.ndarray:
     """Rows of every SID: integer ``[M, L]`` to int64 ``[M, L, N, H]``."""
-    levels, orders, heads = len(spec["codebook_sizes"]), spec["max_order"], spec["heads"]
+    levels, orders, heads = len(window_sizes(spec)), spec["max_order"], spec["heads"]
     rows = np.empty((len(codes), levels, orders, heads), np.int64)
     for m, sid in enumerate(codes.tolist()):
         for level in range(levels):
@@ -87,6 +94,26 @@ def token_levels(input_ids: list[int], table: list[list[int]], levels: int, segm
     return result
 
 
+def token_windows(
+    input_ids: list[int], entries: list[list[int]], spec: dict[str, Any], segments: list[int] | None
+) -> list[tuple[int, list[int]]]:
+    """Level of each token of one row in what is read, 0 for none, and the codes up to it, then -1."""
+    L, history = len(spec["codebook_sizes"]), spec.get("history", 0)
+    own = [entries[i] if 0 <= i < len(entries) else [0, -1] for i in input_ids]
+    result = []
+    for t, (level, _) in enumerate(own):
+        new = 0 if history and level == L else level  # codes of this item; the last token begins the next one
+        tokens = history * L + new
+        start = t - tokens + 1
+        whole = 1 <= level <= L and start >= 0
+        whole = whole and [entry[0] for entry in own[start : t + 1]] == [1 + i % L for i in range(tokens)]
+        whole = whole and (segments is None or len(set(segments[start : t + 1])) == 1)
+        earlier = own[start : start + L] if history else []
+        codes = [code for _, code in [*earlier, *own[t - new + 1 : t + 1]]] if whole else []
+        result.append((len(codes), codes + [-1] * (len(window_sizes(spec)) - len(codes))))
+    return result
+
+
 def token_memory(
     input_ids: np.ndarray,
     table: np.ndarray,
@@ -95,14 +122,12 @@ def token_memory(
     segments: np.ndarray | None = None,
 ) -> np.ndarray:
     """S over a token stream: ``[B, T]`` to float64 ``[B, T, H * w]``."""
-    levels = len(spec["codebook_sizes"])
     out = np.zeros((*input_ids.shape, spec["heads"] * weight.shape[1]))
     entries = table.tolist()
     for b, ids in enumerate(input_ids.tolist()):
-        result = token_levels(ids, entries, levels, None if segments is None else segments[b].tolist())
-        for t, level in enumerate(result):
+        windows = token_windows(ids, entries, spec, None if segments is None else segments[b].tolist())
+        for t, (level, codes) in enumerate(windows):
             if level in spec["active_levels"]:
-                codes = [entries[i][1] for i in ids[t - level + 1 : t + 1]] + [-1] * (levels - level)
                 memory = prefix_memory(np.array([codes]), weight, spec)[0]
                 out[b, t] = memory[spec["active_levels"].index(level)]
     return out

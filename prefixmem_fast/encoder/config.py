@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .. import _checks
@@ -23,6 +23,8 @@ class PrefixMemConfig:
         output_init_std: the same for W_out, "near zero" in the paper; 0 leaves a model's logits bit-identical.
         quantization: "int8" or "fp8" for tables of 8 bits a number, which serve and do not train; see
             `PrefixMem.quantize`.
+        cross_item: further tables, whose spec is of `AddressSpec.cross_item`, with a W_out of their own; their m is
+            added. They may have such a config themselves, of another `history`. Not in the paper.
 
     Raises:
         TypeError, ValueError: an argument is not as stated, or the table's elements do not fit 63 bits.
@@ -34,6 +36,7 @@ class PrefixMemConfig:
     memory_init_std: float = 0.02
     output_init_std: float = 1e-3
     quantization: str | None = None
+    cross_item: PrefixMemConfig | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.spec, AddressSpec):
@@ -56,9 +59,40 @@ class PrefixMemConfig:
             _checks.not_negative(name, getattr(self, name))
         if self.quantization is not None:
             _checks.choice("quantization", self.quantization, QUANTIZATIONS)
+        if self.cross_item is not None:
+            self._check_cross_item()
+
+    def _check_cross_item(self) -> None:
+        given = self.cross_item
+        if not isinstance(given, PrefixMemConfig):
+            raise TypeError(f"cross_item is a {type(given).__name__}; give a PrefixMemConfig, or None")
+        if not given.spec.history:
+            raise ValueError("cross_item has a spec with history = 0; give one of AddressSpec.cross_item")
+        if given.codebook_sizes != self.codebook_sizes:
+            raise ValueError(
+                f"cross_item has codebook_sizes {given.codebook_sizes}, the spec {self.codebook_sizes}; give the same"
+            )
+        if given.hidden_size is None:
+            object.__setattr__(self, "cross_item", replace(given, hidden_size=self.hidden_size))
+        for name in ("hidden_size", "quantization"):
+            if getattr(self.cross_item, name) != getattr(self, name):
+                raise ValueError(
+                    f"cross_item has {name} = {getattr(given, name)!r}, the encoder {getattr(self, name)!r}; give the "
+                    "same"
+                )
+
+    def with_hidden_size(self, hidden_size: int) -> PrefixMemConfig:
+        """The same tables for a model of another width."""
+        cross_item = None if self.cross_item is None else self.cross_item.with_hidden_size(hidden_size)
+        return replace(self, hidden_size=hidden_size, cross_item=cross_item)
+
+    def with_quantization(self, quantization: str | None) -> PrefixMemConfig:
+        """The same tables in another number format."""
+        cross_item = None if self.cross_item is None else self.cross_item.with_quantization(quantization)
+        return replace(self, quantization=quantization, cross_item=cross_item)
 
     def with_active_levels(self, active_levels: Sequence[int]) -> PrefixMemConfig:
-        """The same tables, read at other levels."""
+        """The same tables, read at other levels; those of `cross_item` at the same as before."""
         return replace(self, spec=replace(self.spec, active_levels=active_levels))
 
     @property
@@ -67,7 +101,20 @@ class PrefixMemConfig:
 
     @property
     def levels(self) -> int:
-        return self.spec.levels
+        """L, codes of one item."""
+        return self.spec.item_levels
+
+    @property
+    def lookback(self) -> int:
+        """How many tokens before a token say which rows it reads."""
+        spec = self.spec
+        own = spec.active_levels[-1] + spec.gap - 1 if spec.history else spec.levels - 1
+        return max(own, self.cross_item.lookback) if self.cross_item else own
+
+    @property
+    def history(self) -> int:
+        """How many items back the tables look; 0 where every item is read by itself."""
+        return max(self.spec.history, self.cross_item.history if self.cross_item else 0)
 
     @property
     def row_width(self) -> int:
@@ -75,9 +122,13 @@ class PrefixMemConfig:
         return self.memory_dim // self.spec.heads
 
     def to_dict(self) -> dict[str, Any]:
-        values = {**{k: v for k, v in asdict(self).items() if k != "spec"}, "spec": self.spec.to_dict()}
-        if self.quantization is None:
-            del values["quantization"]  # releases that do not know it read the rest
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["spec"] = self.spec.to_dict()
+        if self.cross_item is not None:
+            values["cross_item"] = self.cross_item.to_dict()
+        for name in ("quantization", "cross_item"):  # releases that do not know them read the rest
+            if values[name] is None:
+                del values[name]
         return values
 
     @classmethod
@@ -95,4 +146,7 @@ class PrefixMemConfig:
         if unknown or "spec" not in values:
             what = f"has an unknown entry {unknown[0]!r}" if unknown else "lacks spec"
             raise ValueError(f"the config {what}; known are {', '.join(cls.__dataclass_fields__)}")
-        return cls(**{**values, "spec": AddressSpec.from_dict(values["spec"])})
+        values = {**values, "spec": AddressSpec.from_dict(values["spec"])}
+        if values.get("cross_item") is not None:
+            values["cross_item"] = cls.from_dict(values["cross_item"])
+        return cls(**values)

@@ -25,7 +25,8 @@ class DecodingState:
     """Where each sequence of a batch stands within a SID.
 
     On a GPU a step is one kernel and the projection, on tensors of fixed shapes and addresses, as CUDA graphs need it.
-    With tables in the host's memory the state is there too, and tokens and S cross in each step.
+    With tables in the host's memory the state is there too, and tokens and S cross in each step. Of cross-item orders
+    the state is the last tokens of each sequence, and a step reads every window that ends in them.
 
     Args:
         encoder: only its forward is used; nothing is differentiated.
@@ -43,6 +44,8 @@ class DecodingState:
         if _checks.integer("batch", batch) < 0:
             raise ValueError(f"batch = {batch} is negative; give the number of sequences")
         self.encoder, self.vocabulary = encoder, vocabulary
+        windows = encoder if spec.history else encoder.cross_item
+        self._windows = None if windows is None else _RecentTokens(windows, vocabulary, batch)
         self._table = vocabulary.token_table(weight.device)
         self._functions = functions_of(choose_backend(encoder.memory.backend, weight=weight))
         self._is_active = torch.zeros(spec.levels + 1, dtype=torch.bool)
@@ -63,7 +66,7 @@ class DecodingState:
 
     @property
     def level(self) -> Tensor:
-        """int64 ``[B]``: how many they are; 0 after text."""
+        """int64 ``[B]``: how many they are; 0 after text. Orders within an item alone move it."""
         return self._state.level[0]
 
     @property
@@ -82,6 +85,10 @@ class DecodingState:
         self._state.codes.fill_(-1)
         self._state.level.zero_()
         self._state.total.zero_()
+        if self._windows is not None:
+            self._windows.read(input_ids)
+        if self.encoder.config.spec.history:
+            return self.encoder.encode_tokens(input_ids, self.vocabulary)
         # A SID that goes on after the prompt began at most L tokens before its end.
         for tokens in input_ids[:, -self.encoder.config.levels :].unbind(1):
             self._step(tokens)
@@ -93,7 +100,10 @@ class DecodingState:
         _checks.tensor("tokens", tokens, _ID_DTYPES, 1, "[B]")
         if tokens.shape != self.level.shape:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; give one token a sequence, [{len(self.level)}]")
-        return self._project(self._step(tokens))
+        if self.encoder.config.spec.history:
+            return self._windows.step(tokens)
+        m = self._project(self._step(tokens))
+        return m if self._windows is None else m + self._windows.step(tokens)
 
     def _project(self, S: Tensor) -> Tensor:
         """m of S. On a CPU W_out is left out where no token is at an active level; a GPU would have to wait to know."""
@@ -114,6 +124,8 @@ class DecodingState:
     def reorder(self, beams: Tensor) -> None:
         """Follow a beam search: sequence i goes on from sequence ``beams[i]``; another length changes the batch."""
         _checks.tensor("beams", beams, _ID_DTYPES, 1, "[B]")
+        if self._windows is not None:
+            self._windows.reorder(beams)
         if self.encoder.memory.tables != "device":
             beams = copy_across(beams, self._state.level.device)
         moved = PrefixState(
@@ -126,3 +138,36 @@ class DecodingState:
             return
         for held, tensor in zip(self._state, moved, strict=True):  # at the same addresses
             held.copy_(tensor)
+
+
+class _RecentTokens:
+    """The tokens of each sequence that the next one's windows may begin in."""
+
+    def __init__(self, encoder: PrefixMem, vocabulary: SIDVocabulary, batch: int) -> None:
+        self.encoder, self.vocabulary = encoder, vocabulary
+        device = encoder.out_proj.weight.device
+        self.tokens = torch.full((batch, encoder.config.lookback + 1), -1, device=device)  # [B, W]
+
+    def read(self, prompt: Tensor) -> None:
+        """Begin with the last tokens of a prompt ``[B, T]``."""
+        self.tokens.fill_(-1)
+        count = min(prompt.shape[1], self.tokens.shape[1])
+        if count:
+            self.tokens[:, -count:] = prompt[:, -count:]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """m of one more token of each sequence, ``[B, hidden_size]``."""
+        self.tokens.copy_(torch.cat([self.tokens[:, 1:], tokens[:, None].to(self.tokens.device)], 1))
+        encoder, total = self.encoder, 0
+        while encoder is not None:
+            S = encoder.memory.read_tokens(self.tokens, self.vocabulary)[:, -1]
+            total = total + encoder.out_proj(S)
+            encoder = encoder.cross_item
+        return total
+
+    def reorder(self, beams: Tensor) -> None:
+        moved = self.tokens.index_select(0, beams.to(self.tokens.device))
+        if moved.shape == self.tokens.shape:
+            self.tokens.copy_(moved)
+        else:
+            self.tokens = moved

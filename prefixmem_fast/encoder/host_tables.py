@@ -235,7 +235,7 @@ def _check(source: Tensor | TokenStream, memory: Memory) -> None:
     if isinstance(source, TokenStream):
         check_stream(source)
     else:
-        check_codes(source, memory.config.levels)
+        check_codes(source, memory.config.spec.levels)
 
 
 def _same(source: Tensor | TokenStream, other: Tensor | TokenStream) -> bool:

@@ -3,6 +3,8 @@
     m_l = W_out * S_l        (PrefixMem, arXiv 2606.00324)
 
 m_l is added to the input embedding of the token of c_l. There is no gate, no norm and no bias.
+
+Tables of cross-item orders are an encoder of their own inside this one, and the two m are added.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..addressing import item_windows
 from ..operation.quantization import quantize
 from ..sid import SIDVocabulary
 from .config import PrefixMemConfig
@@ -31,7 +34,8 @@ class PrefixMem(nn.Module):
         config: with `hidden_size` set.
         backend, grad, deterministic, tables, overlap: see `PrefixMemory`, and `QuantizedMemory` for what it refuses.
         dropout: in training, share of the tokens whose memory is left out; the others are scaled by 1 / (1 - dropout).
-            Not in the paper; it keeps a model of a small catalogue from leaning on rows it has learnt by heart.
+            Not in the paper; it keeps a model of a small catalogue from leaning on rows it has learnt by heart. The
+            tables of the config's `cross_item` leave out tokens of their own.
 
     Raises:
         ValueError: the config has no `hidden_size`, or `dropout` is not one of 0 <= p < 1.
@@ -63,12 +67,18 @@ class PrefixMem(nn.Module):
         options = {"backend": backend, "grad": grad, "deterministic": deterministic}
         self.memory = kind(config, **options, tables=tables, overlap=overlap, device=device, dtype=dtype)
         self.out_proj = OutputProjection(config, device=device, dtype=dtype)
+        self.cross_item = None
+        if config.cross_item is not None:
+            options = {**options, "dropout": dropout, "tables": tables, "overlap": overlap}
+            self.cross_item = PrefixMem(config.cross_item, **options, device=device, dtype=dtype)
         if config.quantization is not None:
             self.requires_grad_(False)
 
     def reset_output(self) -> None:
         """Start W_out afresh, near zero: what a pre-trained memory needs when it meets a new model."""
         self.out_proj.reset_parameters()
+        if self.cross_item is not None:
+            self.cross_item.reset_output()
 
     def quantize(self, kind: str) -> PrefixMem:
         """A copy for serving, with tables of 8 bits a number and a scale a row.
@@ -89,10 +99,14 @@ class PrefixMem(nn.Module):
         memory = self.memory
         table = quantize(memory.weight, kind)
         options = {"backend": memory.backend, "dropout": self.dropout, "dtype": memory.weight.dtype}
-        encoder = PrefixMem(replace(self.config, quantization=kind), device="meta", **options)
+        own = replace(self.config, cross_item=None).with_quantization(kind)
+        encoder = PrefixMem(own, device="meta", **options)
         encoder.memory.values, encoder.memory.scales = table
         encoder.memory.to(self.out_proj.weight.device)
         encoder.out_proj.weight = nn.Parameter(self.out_proj.weight.detach().clone(), requires_grad=False)
+        if self.cross_item is not None:
+            encoder.config = self.config.with_quantization(kind)
+            encoder.cross_item = self.cross_item.quantize(kind)
         return encoder.train(self.training)
 
     def save_pretrained(
@@ -181,7 +195,10 @@ class PrefixMem(nn.Module):
         Raises:
             TypeError, ValueError: an argument is not as stated, or tables="device".
         """
-        self.memory.prefetch(codes, stale=stale)
+        spec = self.config.spec
+        self.memory.prefetch(item_windows(self._check_items(codes), spec) if spec.history else codes, stale=stale)
+        if self.cross_item is not None:
+            self.cross_item.prefetch(codes, stale=stale)
 
     def prefetch_tokens(
         self,
@@ -202,18 +219,47 @@ class PrefixMem(nn.Module):
             TypeError, ValueError: an argument is not as stated, or tables="device".
         """
         self.memory.prefetch_tokens(input_ids, vocabulary, segment_ids, stale=stale)
+        if self.cross_item is not None:
+            self.cross_item.prefetch_tokens(input_ids, vocabulary, segment_ids, stale=stale)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """m of every level: integer ``[..., L]`` to ``[..., L, hidden_size]``, zero at inactive levels."""
+        """m of every level: integer ``[..., L]`` to ``[..., L, hidden_size]``, zero at inactive levels.
+
+        With cross-item orders codes are ``[..., items, L]``, the items of a history in the order in which they were
+        met.
+        """
+        m = self._encode_items(codes) if self.config.spec.history else self._encode_levels(codes, 1)
+        return m if self.cross_item is None else m + self.cross_item(codes)
+
+    def _encode_items(self, codes: Tensor) -> Tensor:
+        spec = self.config.spec
+        items = self._check_items(codes).shape[-2]
+        m = self._encode_levels(item_windows(codes, spec), spec.item_levels)  # [..., items + 1, L, hidden]
+        # The window of an item begins with the token before the item: the last one of the item before.
+        return m.flatten(-3, -2)[..., 1 : 1 + items * spec.item_levels, :].unflatten(-2, (items, spec.item_levels))
+
+    def _check_items(self, codes: Tensor) -> Tensor:
+        levels = self.config.levels
+        if not isinstance(codes, Tensor):
+            raise TypeError(f"codes is a {type(codes).__name__}; give an integer tensor [..., items, {levels}]")
+        if codes.dim() < 2 or codes.shape[-1] != levels:
+            raise ValueError(
+                f"codes has shape {tuple(codes.shape)}; with cross-item orders give [..., items, {levels}], the items "
+                "of each history in the order in which they were met"
+            )
+        return codes
+
+    def _encode_levels(self, codes: Tensor, begin: int) -> Tensor:
+        """m of the levels from `begin` to that of an item less: ``[..., L, hidden_size]``."""
         spec = self.config.spec
         encoded = self.out_proj(self._drop(self.memory(codes)))  # [..., A, hidden]
-        if len(spec.active_levels) == spec.levels:
+        if len(spec.active_levels) == spec.item_levels:
             return encoded
         # Each level is written once and the zeros are one number in memory. With 2 of 5 levels of 1024 bfloat16, 14 KB
         # a SID move; padding moves 18, and stacking zeros of each SID 22. Less would need W_out to write there itself,
         # which neither a wrapped module (LoRA) nor autocast does.
         lead, zero, parts, done = encoded.shape[:-2], encoded.new_zeros(()), [], 0
-        for active, run in groupby(range(1, spec.levels + 1), key=spec.active_levels.__contains__):
+        for active, run in groupby(range(begin, begin + spec.item_levels), key=spec.active_levels.__contains__):
             count = len(tuple(run))
             if active:
                 parts.append(encoded.narrow(-2, done, count))
@@ -246,7 +292,10 @@ class PrefixMem(nn.Module):
             TypeError, ValueError: an argument is not as stated, or `new_tokens` is not one of 0 .. T.
         """
         S = self.memory.read_tokens(input_ids, vocabulary, segment_ids)
-        return self.out_proj(self._drop(S if new_tokens is None else last_tokens(S, new_tokens)))
+        m = self.out_proj(self._drop(S if new_tokens is None else last_tokens(S, new_tokens)))
+        if self.cross_item is None:
+            return m
+        return m + self.cross_item.encode_tokens(input_ids, vocabulary, segment_ids, new_tokens=new_tokens)
 
     def _drop(self, S: Tensor) -> Tensor:
         if not self.training or not self.dropout:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,8 @@ from ..checkpoint import CONFIG, CheckpointError
 from ..sid import SIDVocabulary
 from .host_tables import MappedTable
 
-_TABLE = "memory.weight"
+_TABLE = "memory.weight"  # the tables of cross-item orders have a name before it, as has their W_out
+_OUTPUT = re.compile(r"(cross_item\.)*out_proj\.weight")
 _HOW_WEIGHTS_STARTED = ("memory_init_std", "output_init_std")  # does not matter any more once they are read
 
 
@@ -82,13 +83,15 @@ def load_encoder(
         stored_dtype = getattr(torch, first["dtype"])
         with torch.inference_mode(False), torch.no_grad():  # loaded while serving, it can still be trained
             encoder = _on_meta(kind, config, folder, dtype=dtype or stored_dtype, **options)
-            names = [name for name in _tensors_of(encoder) if not (fresh and name == "out_proj.weight")]
+            names = [name for name in _tensors_of(encoder) if not (fresh and _OUTPUT.fullmatch(name))]
             wanted = {name: _tensors_of(encoder)[name] for name in names}
             sources = checkpoint.check_tensors(wanted, folder, stored)
             if options.get("tables") == "mapped":
-                _check_dtype(dtype, sources[_TABLE].dtype)
-                encoder.memory.weight = MappedTable(sources[_TABLE].mapped(verify=verify), requires_grad=False)
-                names.remove(_TABLE)
+                for name in [name for name in names if name.endswith(_TABLE)]:
+                    _check_dtype(dtype, sources[name].dtype)
+                    memory = encoder.get_submodule(name.rpartition(".")[0])
+                    memory.weight = MappedTable(sources[name].mapped(verify=verify), requires_grad=False)
+                    names.remove(name)
             try:
                 encoder = encoder.to_empty(device=device or torch.get_default_device())
             except RuntimeError as error:
@@ -127,7 +130,7 @@ def _config_of(
                     f"hidden_size = {hidden_size}, and the encoder, which is quantized and not trained, has "
                     f"{config.hidden_size}; W_out cannot start afresh"
                 )
-            config = replace(config, hidden_size=hidden_size)
+            config = config.with_hidden_size(hidden_size)
         if active_levels is not None:
             config = config.with_active_levels(active_levels)
         if config.hidden_size is None:
@@ -171,8 +174,9 @@ def load_weights(encoder: Encoder, path: str | Path) -> bool:
     """
 
     def load(folder: Path, stored: dict[str, Any]) -> bool:
-        if hasattr(encoder, "memory"):
-            encoder.memory.before_write()
+        for module in encoder.modules():
+            if hasattr(module, "before_write"):
+                module.before_write()
         own = encoder.config.to_dict()
         compared = [name for name in dict.fromkeys((*own, *stored["encoder"])) if name not in _HOW_WEIGHTS_STARTED]
         names = [name for name in compared if stored["encoder"].get(name) != own.get(name)]

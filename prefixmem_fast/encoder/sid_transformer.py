@@ -69,6 +69,15 @@ class SIDTransformerConfig:
     def levels(self) -> int:
         return len(self.codebook_sizes)
 
+    @property
+    def lookback(self) -> int:
+        """How many tokens before a token are read with it."""
+        return self.levels - 1
+
+    def with_hidden_size(self, hidden_size: int) -> SIDTransformerConfig:
+        """The same transformer for a model of another width."""
+        return replace(self, hidden_size=hidden_size)
+
     def to_dict(self) -> dict[str, Any]:
         lists = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return {"kind": "sid-transformer", **lists}

@@ -195,7 +195,7 @@ class Attachment:
 
     @property
     def _window(self) -> int:
-        return max(self.encoder.config.levels - 1, 1)
+        return max(self.encoder.config.lookback, 1)
 
     def _past(self, cache: Any, tokens: Tensor) -> Tensor:
         """The last tokens ``[B, <= window]`` that the cache has seen before `tokens`."""

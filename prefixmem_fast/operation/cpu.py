@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dtypes import accumulator
-from ..addressing import AddressSpec, TokenStream, prefix_rows, token_codes
+from ..addressing import AddressSpec, TokenStream, prefix_rows, window_codes
 from ..addressing.addresses import cut_prefix, order_rows
 from ..addressing.token_stream import token_entries
 from .interface import PrefixState, QuantizedTable, RowSums
@@ -106,18 +106,19 @@ class _TokenSids(NamedTuple):
     """The Semantic IDs of a token stream ``[B, T]``."""
 
     codes: Tensor  # int64 [M, L]; -1 past the last active level that has a token
-    first: Tensor  # int64 [M], place of the level-1 token in the flattened stream
-    tokens: Tensor  # int64 [M], how many tokens follow one another
+    first: Tensor  # int64 [M]: the token of level l is at place first + l - 1 of the flattened stream
+    tokens: Tensor  # int64 [M], the last level of which there is a token
 
 
 def _find_sids(stream: TokenStream, spec: AddressSpec) -> _TokenSids:
-    codes, level = token_codes(stream, spec.levels)
+    codes, level = window_codes(stream, spec)
     flat = level.flatten()
-    first = (flat == 1).nonzero().squeeze(1)
+    begin = spec.item_levels if spec.history else 1  # the first level of which a window has a token
+    first = (flat == begin).nonzero().squeeze(1) - (begin - 1)
     last_place = len(flat) - 1
-    tokens = torch.ones_like(first)
-    for l in range(2, spec.levels + 1):
-        tokens += flat[(first + (l - 1)).clamp(max=last_place)] == l  # in this row: a later row begins with level 1
+    tokens = torch.full_like(first, begin)
+    for l in range(begin + 1, spec.levels + 1):
+        tokens += flat[(first + (l - 1)).clamp(max=last_place)] == l  # in this row: none goes on in a later row
     codes = codes.flatten(0, 1)[first + tokens - 1]
     read = torch.zeros_like(tokens)
     for active in spec.active_levels:
@@ -332,7 +333,7 @@ def _argsort_prefixes(codes: Tensor, spec: AddressSpec) -> Tensor:
     keys: list[Tensor] = []
     left = 0
     for position in reversed(range(codes.shape[1])):  # the last code is the least significant
-        bits = spec.codebook_sizes[position].bit_length()
+        bits = spec.window_sizes[position].bit_length()
         if bits > left:
             keys.append(torch.zeros_like(codes[:, 0]))
             left = 63

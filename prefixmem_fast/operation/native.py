@@ -78,7 +78,7 @@ class _Update(ctypes.Structure):
 
 class _Sizes(ctypes.Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("levels", "orders", "heads", "mode", "narrow", "actives")),
+        *((name, c_int64) for name in ("levels", "orders", "heads", "mode", "narrow", "actives", "item_levels", "gap")),
         *((name, c_void_p) for name in ("codebooks", "multipliers", "rows", "offsets", "exact", "active")),
     ]
 
@@ -125,7 +125,7 @@ class _Spec:
 
     def __init__(self, spec: AddressSpec) -> None:
         flat = {
-            "codebooks": spec.codebook_sizes,
+            "codebooks": spec.window_sizes,
             "multipliers": [prime for primes in spec.multipliers for prime in primes],
             "rows": spec.rows_per_order,
             "offsets": [offset for offsets in spec.offsets for offset in offsets],
@@ -140,6 +140,8 @@ class _Spec:
             _MODES[spec.mode],
             spec.product_bits == 31,
             len(spec.active_levels),
+            spec.item_levels,
+            spec.gap,
             **{name: ctypes.addressof(array) for name, array in arrays.items()},
         )
         self._as_parameter_ = _library().spec(ctypes.addressof(sizes))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import accumulator
-from ..addressing import AddressSpec, TokenStream, prefix_rows, token_codes
+from ..addressing import AddressSpec, TokenStream, prefix_rows, window_codes
 from ..addressing.addresses import active_rows
 from ..addressing.token_stream import token_entries
 from .interface import PrefixState, QuantizedTable, RowSums
@@ -62,7 +62,7 @@ def _forward(
 ) -> Tensor:
     if not isinstance(source, TokenStream):
         return _sum_orders(active_rows(source, spec), table, dtype)
-    codes, level = token_codes(source, spec.levels)
+    codes, level = window_codes(source, spec)
     S = _sum_orders(active_rows(codes, spec), table, dtype)  # [B, T, A, H * w]
     out = torch.zeros_like(S[..., 0, :])
     for a, active in enumerate(spec.active_levels):
@@ -98,7 +98,7 @@ def dense_gradient(
 def row_sums(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec, dtype: torch.dtype) -> RowSums:
     """The touched rows, ascending and each once, and the sums of their gradients in `dtype`; summed in float32."""
     if isinstance(source, TokenStream):
-        codes, level = token_codes(source, spec.levels)
+        codes, level = window_codes(source, spec)
         here = level[..., None] == level.new_tensor(spec.active_levels)  # [B, T, A]
         rows = torch.where(here[..., None, None], active_rows(codes, spec), -1)
         grad = grad[..., None, :].expand(*here.shape, -1)  # the gradient of each active level

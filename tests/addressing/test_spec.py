@@ -144,7 +144,7 @@ BAD = [
     ({"active_levels": (2, 2)}, ValueError, "strictly increasing"),
     ({"seed": -1}, ValueError, "seed = -1"),
     ({"seed": 1 << 64}, ValueError, "seed"),
-    ({"version": 2}, ValueError, "version = 2 is unknown"),
+    ({"version": 3}, ValueError, "version = 3 is unknown"),
     ({"version": True}, ValueError, "version = True is unknown"),
     ({"table_rows": 1 << 60, "addressing": "hash"}, ValueError, r"more than 2\^63 - 1"),
 ]

@@ -111,7 +111,8 @@ def test_any_quantized_table(spec, width, kind, dtype, data):
         S = native.quantized_forward(source, table, spec, dtype)
         assert S.dtype == dtype
         assert torch.equal(S, reference.quantized_forward(source, table, spec, dtype))
-    assert_same_steps(ids.t(), token_table, table, spec, dtype)
+    if not spec.history:  # whose steps are token sums
+        assert_same_steps(ids.t(), token_table, table, spec, dtype)
 
 
 @pytest.mark.parametrize(("mode", "dtype"), list(zip(MODES, SUM_DTYPES, strict=True)))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...huggingface.hooks import NAME, unwrapped
 from ...huggingface.kv_cache import cache_argument, cache_returned
 from ...sid.trie import SIDTrie
 from .prompts import is_encoder_decoder
@@ -53,6 +54,8 @@ def beam_search(model: nn.Module, input_ids: Tensor, levels: int, num_beams: int
     if is_encoder_decoder(model) or sliding:
         return _by_generate(model, input_ids, levels, num_beams, trie)
     batch, length = input_ids.shape
+    encoder = getattr(model, NAME, None)
+    context = 0 if encoder is None else unwrapped(encoder).config.lookback
     out = model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
     cache, logits = cache_returned(out), out.logits[:, -1:]
     cache_name = next(name for module in model.modules() if (name := cache_argument(module)))
@@ -65,7 +68,7 @@ def beam_search(model: nn.Module, input_ids: Tensor, levels: int, num_beams: int
             own = torch.eye(count, dtype=torch.bool, device=sees.device).expand(batch, -1, -1)
             sees = torch.cat([sees, own], -1)  # [B, K, tokens of the tree]
             logits = model(
-                inputs_embeds=_embed(model, beams.tokens),
+                inputs_embeds=_embed(model, beams.tokens, input_ids[:, length - min(length, context) :]),
                 **{cache_name: cache},
                 attention_mask=_mask(sees, length, logits),
                 position_ids=torch.full((batch, count), length + level - 1, device=sees.device),
@@ -76,9 +79,14 @@ def beam_search(model: nn.Module, input_ids: Tensor, levels: int, num_beams: int
     return beams
 
 
-def _embed(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Input embeddings ``[B, K, d]`` of the last tokens of beams ``[B, K, l]``, with what an encoder adds to them."""
-    return model.get_input_embeddings()(tokens.flatten(0, 1))[:, -1].view(*tokens.shape[:2], -1)
+def _embed(model: nn.Module, tokens: Tensor, before: Tensor) -> Tensor:
+    """Input embeddings ``[B, K, d]`` of the last tokens of beams ``[B, K, l]``, with what an encoder adds to them.
+
+    Args:
+        before: the last tokens of each history, ``[B, W]``: as many as cross-item orders may need.
+    """
+    seen = torch.cat([before[:, None].expand(-1, tokens.shape[1], -1), tokens], -1).flatten(0, 1)
+    return model.get_input_embeddings()(seen)[:, -1].view(*tokens.shape[:2], -1)
 
 
 def _mask(sees: Tensor, length: int, like: Tensor) -> Tensor:
