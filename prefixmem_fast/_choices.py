@@ -2,6 +2,7 @@
 
 MODES = ("prefix", "suffix", "full")
 ADDRESSING = ("auto", "hash")
+MOST_HISTORY = 16  # items back
 BACKENDS = ("auto", "triton", "native", "cpu", "reference")
 GRADS = ("dense", "sparse", "fused")
 TABLES = ("device", "host", "mapped")

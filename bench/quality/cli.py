@@ -39,7 +39,7 @@ def add_arguments(option: Callable) -> None:
     option("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
     option("--turns", type=int, default=100, help="of pace: steps of each arm, in turns (default: %(default)s)")
     option("--beams", type=int, default=100, help="of the test's searches (default: %(default)s)")
-    option("--examples", type=int, default=3000, help="of the test; 0 for all (default: %(default)s)")
+    option("--examples", type=int, default=0, help="of the test; 0 for all (default: %(default)s)")
     option("--runs", type=Path, default=RUNS, help="checkpoints (default: %(default)s)")
     option("--out", type=Path, default=RESULTS, help="rows (default: %(default)s)")
 
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
 def _run_here(data_set: str, arm: str, seed: int, options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
-    from .run import run_one
+    from .run import forget, run_one
 
     logging.disable_progress_bar()
     row = run_one(
@@ -89,6 +89,7 @@ def _run_here(data_set: str, arm: str, seed: int, options: argparse.Namespace) -
     from ..machine import run_record
 
     append_rows(options.out / f"{data_set}.jsonl", run_record(), [row])
+    forget(options.runs, data_set, arm, seed)
     return 0
 
 

@@ -1,34 +1,31 @@
-"""The control: as many memory rows and reads, and no information on the prefix.
+"""The controls: as many memory rows and reads, and no information on what they are named after.
 
 Each time a SID is read, every level l takes the rows of a prefix drawn at random among those of the catalogue that end
 in the same code c_l. So exactly the rows of real prefixes are read and trained, and the code itself is still known, but
-what stood before it is not.
+what stood before it is not. Cross-item orders take the rows of an item drawn at random among those that some item of
+the same prefix followed in training; so the prefix is still known, and the item before is not.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from prefixmem_fast import PrefixMem, SIDVocabulary, attach
-from prefixmem_fast.addressing import TokenStream, token_codes
+from prefixmem_fast.addressing import TokenStream, window_codes
+from prefixmem_fast.recommender.data import Histories
 from prefixmem_fast.recommender.training.arms import build_encoder
 from prefixmem_fast.recommender.training.config import RunConfig
 
 
-class PermutedPrefixMem(PrefixMem):
-    """A PrefixMem that reads the rows of exchanged prefixes.
+class _Permuted(PrefixMem):
+    """A PrefixMem that reads rows of exchanged codes. It takes over the parameters of the one it is made from."""
 
-    Args:
-        encoder: what it is made from; its parameters are taken over.
-        catalogue_codes: int64 ``[items, L]``.
-    """
-
-    def __init__(self, encoder: PrefixMem, catalogue_codes: Tensor) -> None:
+    def __init__(self, encoder: PrefixMem) -> None:
         nn.Module.__init__(self)
         self.config, self.dropout = encoder.config, encoder.dropout
-        self.memory, self.out_proj = encoder.memory, encoder.out_proj
-        self._prefixes = [_by_last_code(catalogue_codes[:, : l + 1]) for l in range(self.config.levels)]
+        self.memory, self.out_proj, self.cross_item = encoder.memory, encoder.out_proj, encoder.cross_item
 
     def encode_tokens(
         self,
@@ -39,23 +36,80 @@ class PermutedPrefixMem(PrefixMem):
         new_tokens: int | None = None,
     ) -> Tensor:
         spec = self.config.spec
-        codes, level = token_codes(
-            TokenStream(input_ids, vocabulary.token_table(input_ids.device), segment_ids), spec.levels
-        )
+        stream = TokenStream(input_ids, vocabulary.token_table(input_ids.device), segment_ids)
+        codes, level = window_codes(stream, spec)
         if new_tokens is not None:
             codes, level = codes[:, codes.shape[1] - new_tokens :], level[:, level.shape[1] - new_tokens :]
         out = codes.new_zeros(*level.shape, self.config.memory_dim, dtype=self.memory.weight.dtype)
         for a, active in enumerate(spec.active_levels):
             here = level == active
             if bool(here.any()):
-                out = out.masked_scatter(here[..., None], self.memory(self._exchange(codes[here], active))[:, a])
-        return self.out_proj(self._drop(out))
+                out = out.masked_scatter(here[..., None], self.memory(self.exchange(codes[here], active))[:, a])
+        m = self.out_proj(self._drop(out))
+        if self.cross_item is None:
+            return m
+        return m + self.cross_item.encode_tokens(input_ids, vocabulary, segment_ids, new_tokens=new_tokens)
 
-    def _exchange(self, codes: Tensor, level: int) -> Tensor:
+
+class PermutedPrefixMem(_Permuted):
+    """Of other prefixes that end in the same code.
+
+    Args:
+        catalogue_codes: int64 ``[items, L]``.
+    """
+
+    def __init__(self, encoder: PrefixMem, catalogue_codes: Tensor) -> None:
+        super().__init__(encoder)
+        self._prefixes = [_by_last_code(catalogue_codes[:, : l + 1]) for l in range(self.config.levels)]
+
+    def exchange(self, codes: Tensor, level: int) -> Tensor:
         prefixes, first, count = self._prefixes[level - 1]
         last = codes[:, level - 1]
         drawn = first[last] + (torch.rand(len(last)) * count[last]).long()
         return torch.cat([prefixes[drawn], codes[:, level:]], 1)
+
+
+class PermutedCrossItem(_Permuted):
+    """Of other items before.
+
+    Args:
+        catalogue_codes: int64 ``[items, L]``.
+        train: its transitions from item to item are those that rows are drawn of.
+    """
+
+    def __init__(self, encoder: PrefixMem, catalogue_codes: Tensor, train: Histories) -> None:
+        super().__init__(encoder)
+        before, after = (
+            catalogue_codes[torch.from_numpy(np.concatenate([items[part] for items in train.items]))]
+            for part in (slice(None, -1), slice(1, None))
+        )
+        self._transitions = [_by_prefix(before, after[:, :l]) for l in range(self.config.levels)]
+
+    def exchange(self, codes: Tensor, level: int) -> Tensor:
+        L = self.config.levels
+        before, prefixes, first, count = self._transitions[level - L]
+        own = _keys(codes[:, L:level])
+        place = torch.searchsorted(prefixes, own).clamp(max=len(prefixes) - 1)
+        drawn = before[first[place] + (torch.rand(len(own)) * count[place]).long()]
+        drawn = torch.where(
+            (prefixes[place] == own)[:, None], drawn, codes[:, :L]
+        )  # no item of this prefix followed any
+        return torch.cat([drawn, codes[:, L:]], 1)
+
+
+def _keys(prefixes: Tensor) -> Tensor:
+    """A number for each prefix ``[P, l]`` of codes below 2^15."""
+    key = torch.zeros(len(prefixes), dtype=torch.int64)
+    for code in prefixes.unbind(1):
+        key = (key << 15) + code
+    return key
+
+
+def _by_prefix(before: Tensor, prefixes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Items before, ordered by the prefix that followed; the distinct prefixes, their first places and numbers."""
+    key, order = _keys(prefixes).sort(stable=True)
+    distinct, count = key.unique_consecutive(return_counts=True)
+    return before[order], distinct, count.cumsum(0) - count, count
 
 
 def _by_last_code(prefixes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +120,13 @@ def _by_last_code(prefixes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return distinct, count.cumsum(0) - count, count
 
 
-def add_permuted(model: nn.Module, config: RunConfig, vocabulary: SIDVocabulary, codes: Tensor) -> None:
-    """In place of `arms.add_arm` of the library."""
-    width = model.get_input_embeddings().weight.shape[1]
-    attach(model, PermutedPrefixMem(build_encoder(config, vocabulary.codebook_sizes, width), codes), vocabulary)
+def add_permuted(
+    model: nn.Module, config: RunConfig, vocabulary: SIDVocabulary, codes: Tensor, train: Histories
+) -> None:
+    """In place of `arms.add_arm` of the library: exchanged items before where cross-item orders are, else prefixes."""
+    encoder = build_encoder(config, vocabulary.codebook_sizes, model.get_input_embeddings().weight.shape[1])
+    if encoder.cross_item is None:
+        encoder = PermutedPrefixMem(encoder, codes)
+    else:
+        encoder.cross_item = PermutedCrossItem(encoder.cross_item, codes, train)
+    attach(model, encoder, vocabulary)

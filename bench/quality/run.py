@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import base64
+import shutil
 import time
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from prefixmem_fast.recommender.evaluation.report import evaluate, reachable_by
 from prefixmem_fast.recommender.training import classification
 from prefixmem_fast.recommender.training.config import RunConfig
-from prefixmem_fast.recommender.training.folder import MARKER, TRAIN, RunFolder
+from prefixmem_fast.recommender.training.folder import MARKER
 from prefixmem_fast.recommender.training.run import Data, load_data, load_run, prepare, train
 
 from .arms import ARMS, PRETRAINING, config_of, recipe
 from .control import add_permuted
 
 HARD = ("plain", 0)  # the arm and the seed whose test says which examples are reachable
+
+
+def forget(runs: Path, data_set: str, arm: str, seed: int) -> None:
+    """Remove the model of a run whose row is written, half a gigabyte; what its test has found stays."""
+    for name in ("train", "pretraining"):
+        shutil.rmtree(folder_of(runs, data_set, arm, seed) / name, ignore_errors=True)
 
 
 def folder_of(runs: Path, data_set: str, arm: str, seed: int) -> Path:
@@ -52,25 +62,20 @@ def run_one(
         reachable = reachable_by(hard, chosen.targets)
     started = time.perf_counter()
     torch.manual_seed(seed)
-    tested, arrays = evaluate(
-        run.model,
-        loaded.catalogue,
-        run.vocabulary,
-        run.tokens,
-        loaded.split,
-        part="test",
-        num_beams=beams,
-        max_items=config.max_items,
-        examples=examples,
-        reachable=reachable,
-        progress=lambda search, count: tqdm(total=count, desc=search, disable=quiet or None).update,
-    )
+    how = {
+        "part": "test",
+        "num_beams": beams,
+        "max_items": config.max_items,
+        "progress": lambda search, count: tqdm(total=count, desc=search, disable=quiet or None).update,
+    }
+    data = run.model, loaded.catalogue, run.vocabulary, run.tokens, loaded.split
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
+        tested, arrays = evaluate(*data, **how, examples=examples, searches=("constrained",), reachable=reachable)
+        free, _ = evaluate(*data, **how, examples=min(examples or _FREE, _FREE), searches=("unconstrained",))
+    tested["unconstrained"] = {"examples": free["examples"], **free["searches"]["unconstrained"]}
+    tested["hits@10"] = packed(arrays["constrained_rank"] < 10)
     if (arm, seed) == HARD:
-        import numpy as np
-
         np.savez_compressed(hard, **arrays)
-    with RunFolder.resume(folder / "train", TRAIN) as trained:
-        trained.rotate(None, keep=0)
     return {
         "set": data_set,
         "arm": arm,
@@ -91,7 +96,22 @@ def arm_of(arm: str, data_set: str, data: Path, seed: int, **changes: Any) -> tu
     loaded = load_data(config)
     if arm == "wide":
         config = config.replace(model_options=widened(config, data_set, data, loaded))
-    return config, loaded, partial(add_permuted, codes=loaded.catalogue.codes) if ARMS[arm].permuted else None
+    permuted = partial(add_permuted, codes=loaded.catalogue.codes, train=loaded.split.train)
+    return config, loaded, permuted if ARMS[arm].permuted else None
+
+
+_FREE = 3000  # test examples of the unconstrained search
+
+
+def packed(hits: np.ndarray) -> str:
+    """Which examples were hit, one bit each, so that arms can be compared example by example."""
+    return base64.b64encode(zlib.compress(np.packbits(hits).tobytes(), 9)).decode()
+
+
+def unpacked(text: str, examples: int) -> np.ndarray:
+    """What `packed` was given."""
+    bits = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8)
+    return np.unpackbits(bits, count=examples).astype(bool)
 
 
 _PLACES = ("items", "interactions", "text", "encoder", "tokenizer")

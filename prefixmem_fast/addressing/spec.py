@@ -22,7 +22,7 @@ from itertools import accumulate
 from typing import Any
 
 from .. import _checks
-from .._choices import ADDRESSING, MODES
+from .._choices import ADDRESSING, MODES, MOST_HISTORY
 from .primes import draw_primes
 
 VERSIONS = (1, 2)  # 2 has `history`; rows of a version never change
@@ -34,7 +34,6 @@ _MOST_ROWS_31_BITS = 1 << 26
 _INT64_MAX = (1 << 63) - 1
 # Far above what anybody uses (4 orders of 4 heads in the paper), and derived within a second.
 MOST_LEVELS = 1024
-MOST_HISTORY = 64
 _MOST_PRIMES = 4096
 
 

@@ -79,7 +79,7 @@ def for_model(
     ]
     optimizers: list[torch.optim.Optimizer] = []
     if tables:
-        optimizers.append(rows(tables, encoder_lr, **(row_options or {})))
+        optimizers.append(rows(tables, **{"lr": encoder_lr, **(row_options or {})}))
     if groups:
         optimizers.append(torch.optim.AdamW(groups, lr, betas, eps))
     if hidden:

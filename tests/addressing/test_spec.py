@@ -10,13 +10,15 @@ from hypothesis import given
 from prefixmem_fast import AddressSpec, prefix_rows
 from prefixmem_fast.addressing import prefix_length
 from prefixmem_fast.addressing.primes import draw_primes, is_prime, splitmix64
+from prefixmem_fast.addressing.spec import VERSIONS
 from prefixmem_fast.checks import oracle
 from tests.helpers.strategies import specs
 
-GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("rows_v1.json").read_text())
+FILES = sorted(Path(__file__).with_name("golden").glob("rows_v*.json"))
+GOLDEN = [case for file in FILES for case in json.loads(file.read_text())]
 
 
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["spec"]["mode"])
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"v{case['spec']['version']}, {case['spec']['mode']}")
 def test_golden_rows(case):
     """Fixed rows: the arguments alone give them again, and so does the stored JSON alone."""
     assert oracle.prefix_rows(np.array(case["codes"]), case["spec"]).tolist() == case["rows"]
@@ -53,6 +55,27 @@ def test_paper_sizes():
     assert exact.rows_per_order == (2048, 2_000_000, 2_000_000, 2_000_000)
     assert AddressSpec((2048,) * 5, table_rows=5_000_000).exact_orders == (1, 2)
     assert AddressSpec((2048,) * 5, mode="suffix").exact_orders == ()
+
+
+def test_the_lowest_version_that_has_what_is_asked_for():
+    """Checkpoints of encoders without cross-item orders stay readable by releases that know version 1 alone."""
+    assert [file.name for file in FILES] == [f"rows_v{version}.json" for version in VERSIONS]
+    one, two = AddressSpec((8, 8)), AddressSpec.cross_item((8, 8))
+    assert (one.version, two.version) == (1, 2)
+    assert "history" not in one.to_dict()
+    assert two.to_dict()["history"] == 1
+
+
+def test_a_window_of_two_items():
+    spec = AddressSpec.cross_item((8, 9, 10), table_rows=(5, 6, 7), heads=2)
+    assert (spec.item_levels, spec.levels, spec.window_sizes) == (3, 6, (8, 9, 10, 8, 9, 10))
+    assert spec.active_levels == (3, 4, 5)
+    assert spec.rows_per_order == (0, 0, 5, 6, 7)
+    assert AddressSpec.cross_item((8, 9, 10), active_levels=(0, 2)).active_levels == (3, 5)
+    assert dataclasses.replace(spec, active_levels=(3,)).rows_per_order == spec.rows_per_order
+    assert [AddressSpec.cross_item((8, 9, 10), history=k).gap for k in (1, 2, 3)] == [0, 3, 6]
+    exact = AddressSpec.cross_item((4, 3), table_rows=12)
+    assert exact.exact_orders == (2,)
 
 
 def test_orders_above_the_last_level_hold_no_rows():
@@ -120,6 +143,21 @@ def test_frozen():
         spec.heads = 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"history": 0}, "history = 0; give 1 for the item before"),
+        ({"history": 17}, r"history = 17 is outside 0\.\.16"),
+        ({"active_levels": (0, 3)}, r"active_levels = \(0, 3\) is not allowed; .* of 0\.\.2"),
+        ({"active_levels": ()}, "active_levels"),
+        ({"table_rows": (4, 4)}, r"table_rows has 2 entries; .* each prefix length of 0\.\.2"),
+    ],
+)
+def test_errors_of_cross_item_specs(changes, message):
+    with pytest.raises(ValueError, match=message):
+        AddressSpec.cross_item((8, 9, 10), **changes)
+
+
 BAD = [
     ({"codebook_sizes": ()}, ValueError, "codebook_sizes is empty"),
     ({"codebook_sizes": (8, 0)}, ValueError, r"codebook_sizes\[1\] = 0 is not positive"),
@@ -146,6 +184,10 @@ BAD = [
     ({"seed": 1 << 64}, ValueError, "seed"),
     ({"version": 3}, ValueError, "version = 3 is unknown"),
     ({"version": True}, ValueError, "version = True is unknown"),
+    ({"version": 2}, ValueError, "version = 2 with history = 0; leave version out"),
+    ({"history": 1}, ValueError, "history = 1 with mode = 'prefix'"),
+    ({"history": 1.5}, TypeError, "history = 1.5 is not an integer"),
+    ({"history": 1, "mode": "full", "active_levels": (1,)}, ValueError, r"active_levels = \(1,\) is not allowed"),
     ({"table_rows": 1 << 60, "addressing": "hash"}, ValueError, r"more than 2\^63 - 1"),
 ]
 

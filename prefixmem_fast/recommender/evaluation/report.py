@@ -16,11 +16,13 @@ from ..._choices import PARTS, SEARCHES
 from ...sid import Catalogue, SIDTrie, SIDVocabulary
 from ..data import Split, Tokens
 from .baselines import (
+    COUNTS,
     count_table_accuracy,
     item_counts,
-    markov_ranks,
     popularity_ranks,
     prefix_thirds,
+    seen_transitions,
+    transition_ranks,
 )
 from .retrieval import ranking_metrics, recall, retrieve
 from .teacher_forcing import teacher_forced
@@ -66,6 +68,8 @@ def evaluate(
     codes, train = catalogue.codes.numpy(), split.train
     popularity = item_counts(train, len(catalogue))
     thirds = prefix_thirds(train, chosen, codes)
+    seen_before = seen_transitions(train, chosen)
+    transitions = {"seen": seen_before, "new": ~seen_before}
     cutoffs = [k for k in cutoffs if k <= num_beams]
 
     scored = teacher_forced(model, seen, tokens)
@@ -107,14 +111,25 @@ def evaluate(
         result[f"recall@{at}_by_popularity"] = {
             n: recall(retrieval.rank[thirds == i], at) for i, n in enumerate(THIRDS)
         }
+        result["by_transition"] = {
+            n: ranking_metrics(retrieval.rank[group], cutoffs) for n, group in transitions.items()
+        }
+        if len(np.unique(codes, axis=0)) < len(codes):
+            result |= {f"sid_recall@{k}": recall(retrieval.sid_rank, k) for k in cutoffs}
         if reachable is not None:
             for name, group in groups.items():
                 report["reachable"][name][f"{search}_recall@{at}"] = recall(retrieval.rank[group], at)
         report["searches"][search] = result
         arrays[f"{search}_rank"] = retrieval.rank
-    report["floors"] = {
-        "markov": ranking_metrics(markov_ranks(train, chosen, len(catalogue)), cutoffs),
-        "popularity": ranking_metrics(popularity_ranks(train, chosen, len(catalogue)), cutoffs),
+    floors = {name: transition_ranks(train, seen, len(catalogue), counts) for name, counts in COUNTS.items()}
+    floors["popularity"] = popularity_ranks(train, chosen, len(catalogue))
+    report["floors"] = {name: ranking_metrics(ranks, cutoffs) for name, ranks in floors.items()}
+    report["transitions"] = {
+        name: {
+            "examples": int(group.sum()),
+            **{f"{floor}_recall@{k}": recall(ranks[group], k) for floor, ranks in floors.items() for k in cutoffs},
+        }
+        for name, group in transitions.items()
     }
     return report, arrays
 
@@ -158,6 +173,13 @@ def table(report: dict[str, Any]) -> str:
     lines += ["", _row("next item", metrics)]
     for name, row in (*report["searches"].items(), *report["floors"].items()):
         lines.append(_row(name, [row[metric] for metric in metrics], 4))
+    for name, row in report["searches"].items():
+        for group, found in row["by_transition"].items():
+            lines.append(_row(f"  {name}, {group} transitions", list(found.values()), 4))
+    for name, row in report["searches"].items():
+        if "sid_recall@10" in row:
+            shown = [row[f"sid_{m}"] if m.startswith("recall") else "" for m in metrics]
+            lines.append(_row(f"  {name}, of SIDs", shown, 4))
     lines += ["", _row("SIDs in the beams", [f"hit {l}" for l in levels] + ["L1 codes"])]
     for name, row in report["searches"].items():
         lines.append(_row(name, [*row["hit_rate"], row["first_codes"]]))

@@ -23,11 +23,13 @@ class Retrieval:
 
     Attributes:
         rank: int64 ``[N]``, items ranked above the true one; NOT_FOUND where the beams do not name it.
+        sid_rank: int64 ``[N]``, SIDs ranked above the true item's: the same unless items share a SID.
         hits: float64 ``[N, L]``, share of the beams whose first l codes are the prefix of an item (SID hit rate).
         first_codes: int64 ``[N]``, distinct codes of level 1 among the beams.
     """
 
     rank: np.ndarray
+    sid_rank: np.ndarray
     hits: np.ndarray
     first_codes: np.ndarray
 
@@ -58,7 +60,10 @@ def retrieve(
     levels, device = tokens.levels, next(model.parameters()).device
     shared = _SharedSIDs(tokens, trie, popularity)
     retrieval = Retrieval(
-        np.full(len(examples), NOT_FOUND), np.zeros((len(examples), levels)), np.zeros(len(examples), np.int64)
+        np.full(len(examples), NOT_FOUND),
+        np.full(len(examples), NOT_FOUND),
+        np.zeros((len(examples), levels)),
+        np.zeros(len(examples), np.int64),
     )
     encoder_decoder, training = is_encoder_decoder(model), model.training
     model.eval()
@@ -77,7 +82,8 @@ def retrieve(
                 retrieval.hits[rows, l] = inside.cpu().numpy()
             first = torch.where(real, trie.vocabulary.decode(beams.tokens)[..., 0], -1).cpu()
             retrieval.first_codes[rows] = [len(set(row) - {-1}) for row in first.tolist()]
-            retrieval.rank[rows] = shared.ranks(beams.tokens, real, examples.targets[rows])
+            ranks = shared.ranks(beams.tokens, real, examples.targets[rows])
+            retrieval.rank[rows], retrieval.sid_rank[rows] = ranks
             if progress is not None:
                 progress(len(rows))
     finally:
@@ -108,7 +114,8 @@ class _SharedSIDs:
         self.leaf, self.within = leaf, within
         self.sizes = np.bincount(leaf)  # items of each leaf
 
-    def ranks(self, sids: Tensor, real: Tensor, targets: np.ndarray) -> np.ndarray:
+    def ranks(self, sids: Tensor, real: Tensor, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of the items and of their SIDs."""
         nodes = self.trie.follow(torch.zeros_like(sids[..., 0]).flatten(), sids.flatten(0, 1))
         nodes = torch.where(real, nodes.view(real.shape), -2).cpu().numpy()  # [B, K]
         sizes = np.where(nodes >= 0, self.sizes[np.clip(nodes, 0, None)], nodes == -1)
@@ -116,7 +123,8 @@ class _SharedSIDs:
         here = nodes == self.leaf[targets][:, None]
         beam = here.argmax(1)
         rank = before[np.arange(len(nodes)), beam] + self.within[targets]
-        return np.where(here.any(1), rank, NOT_FOUND)
+        found = here.any(1)
+        return np.where(found, rank, NOT_FOUND), np.where(found, beam, NOT_FOUND)
 
 
 def recall(rank: np.ndarray, at: int) -> float:

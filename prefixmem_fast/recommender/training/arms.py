@@ -52,6 +52,9 @@ def build_encoder(
             )
         )
     how = {"grad": config.grad, "dropout": config.memory_dropout}
+    cross_item = _cross_item(config, codebook_sizes, hidden_size)
+    if config.arm == "cross-item":
+        return PrefixMem(cross_item, **how)
     if config.encoder is not None:
         encoder = PrefixMem.from_pretrained(config.encoder, hidden_size=hidden_size, active_levels=levels, **how)
         if encoder.config.codebook_sizes != codebook_sizes:
@@ -77,9 +80,29 @@ def build_encoder(
         active_levels=levels,
         seed=config.address_seed,
     )
-    return PrefixMem(
-        PrefixMemConfig(spec, config.memory_dim, hidden_size, output_init_std=config.output_init_std), **how
-    )
+    starts = {"memory_init_std": config.memory_init_std, "output_init_std": config.output_init_std}
+    return PrefixMem(PrefixMemConfig(spec, config.memory_dim, hidden_size, **starts, cross_item=cross_item), **how)
+
+
+def _cross_item(config: RunConfig, codebook_sizes: tuple[int, ...], hidden_size: int) -> PrefixMemConfig | None:
+    """Tables of the item before, of the one before it, and so on, each within the other."""
+    made = None
+    for back in range(config.history, 0, -1):
+        made = PrefixMemConfig(
+            AddressSpec.cross_item(
+                codebook_sizes,
+                history=back,
+                heads=config.history_heads,
+                table_rows=config.history_rows,
+                seed=config.address_seed + back,
+            ),
+            config.history_dim,
+            hidden_size,
+            memory_init_std=config.memory_init_std,
+            output_init_std=config.output_init_std,
+            cross_item=made,
+        )
+    return made
 
 
 def add_arm(model: nn.Module, config: RunConfig, vocabulary: SIDVocabulary) -> None:
@@ -96,7 +119,10 @@ def optimizer_for(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
         config.learning_rate,
         encoder_lr_multiple=config.encoder_lr_multiple,
         rows=_ROWS[config.row_optimizer],
-        row_options={"weight_decay": config.row_weight_decay},
+        row_options={
+            "weight_decay": config.row_weight_decay,
+            **({} if config.row_lr is None else {"lr": config.row_lr}),
+        },
         betas=(0.9, config.adam_beta2),
         weight_decay=config.weight_decay,
         muon_lr=config.muon_lr,

@@ -2,11 +2,13 @@
 
     logits_{l+1} = head_l(m_l),   loss = the mean cross-entropy over the active levels below L
 
-Each interaction of the training histories is one Semantic ID to learn from, so popular items weigh more.
+Each interaction of the training histories is one Semantic ID to learn from, so popular items weigh more. Cross-item
+orders are given the items before it too, and c_1 is predicted from the last token of the item before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ...encoder import PrefixMem
+from ...encoder import PrefixMem, PrefixMemConfig
 from .arms import build_encoder
 from .config import RunConfig
 from .folder import CLASSIFICATION, ENCODER
@@ -28,33 +30,33 @@ class NextCode(nn.Module):
     """An encoder and a linear head for each level that it predicts.
 
     Args:
-        encoder: its active levels below L each get a head for the level after them.
+        encoder: its active levels below L each get a head for the level after them; so do the prefix lengths 0 .. L - 1
+            at which cross-item orders are read.
     """
 
     def __init__(self, encoder: PrefixMem) -> None:
         super().__init__()
         self.encoder = encoder
-        spec = encoder.config.spec
-        self.levels = [level for level in spec.active_levels if level < spec.levels]
+        config = encoder.config
+        self.levels = sorted(_predicting_levels(config))
         if not self.levels:
-            raise ValueError(
-                f"active_levels = {spec.active_levels}: no level comes after them; give one below {spec.levels}"
-            )
-        width = encoder.config.hidden_size
-        self.heads = nn.ModuleList(nn.Linear(width, spec.codebook_sizes[level]) for level in self.levels)
+            levels = config.spec.active_levels
+            raise ValueError(f"active_levels = {levels}: no level comes after them; give one below {config.levels}")
+        self.heads = nn.ModuleList(nn.Linear(config.hidden_size, config.codebook_sizes[level]) for level in self.levels)
 
     def losses(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and correctness of each predicted level: ``[M, levels]`` each, from codes ``[M, L]``."""
-        m = self.encoder(codes)
+        """Cross-entropy and correctness of each predicted level: ``[M, levels]`` each, from codes ``[M, items, L]``,
+        the last item and those before it that the encoder reads."""
+        m, codes = self.encoder(codes), codes[:, -1]
         losses, right = [], []
         for level, head in zip(self.levels, self.heads, strict=True):
-            logits, target = head(m[:, level - 1]), codes[:, level]
+            logits, target = head(m[:, -1, level - 1] if level else m[:, -2, -1]), codes[:, level]
             losses.append(nn.functional.cross_entropy(logits.float(), target, reduction="none"))
             right.append(logits.argmax(-1) == target)
         return torch.stack(losses, 1), torch.stack(right, 1)
 
     def forward(self, codes: Tensor) -> dict[str, Tensor]:
-        """The loss of Semantic IDs ``[M, L]``."""
+        """The loss of Semantic IDs ``[M, items, L]``."""
         return {"loss": self.losses(codes)[0].mean()}
 
     @torch.no_grad()
@@ -69,18 +71,47 @@ class NextCode(nn.Module):
         return figures
 
 
-class _Batches(Dataset):
-    """Batch i of the Semantic IDs of all interactions, always the same."""
+def _predicting_levels(config: PrefixMemConfig) -> set[int]:
+    """Prefix lengths below L at which some table is read."""
+    spec = config.spec
+    begin = spec.item_levels if spec.history else 0
+    levels = {level - begin for level in spec.active_levels if level - begin < spec.item_levels}
+    return levels | (_predicting_levels(config.cross_item) if config.cross_item else set())
 
-    def __init__(self, codes: Tensor, interactions: np.ndarray, batch: int, length: int, seed: int) -> None:
-        self.codes, self.interactions, self.batch, self.length, self.seed = codes, interactions, batch, length, seed
+
+def _windows(codes: Tensor, histories: Sequence[np.ndarray], items: int) -> Tensor:
+    """Codes ``[M, items, L]`` of the last items of histories, -1 before their beginning."""
+    rows = np.full((len(histories), items), -1)
+    for row, history in zip(rows, histories, strict=True):
+        last = history[-items:]
+        row[items - len(last) :] = last
+    return _codes_of(codes, torch.from_numpy(rows))
+
+
+def _codes_of(codes: Tensor, rows: Tensor) -> Tensor:
+    """Codes of items, -1 of row -1."""
+    return torch.where(rows[..., None] >= 0, codes[rows.clamp(min=0)], -1)
+
+
+class _Batches(Dataset):
+    """Batch i of the Semantic IDs of all interactions with the items before them, always the same."""
+
+    def __init__(
+        self, codes: Tensor, histories: Sequence[np.ndarray], items: int, batch: int, length: int, seed: int
+    ) -> None:
+        self.codes, self.batch, self.length, self.seed = codes, batch, length, seed
+        self.interactions = np.concatenate(histories)
+        self.back = np.arange(items)[::-1]
+        self.place = np.concatenate([np.arange(len(history)) for history in histories])  # within its history
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         drawn = np.random.default_rng([self.seed, 4, i]).integers(len(self.interactions), size=self.batch)
-        return {"codes": self.codes[torch.from_numpy(self.interactions[drawn])]}
+        before = drawn[:, None] - self.back
+        rows = np.where(self.back <= self.place[drawn, None], self.interactions[before], -1)
+        return {"codes": _codes_of(self.codes, torch.from_numpy(rows))}
 
 
 def pretrain(
@@ -102,10 +133,14 @@ def pretrain(
         set_seed(config.seed)
         codes = data.catalogue.codes
         model = NextCode(build_encoder(config, data.catalogue.codebook_sizes, config.memory_dim))
-        validation = codes[torch.from_numpy(data.split.validation.sample(config.eval_users).targets)]
+        items = model.encoder.config.history + 1
+        chosen = data.split.validation.sample(config.eval_users)
+        met = [np.append(*met) for met in zip(chosen.histories, chosen.targets, strict=True)]
+        validation = _windows(codes, met, items)
         batches = _Batches(
             codes,
-            np.concatenate(data.split.train.items),
+            data.split.train.items,
+            items,
             config.batch_size,
             config.steps * config.accumulation,
             config.seed,

@@ -15,21 +15,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..._choices import ADDRESSING, GRADS, MODES
+from ..._choices import ADDRESSING, GRADS, MODES, MOST_HISTORY
 from ..._files import write_text
 from ..._inputs import shown, unique_keys
 
 CONFIG = "config.yaml"  # the options in the folder of a run
 _INPUTS = "inputs"  # in it, what inputs.py keeps
-ARMS = ("plain", "prefixmem", "sid-transformer")
+ARMS = ("plain", "prefixmem", "cross-item", "sid-transformer")
+MEMORY_ARMS = ("prefixmem", "cross-item")
 SPLITS = ("leave-two-out", "time")
 ROW_OPTIMIZERS = ("adagrad", "adam", "lazy-adam", "sgd")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
 _MOST = {
     **dict.fromkeys(("steps", "accumulation", "warmup_steps", "log_every", "eval_every", "patience"), (1 << 31) - 1),
-    **dict.fromkeys(("max_items", "max_text_tokens", "batch_size", "memory_dim", "sid_width"), 1 << 20),
+    **dict.fromkeys(("max_items", "max_text_tokens", "batch_size", "memory_dim", "history_dim", "sid_width"), 1 << 20),
     **dict.fromkeys(("pack", "sid_layers"), 1 << 12),
+    "restart_rows": (1 << 31) - 1,
+    "history": MOST_HISTORY,
 }
 _SECTIONS = {"synthetic": "data", "model": "model", "encoder": "encoder", "steps": "training"}  # by their first option
 
@@ -81,11 +84,22 @@ class RunConfig:
     mode: str = option("prefix", "which codes an order reads", MODES)
     addressing: str = option("auto", "exact rows where they fit, or all hashed", ADDRESSING)
     address_seed: int = option(0, "seed of the primes")
+    history: int = option(0, "cross-item orders: how many of the items before are read; with arm=cross-item at least 1")
+    history_rows: int = option(200_000, "rows of a table of cross-item orders")
+    history_dim: int = option(64, "columns of the memory of cross-item orders")
+    history_heads: int = option(2, "tables of a cross-item order")
+    memory_init_std: float = option(0.02, "standard deviation of the tables at their start")
     output_init_std: float = option(1e-3, "standard deviation of W_out at its start")
     memory_dropout: float = option(0.0, "share of SID tokens whose memory is left out in training")
     grad: str = option("sparse", "where the gradient of the tables goes", GRADS)
     row_optimizer: str = option("adagrad", "optimizer of the rows with grad=sparse and fused", ROW_OPTIMIZERS)
     row_weight_decay: float = option(0.0, "weight decay of the touched rows")
+    row_lr: float | None = option(
+        None, "learning rate of the rows, constant after the warm-up; the encoder's unless given"
+    )
+    restart_rows: int = option(
+        0, "steps, of an epoch say, after which the tables start anew, so that no row knows what comes; 0 never"
+    )
     encoder_lr_multiple: float = option(5.0, "the encoder's learning rate over the model's; 1 for a SID-Transformer")
     sid_layers: int = option(4, "layers of the SID-Transformer")
     sid_width: int = option(128, "width of the SID-Transformer")
@@ -141,6 +155,9 @@ class RunConfig:
             "heads",
             "max_order",
             "memory_dim",
+            "history_rows",
+            "history_dim",
+            "history_heads",
             "sid_layers",
             "sid_width",
         ):
@@ -156,7 +173,10 @@ class RunConfig:
             "patience",
             "learning_rate",
             "encoder_lr_multiple",
+            "memory_init_std",
             "output_init_std",
+            "history",
+            "restart_rows",
             "seed",
         ):
             _at_least(self, name, 0)
@@ -169,6 +189,15 @@ class RunConfig:
             raise ValueError(f"active_levels = {self.active_levels}; levels count from 1")
         if self.muon_lr is not None:
             _at_least(self, "muon_lr", 0)
+        if self.row_lr is not None:
+            _at_least(self, "row_lr", 0)
+        if self.arm == "cross-item" and not self.history:
+            object.__setattr__(self, "history", 1)
+        if self.restart_rows and self.eval_every % self.restart_rows:
+            raise ValueError(
+                f"eval_every = {self.eval_every} is no multiple of restart_rows = {self.restart_rows}; a model is "
+                "worth testing just before its tables start anew; give one"
+            )
         if self.eval_users is not None:
             _at_least(self, "eval_users", 1)
         if not self.histories + self.interleaved + self.pairs:
@@ -183,7 +212,7 @@ class RunConfig:
             raise ValueError(
                 f"time_fractions = {self.time_fractions}; two ascending numbers between 0 and 1 were expected"
             )
-        if self.grad == "fused" and (self.max_grad_norm or self.accumulation > 1) and self.arm == "prefixmem":
+        if self.grad == "fused" and (self.max_grad_norm or self.accumulation > 1) and self.arm in MEMORY_ARMS:
             raise ValueError("grad = 'fused' neither clips nor accumulates; give max_grad_norm = 0, accumulation = 1")
         if self.synthetic and (self.items or self.interactions or self.text):
             raise ValueError("synthetic goes without items, interactions and text; leave one or the other out")

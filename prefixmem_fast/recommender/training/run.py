@@ -32,7 +32,7 @@ from ..data import (
     tokens_of,
 )
 from ..data.batches import causal_batch, source_target_batch
-from .config import CONFIG, RunConfig, read_run
+from .config import CONFIG, MEMORY_ARMS, RunConfig, read_run
 from .folder import CLASSIFICATION, ENCODER, MODEL, TRAIN, RunFolder, command_of
 from .inputs import DATA, located
 from .session import Session, options_digest, process_count
@@ -229,5 +229,5 @@ def stream_of(run: Run) -> tuple[SequenceStream, Callable]:
 
 def _check_processes(config: RunConfig) -> None:
     processes = process_count()
-    if processes > 1 and config.arm == "prefixmem" and config.grad != "dense":
+    if processes > 1 and config.arm in MEMORY_ARMS and config.grad != "dense":
         raise ValueError(f"grad = {config.grad!r} works in one process, and there are {processes}; give grad = 'dense'")

@@ -18,7 +18,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..._progress import on_a_terminal, say
-from ...encoder import PrefixMem, SIDTransformer
+from ...encoder import PrefixMem, PrefixMemory, SIDTransformer
+from ...optim.rows import is_table
 from ..data import Examples, Tokens
 from ..evaluation.teacher_forcing import teacher_forced
 from .arms import optimizer_for
@@ -62,6 +63,8 @@ class RecommenderTrainer(Trainer):
             self.add_callback(_Progress() if on_a_terminal() else _Lines())
         if config.patience:
             self.add_callback(EarlyStoppingCallback(config.patience))
+        if config.restart_rows:
+            self.add_callback(_RestartRows(config.restart_rows, config.seed))
 
     def run(self) -> dict[str, Any]:
         """Train from the last whole checkpoint, or from the start where there is none, and report."""
@@ -77,6 +80,15 @@ class RecommenderTrainer(Trainer):
             "parameters": _parameters(self.model),
             **_curves(self.state.log_history),
         }
+
+    def create_scheduler(self, *args: Any, **options: Any) -> Any:
+        scheduler = super().create_scheduler(*args, **options)
+        if self.config.row_lr is not None:
+            warmup = max(self.config.warmup_steps, 1)
+            for i, group in enumerate(self.optimizer.param_groups):
+                if all(is_table(parameter) for parameter in group["params"]):
+                    scheduler.lr_lambdas[i] = lambda step: min(step / warmup, 1.0)
+        return scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
@@ -216,6 +228,29 @@ class _Lines(TrainerCallback):
             training = f"training loss {losses[-1]:.3f}, " if losses else ""
             step = f"step {state.global_step} of {state.max_steps}"
             say(f"{step}: {training}validation loss {metrics['eval_loss']:.3f}")
+
+
+class _RestartRows(TrainerCallback):
+    """Starts the tables anew every `steps` steps, their optimizer's state with them.
+
+    A row that has been trained on an example knows its target, and a model that reads such rows trusts them more than
+    those of examples to come deserve. In its first epoch a row does not know what it will be asked: so every epoch is
+    made a first one (Fan et al., "Multi-Epoch Learning for Deep Click-Through Rate Prediction Models", 2023,
+    arXiv 2305.19531).
+    """
+
+    def __init__(self, steps: int, seed: int) -> None:
+        self.steps, self.seed = steps, seed
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **options):
+        if not state.global_step or state.global_step % self.steps:
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 1_000_003 + state.global_step)
+            for module in model.modules():
+                if isinstance(module, PrefixMemory):
+                    module.reset_parameters()
+                    optimizer.state.pop(module.weight, None)  # begun again at the next step
 
 
 class _PlaceOfBest(TrainerCallback):

@@ -1,5 +1,5 @@
 from collections import Counter
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -8,12 +8,16 @@ from hypothesis import strategies as st
 
 from prefixmem_fast.recommender.data import Examples, Histories
 from prefixmem_fast.recommender.evaluation.baselines import (
+    COUNTS,
     count_table_accuracy,
     item_counts,
-    markov_ranks,
     popularity_ranks,
     prefix_thirds,
+    seen_transitions,
+    transition_ranks,
 )
+
+MARKOV = COUNTS["markov"]
 
 
 @st.composite
@@ -53,13 +57,52 @@ def test_popularity(world):
 def test_markov(world):
     items, train, chosen, _ = world
     counts = met(train)
-    found = markov_ranks(train, chosen, items)
+    found = transition_ranks(train, chosen, items, MARKOV)
     for history, target, rank in zip(chosen.histories, chosen.targets, found, strict=True):
         followed = Counter(
             after for own in train.items for before, after in pairwise(own.tolist()) if before == history[-1]
         )
         order = sorted(range(items), key=lambda item: (-followed[item], -counts[item], item))
         assert rank == order.index(target)
+
+
+def counted(train, history, items, counts):
+    """The score of every item, by loops over all pairs."""
+    score = [0.0] * items
+    for age, item in enumerate(history[::-1] if counts.age_weight else history[-1:]):
+        for own in train.items:
+            for (i, before), (j, after) in product(enumerate(own.tolist()), repeat=2):
+                if 0 < j - i <= counts.lags:
+                    weight = counts.age_weight**age * counts.lag_weight ** (j - i - 1)
+                    score[after] += weight * (before == item)
+                    score[before] += weight * (after == item) * counts.backwards
+    return score
+
+
+@given(worlds(), st.sampled_from(sorted(COUNTS)))
+def test_transition_counts(world, name):
+    items, train, chosen, _ = world
+    counts = met(train)
+    found = transition_ranks(train, chosen, items, COUNTS[name])
+    for history, target, rank in zip(chosen.histories, chosen.targets, found, strict=True):
+        score = counted(train, history.tolist(), items, COUNTS[name])
+        order = sorted(range(items), key=lambda item: (-score[item], -counts[item], item))
+        assert rank == order.index(target)
+
+
+def test_only_the_last_items_of_a_history_count():
+    train, chosen = histories([[0, 1], [2, 3]]), examples([([0, 2, 4], 1)])
+    assert transition_ranks(train, chosen, 5, COUNTS["decayed"]).tolist() == [1]
+    # Without item 0 nothing leads to item 1, and it is ranked by popularity behind item 3, which follows item 2.
+    assert transition_ranks(train, chosen, 5, COUNTS["decayed"], max_items=2).tolist() == [2]
+
+
+@given(worlds())
+def test_seen_transitions(world):
+    _, train, chosen, _ = world
+    pairs = {pair for own in train.items for pair in pairwise(own.tolist())}
+    expected = [(h[-1], t) in pairs for h, t in zip(chosen.histories, chosen.targets, strict=True)]
+    assert seen_transitions(train, chosen).tolist() == expected
 
 
 @given(worlds())
@@ -122,9 +165,9 @@ def test_markov_by_hand():
     train = histories([[0, 1, 0, 1], [0, 2], [3, 3, 3, 3, 3]])
     # After 0: 1 twice, 2 once. Then by popularity: 3 five times, 0 three times, 4 never.
     chosen = examples([([9, 0], target) for target in (1, 2, 3, 0, 4)])
-    assert markov_ranks(train, chosen, 5).tolist() == [0, 1, 2, 3, 4]
+    assert transition_ranks(train, chosen, 5, MARKOV).tolist() == [0, 1, 2, 3, 4]
     # Nothing ever followed 2, nor 4: popularity alone.
-    assert markov_ranks(train, examples([([2], 0), ([4], 4)]), 5).tolist() == [1, 4]
+    assert transition_ranks(train, examples([([2], 0), ([4], 4)]), 5, MARKOV).tolist() == [1, 4]
 
 
 def test_count_table_by_hand():

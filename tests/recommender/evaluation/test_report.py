@@ -10,10 +10,12 @@ import torch
 from prefixmem_fast import SIDTrie
 from prefixmem_fast.recommender.data import Histories, leave_two_out
 from prefixmem_fast.recommender.evaluation.baselines import (
+    COUNTS,
     count_table_accuracy,
     item_counts,
-    markov_ranks,
     popularity_ranks,
+    seen_transitions,
+    transition_ranks,
 )
 from prefixmem_fast.recommender.evaluation.report import THIRDS, evaluate, reachable_by, table
 from prefixmem_fast.recommender.evaluation.retrieval import ranking_metrics, retrieve
@@ -22,6 +24,8 @@ from tests.helpers.examples import CODES, catalogue, made_model, tokens
 from tests.helpers.models import vocabulary
 
 BEAMS = 6
+
+FLOORS = [*COUNTS, "popularity"]
 
 
 def split(users=30, only=None):
@@ -72,14 +76,18 @@ def test_what_is_promised_is_there(made):
         "searches",
         "reachable",
         "floors",
+        "transitions",
     ]
     assert (report["part"], report["examples"], report["beams"]) == ("test", len(data.test), BEAMS)
     assert list(report["teacher_forcing"]) == ["accuracy", "loss", "accuracy_by_popularity"]
     assert list(report["teacher_forcing"]["accuracy_by_popularity"]) == list(THIRDS)
     assert list(report["searches"]) == ["constrained", "unconstrained"]
     for found in report["searches"].values():
-        assert list(found) == [*METRICS, "hit_rate", "first_codes", f"recall@{BEAMS}_by_popularity"]
-    assert {name: list(found) for name, found in report["floors"].items()} == {"markov": METRICS, "popularity": METRICS}
+        of_sids = [f"sid_recall@{k}" for k in (1, 5, 6)]
+        others = ["hit_rate", "first_codes", f"recall@{BEAMS}_by_popularity", "by_transition", *of_sids]
+        assert list(found) == [*METRICS, *others]
+        assert all(found[f"sid_{metric}"] >= found[metric] for metric in METRICS if metric.startswith("recall"))
+    assert {name: list(found) for name, found in report["floors"].items()} == dict.fromkeys(FLOORS, METRICS)
     for group in report["reachable"].values():
         assert list(group) == ["examples", "accuracy", f"constrained_recall@{BEAMS}", f"unconstrained_recall@{BEAMS}"]
     assert list(arrays) == ["target", "level_rank", "level_loss", "constrained_rank", "unconstrained_rank"]
@@ -116,9 +124,18 @@ def test_it_is_what_its_parts_say(made):
         assert of_report["first_codes"] == pytest.approx(found.first_codes.mean())
     codes = CODES.numpy()
     assert report["count_table_accuracy"] == count_table_accuracy(data.train, data.test, codes)
-    floors = {"markov": markov_ranks, "popularity": popularity_ranks}
+    floors = {name: transition_ranks(data.train, seen, 8, counts) for name, counts in COUNTS.items()}
+    floors["popularity"] = popularity_ranks(data.train, data.test, 8)
+    before = seen_transitions(data.train, data.test)
     for name, ranks in floors.items():
-        assert report["floors"][name] == ranking_metrics(ranks(data.train, data.test, 8), (1, 5, 6))
+        assert report["floors"][name] == ranking_metrics(ranks, (1, 5, 6))
+        assert report["transitions"]["seen"][f"{name}_recall@5"] == pytest.approx((ranks[before] < 5).mean())
+    assert set(report["floors"]) == set(floors)
+    for name, group in (("seen", before), ("new", ~before)):
+        assert 0 < report["transitions"][name]["examples"] == group.sum()
+        for search, of_report in report["searches"].items():
+            found = arrays[f"{search}_rank"][group]
+            assert of_report["by_transition"][name] == ranking_metrics(found, (1, 5, 6))
     assert report["floors"]["markov"] != report["floors"]["popularity"]
     assert report["searches"]["constrained"]["hit_rate"] == [1.0] * 3
     assert report["searches"]["unconstrained"]["hit_rate"] != [1.0] * 3
@@ -262,9 +279,12 @@ def test_table(made):
         assert rows[f"  {name}, {group['examples']} examples"] == formatted(group["accuracy"])
     assert rows["cross-entropy, nats"] == formatted(scored["loss"])
     assert rows["next item"] == METRICS
-    for name in ("markov", "popularity"):
+    for name in FLOORS:
         assert rows[name] == formatted(report["floors"][name].values(), 4)
     assert rows["BLEU, SID to text"] == ["12.345"]
+    for group in report["transitions"]:
+        found = report["searches"]["unconstrained"]["by_transition"][group]
+        assert rows[f"  unconstrained, {group} transitions"] == formatted(found.values(), 4)
     # A search has two rows: its metrics, then what is in its beams.
     lines = [line for line in text.splitlines() if line.startswith(("constrained", "unconstrained"))]
     assert [line[:34].rstrip() for line in lines] == ["constrained", "unconstrained"] * 2
@@ -304,6 +324,6 @@ def test_groups_without_examples():
 
 def test_no_beam_reaches_a_cutoff():
     report, _ = evaluated(split(8), num_beams=3, cutoffs=(5, 10))
-    assert report["floors"] == {"markov": {}, "popularity": {}}
+    assert report["floors"] == {name: {} for name in FLOORS}
     assert "recall@3_by_popularity" in report["searches"]["constrained"]
     assert "constrained" in table({"data": "x", **report})

@@ -111,7 +111,7 @@ class TestFlags:
             assert field.metadata["help"] in text
         assert "(default: 1000)" in text
         assert "(default: [0.8, 0.9])" in text
-        assert "{plain,prefixmem,sid-transformer}" in text
+        assert "{plain,prefixmem,cross-item,sid-transformer}" in text
 
     @pytest.mark.parametrize(
         ("flags", "error", "message"),
@@ -125,7 +125,11 @@ class TestFlags:
             (["--model", "{'a': 1}"], ValueError, r"model = \"\{'a': 1\}\" is no JSON: .*line 1 column 2"),
             (["--model-options", "dropout=1"], TypeError, "model_options = 'dropout=1'; a mapping or null was"),
             (["--model-options", "[1]"], TypeError, r"model_options = '\[1\]'; a mapping or null was expected"),
-            (["--arm", "memory"], ValueError, "arm = 'memory'; allowed are plain, prefixmem, sid-transformer"),
+            (
+                ["--arm", "memory"],
+                ValueError,
+                "arm = 'memory'; allowed are plain, prefixmem, cross-item, sid-transformer",
+            ),
             (["--steps", "null"], ValueError, "steps = 'null'; a whole number was expected"),
         ],
     )
