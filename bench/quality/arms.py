@@ -74,8 +74,6 @@ RECIPE: dict[str, Any] = {
     "history_rows": 1_048_573,
     "history_heads": 2,
     "history_dim": 32,
-    "memory_init_std": 0.0,
-    "output_init_std": 0.02,
     "grad": "fused",
     "max_grad_norm": 0.0,
     "row_lr": 0.1,

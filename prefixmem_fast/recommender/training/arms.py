@@ -12,6 +12,9 @@ from ...huggingface.attach import attach
 from ...sid import SIDVocabulary
 from .config import RunConfig
 
+# Most transitions of a catalogue are never met, and of those the memory says nothing: rows start from zero. They give
+# W_out no gradient at first, so it has to start from where rows get one.
+_CROSS_ITEM_START = {"memory_init_std": 0.0, "output_init_std": 0.02}
 _ROWS = {"adagrad": optim.RowWiseAdagrad, "adam": optim.RowWiseAdam, "lazy-adam": optim.LazyAdam, "sgd": optim.SGD}
 
 
@@ -80,8 +83,12 @@ def build_encoder(
         active_levels=levels,
         seed=config.address_seed,
     )
-    starts = {"memory_init_std": config.memory_init_std, "output_init_std": config.output_init_std}
-    return PrefixMem(PrefixMemConfig(spec, config.memory_dim, hidden_size, **starts, cross_item=cross_item), **how)
+    return PrefixMem(
+        PrefixMemConfig(
+            spec, config.memory_dim, hidden_size, output_init_std=config.output_init_std, cross_item=cross_item
+        ),
+        **how,
+    )
 
 
 def _cross_item(config: RunConfig, codebook_sizes: tuple[int, ...], hidden_size: int) -> PrefixMemConfig | None:
@@ -98,8 +105,7 @@ def _cross_item(config: RunConfig, codebook_sizes: tuple[int, ...], hidden_size:
             ),
             config.history_dim,
             hidden_size,
-            memory_init_std=config.memory_init_std,
-            output_init_std=config.output_init_std,
+            **_CROSS_ITEM_START,
             cross_item=made,
         )
     return made

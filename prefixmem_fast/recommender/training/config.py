@@ -88,7 +88,6 @@ class RunConfig:
     history_rows: int = option(200_000, "rows of a table of cross-item orders")
     history_dim: int = option(64, "columns of the memory of cross-item orders")
     history_heads: int = option(2, "tables of a cross-item order")
-    memory_init_std: float = option(0.02, "standard deviation of the tables at their start")
     output_init_std: float = option(1e-3, "standard deviation of W_out at its start")
     memory_dropout: float = option(0.0, "share of SID tokens whose memory is left out in training")
     grad: str = option("sparse", "where the gradient of the tables goes", GRADS)
@@ -98,7 +97,7 @@ class RunConfig:
         None, "learning rate of the rows, constant after the warm-up; the encoder's unless given"
     )
     restart_rows: int = option(
-        0, "steps, of an epoch say, after which the tables start anew, so that no row knows what comes; 0 never"
+        0, "steps, of an epoch say, after which the tables of cross-item orders start anew; 0 never"
     )
     encoder_lr_multiple: float = option(5.0, "the encoder's learning rate over the model's; 1 for a SID-Transformer")
     sid_layers: int = option(4, "layers of the SID-Transformer")
@@ -173,7 +172,6 @@ class RunConfig:
             "patience",
             "learning_rate",
             "encoder_lr_multiple",
-            "memory_init_std",
             "output_init_std",
             "history",
             "restart_rows",
@@ -196,7 +194,7 @@ class RunConfig:
         if self.restart_rows and self.eval_every % self.restart_rows:
             raise ValueError(
                 f"eval_every = {self.eval_every} is no multiple of restart_rows = {self.restart_rows}; a model is "
-                "worth testing just before its tables start anew; give one"
+                "worth testing just before tables start anew; give one"
             )
         if self.eval_users is not None:
             _at_least(self, "eval_users", 1)

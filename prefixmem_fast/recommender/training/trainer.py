@@ -231,12 +231,12 @@ class _Lines(TrainerCallback):
 
 
 class _RestartRows(TrainerCallback):
-    """Starts the tables anew every `steps` steps, their optimizer's state with them.
+    """Starts the tables of cross-item orders anew every `steps` steps, their optimizer's state with them.
 
-    A row that has been trained on an example knows its target, and a model that reads such rows trusts them more than
-    those of examples to come deserve. In its first epoch a row does not know what it will be asked: so every epoch is
-    made a first one (Fan et al., "Multi-Epoch Learning for Deep Click-Through Rate Prediction Models", 2023,
-    arXiv 2305.19531).
+    Most transitions occur once. A row that was trained on one knows the target when it comes again, and a model that
+    reads such rows trusts them more than those of transitions to come deserve. In the first epoch no row knows what it
+    will be asked: so every epoch is made a first one (Fan et al., "Multi-Epoch Learning for Deep Click-Through Rate
+    Prediction Models", 2023, arXiv 2305.19531).
     """
 
     def __init__(self, steps: int, seed: int) -> None:
@@ -248,7 +248,7 @@ class _RestartRows(TrainerCallback):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 1_000_003 + state.global_step)
             for module in model.modules():
-                if isinstance(module, PrefixMemory):
+                if isinstance(module, PrefixMemory) and module.config.spec.history:
                     module.reset_parameters()
                     optimizer.state.pop(module.weight, None)  # begun again at the next step
 
