@@ -100,6 +100,18 @@ def encoder(std: float = 1.0, **options) -> PrefixMem:
     return PrefixMem(config, **options)
 
 
+def cross_item_encoder(std: float = 1.0, history: int = 2, **options) -> PrefixMem:
+    """Of orders within an item, and of those of each of the items up to `history` back."""
+    torch.manual_seed(1)
+    starts = {"hidden_size": HIDDEN, "output_init_std": std, "memory_init_std": 1.0}
+    config = None
+    for back in range(history, 0, -1):
+        spec = AddressSpec.cross_item(SIZES, history=back, heads=2, table_rows=50)
+        config = PrefixMemConfig(spec, 6, **starts, cross_item=config)
+    within = AddressSpec(SIZES, table_rows=50, heads=2, max_order=2, active_levels=(1, 2))
+    return PrefixMem(PrefixMemConfig(within, 8, **starts, cross_item=config), **options)
+
+
 def sid(*codes: int) -> list[int]:
     known = vocabulary()
     return [known.token_id(level, code) for level, code in enumerate(codes, start=1)]

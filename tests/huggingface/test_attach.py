@@ -31,6 +31,7 @@ from tests.helpers.models import (
     HIDDEN,
     TOKENS,
     call,
+    cross_item_encoder,
     encoder,
     prompts,
     sid,
@@ -82,8 +83,43 @@ def test_zero_w_out_changes_no_bit_and_detach_restores(family):
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_with_a_cache_is_recomputation(family, search):
-    model, inputs = tiny_model(family), call(family)
-    attach(model, encoder(), vocabulary())
+    attached = attach(tiny_model(family), encoder(), vocabulary())
+    assert_a_cache_changes_nothing(attached, call(family), search)
+
+
+@pytest.mark.parametrize("history", [1, 2])
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("family", ["qwen3", "mistral_sliding", "gpt2", "t5"])
+def test_cross_item_orders_with_a_cache_are_recomputation(family, search, history):
+    """Prompts of whole items, and of those that break off, so that windows reach far into what the cache holds."""
+    model, inputs = attach(tiny_model(family), cross_item_encoder(history=history), vocabulary()), call(family)
+    rows = [
+        [*sid(1, 3, 4), *sid(0, 1, 5), *sid(3, 0, 1)],
+        [7, *sid(1, 3, 4), *sid(3, 0, 1), *sid(3, 1)],
+        [0, 0, 12, *sid(3, 3, 3), *sid(1, 1, 1)],
+        [*sid(0, 1, 5), 11, *sid(1, 0, 0), *sid(1, 0)],
+    ]
+    inputs["input_ids"] = torch.tensor(rows)
+    inputs["attention_mask"] = (inputs["input_ids"] != 0).long()
+    assert_a_cache_changes_nothing(model, inputs, search)
+
+
+def test_cross_item_orders_change_what_a_model_says():
+    """So the test above compares something; and they read the item before through the cache, a token at a time."""
+    history, other = [*sid(1, 3, 4), *sid(0, 1, 5)], [*sid(3, 0, 1), *sid(0, 1, 5)]
+    one = cross_item_encoder()
+    first, second = (one.encode_tokens(torch.tensor([ids]), vocabulary())[0] for ids in (history, other))
+    assert not torch.equal(first[3], second[3])  # c_1 behind another item
+    assert not torch.equal(first[5], second[5])  # the whole item, and another two back
+    model, ids = attach(tiny_model(), one, vocabulary()), torch.tensor([history, other])
+    whole = logits(model, input_ids=ids)
+    for past in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)):
+        for cuts in ([1] * 6, [2, 1, 3], [4, 2]):
+            found = logits_in_parts(model, ids.split(cuts, 1), copy.deepcopy(past))
+            torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+
+
+def assert_a_cache_changes_nothing(model, inputs, search):
     found = []
     for use_cache in (True, False):
         options = dict(SEARCHES[search])

@@ -1,0 +1,241 @@
+"""Cross-item orders of the encoder: codes, tokens, steps, files and updates agree with one another and the formula."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefixmem_fast import (
+    AddressSpec,
+    DecodingState,
+    PrefixMem,
+    PrefixMemConfig,
+    SIDVocabulary,
+    optim,
+    prefix_memory,
+)
+from prefixmem_fast.addressing import TokenStream, item_windows, window_codes
+from prefixmem_fast.checks import oracle
+from prefixmem_fast.checks.cases import random_tokens
+from tests.helpers.cases import BACKENDS
+from tests.helpers.models import HIDDEN, SIZES, cross_item_encoder, sid, vocabulary
+from tests.helpers.strategies import cross_item_specs
+
+KNOWN = [code for code in range(6) if code != 2]  # code 2 has no token in `vocabulary`
+
+
+def histories(users, items, seed=0):
+    """Codes int64 ``[users, items, L]`` of items that the vocabulary can write."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = [
+        torch.tensor([c for c in KNOWN if c < size])[
+            torch.randint(sum(c < size for c in KNOWN), (users, items), generator=generator)
+        ]
+        for size in SIZES
+    ]
+    return torch.stack(columns, -1)
+
+
+def tokens_of(codes):
+    return vocabulary().encode(codes).flatten(1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("history", [1, 2, 3])
+def test_codes_and_tokens_are_the_same(history, backend):
+    one = cross_item_encoder(history=history, backend=backend)
+    codes = histories(2, 5)
+    m = one(codes)
+    assert m.shape == (2, 5, 3, HIDDEN)
+    torch.testing.assert_close(one.encode_tokens(tokens_of(codes), vocabulary()).view_as(m), m, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(one(codes[0]), m[0])
+    assert one(codes[:, :0]).shape == (2, 0, 3, HIDDEN)
+
+
+def test_m_by_hand():
+    """W_out of each memory times its rows: (SID of the item before, prefix so far)."""
+    one = cross_item_encoder(history=1)
+    codes = histories(1, 3)[0]
+    cross, L = one.cross_item, 3
+    expected = torch.zeros(3, L, HIDDEN)
+    for item in range(3):
+        for l in range(1, L + 1):
+            before, new = (codes[item], []) if l == L else (codes[item - 1], codes[item, :l].tolist())
+            if l < L and item == 0:
+                continue
+            window = torch.tensor([[*before.tolist(), *new, *[-1] * (L - len(new))]])
+            S = prefix_memory(window, cross.memory.weight, cross.config.spec)[0, len(new)]
+            expected[item, l - 1] = cross.out_proj(S)
+    own = one._encode_levels(codes, 1)
+    torch.testing.assert_close(one(codes), own + expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cross(codes), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_stands_between_and_what_ends():
+    """An item is read where its tokens, and those between, stand directly before, in the same row and segment."""
+    one = cross_item_encoder(history=2)
+    last, known = one.cross_item.cross_item, vocabulary()  # two items back
+    assert last.config.spec.history == 2
+    a, b, c = sid(1, 3, 4), sid(0, 1, 5), sid(3, 0, 1)
+
+    def at_the_end(ids, encoder=last, segments=None):
+        return encoder.encode_tokens(
+            torch.tensor([ids]), known, None if segments is None else torch.tensor([segments])
+        )[0, -1]
+
+    assert at_the_end([*a, *b, c[0]]).any()
+    assert not at_the_end([*a, 5, *b, c[0]]).any()
+    assert not at_the_end([*a[:2], *b, c[0]]).any()
+    assert not at_the_end([*b, c[0]]).any()
+    assert at_the_end([*a, *b]).any()  # an item to come
+    assert not at_the_end(b).any()
+    assert at_the_end([*a, *b, c[0]], segments=[4] * 7).any()
+    assert not at_the_end([*a, *b, c[0]], segments=[4] * 3 + [5] * 4).any()
+    assert not at_the_end([*a, *b, c[0]], segments=[4] * 6 + [5]).any()
+    before = one.cross_item.encode_tokens(torch.tensor([[*a, *b, c[0]]]), known)[0, -1] - at_the_end([*a, *b, c[0]])
+    other = one.cross_item.encode_tokens(torch.tensor([[5, *b, c[0]]]), known)[0, -1]
+    torch.testing.assert_close(before, other)  # one item back, whatever stands before
+
+
+@given(cross_item_specs(), st.integers(0, 10**6), st.booleans())
+@settings(max_examples=60)
+def test_windows_of_tokens_against_the_oracle(spec, seed, packed):
+    import random
+
+    ids, table = random_tokens(random.Random(seed), spec, (2, 23))
+    segments = [[t // 9 for t in range(23)]] * 2 if packed else None
+    stream = TokenStream(torch.tensor(ids), torch.tensor(table), None if segments is None else torch.tensor(segments))
+    codes, level = window_codes(stream, spec)
+    for b, row in enumerate(ids):
+        expected = oracle.token_windows(row, table, spec.to_dict(), segments[b] if packed else None)
+        assert level[b].tolist() == [l for l, _ in expected]
+        assert all(codes[b, t].tolist() == known for t, (l, known) in enumerate(expected) if l)
+
+
+def test_windows_of_items():
+    spec = AddressSpec.cross_item((9, 9), history=2)
+    windows = item_windows(torch.tensor([[[1, 2], [3, 4], [5, 6]], [[1, 2], [3, -1], [5, 6]]]), spec).tolist()
+    none = [-1, -1]
+    assert windows[0] == [[*none, 1, 2], [*none, 3, 4], [1, 2, 5, 6], [3, 4, *none]]
+    assert windows[1] == [[*none, 1, 2], [*none, 3, -1], [*none, 5, 6], [3, -1, *none]]  # the item between has ended
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_are_the_whole_sequence(backend):
+    one, generator = cross_item_encoder(backend=backend), torch.Generator().manual_seed(0)
+    ids = torch.cat([tokens_of(histories(2, 4)), torch.randint(0, 64, (1, 12), generator=generator)])
+    whole, known = one.encode_tokens(ids, vocabulary()), vocabulary()
+    for part in (one, one.cross_item):  # the second has cross-item orders alone
+        whole = part.encode_tokens(ids, known)
+        for prompt in (0, 4) if backend == "triton" else (0, 1, 4, 7):
+            state, order = DecodingState(part, known, 3), torch.arange(3)
+            state.prefill(ids.flip(0)[:, :5])
+            torch.testing.assert_close(state.prefill(ids[:, :prompt]), whole[:, :prompt])
+            for t in range(prompt, ids.shape[1]):
+                torch.testing.assert_close(state.step(ids[order, t]), whole[order, t], rtol=1e-5, atol=1e-5)
+                moved = torch.randint(0, 3, (3,), generator=generator)
+                state.reorder(moved)
+                order = order[moved]
+    state = DecodingState(one, known, 1)
+    state.prefill(ids[:1, :6])
+    state.reorder(torch.zeros(4, dtype=torch.int64))
+    torch.testing.assert_close(
+        state.step(ids[:1, 6].expand(4)), one.encode_tokens(ids[:1, :7], known)[:, -1].expand(4, -1)
+    )
+
+
+def test_files_copies_and_quantized_tables(tmp_path):
+    one, codes = cross_item_encoder(), histories(2, 5)
+    m = one(codes)
+    one.save_pretrained(tmp_path / "one", vocabulary())
+    for options in ({}, {"tables": "host"}, {"tables": "mapped"}):
+        again = PrefixMem.from_pretrained(tmp_path / "one", **options)
+        assert again.config == one.config
+        assert torch.equal(again(codes), m)
+    assert torch.equal(copy.deepcopy(one)(codes), m)
+    wider = PrefixMem.from_pretrained(tmp_path / "one", hidden_size=48)
+    assert wider(codes).shape == (2, 5, 3, 48)
+    assert wider.cross_item.cross_item.out_proj.weight.shape == (48, 6)
+    assert torch.equal(wider.cross_item.memory.weight, one.cross_item.memory.weight)
+    small = one.quantize("int8")
+    assert not torch.equal(small(codes), m)
+    torch.testing.assert_close(small(codes), m, rtol=0, atol=0.02 * m.abs().max().item())
+    small.save_pretrained(tmp_path / "small")
+    assert torch.equal(PrefixMem.from_pretrained(tmp_path / "small")(codes), small(codes))
+    fewer = PrefixMem.from_pretrained(tmp_path / "one", active_levels=(2,))
+    assert not fewer(codes)[0, 0, 0].any()  # nothing stands before the first item
+    assert torch.equal(fewer.cross_item(codes), one.cross_item(codes))
+
+
+def test_gathers_ahead_are_taken():
+    one, codes = cross_item_encoder(tables="host"), histories(2, 5)
+    expected = one(codes), one.encode_tokens(tokens_of(codes), vocabulary())
+    one.prefetch(codes)
+    one.prefetch_tokens(tokens_of(codes), vocabulary())
+    memories = one.memory, one.cross_item.memory, one.cross_item.cross_item.memory
+    assert [len(memory._reader._gathers) for memory in memories] == [2, 2, 2]
+    assert torch.equal(one(codes), expected[0])
+    assert torch.equal(one.encode_tokens(tokens_of(codes), vocabulary()), expected[1])
+    assert [len(memory._reader._gathers) for memory in memories] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_step_of_every_gradient(backend):
+    """Dense, sparse and fused steps of all tables of an encoder end in the same numbers, by codes and by tokens."""
+    codes, ends = histories(2, 4), {}
+    for grad in ("dense", "sparse", "fused"):
+        for source in ("codes", "tokens"):
+            one = cross_item_encoder(grad=grad, backend=backend)
+            optimizer = (
+                torch.optim.SGD(one.parameters(), 0.1)
+                if grad == "dense"
+                else optim.for_model(one, 0.1, encoder_lr_multiple=1.0, rows=optim.SGD, encoder_needed=False)
+            )
+            m = one(codes) if source == "codes" else one.encode_tokens(tokens_of(codes), vocabulary()).view(2, 4, 3, -1)
+            (m * torch.linspace(-1, 1, m.numel()).view_as(m)).sum().backward()
+            optimizer.step()
+            ends[grad, source] = [p for name, p in one.named_parameters() if name.endswith("memory.weight")]
+    fresh = cross_item_encoder()
+    for key, tables in ends.items():
+        for table, expected in zip(tables, ends["dense", "codes"], strict=True):
+            torch.testing.assert_close(table, expected, rtol=1e-4, atol=1e-5, msg=str(key))
+        assert not torch.equal(tables[1], dict(fresh.named_parameters())["cross_item.memory.weight"])
+    assert len(tables) == 3
+
+
+BAD = [
+    (lambda c: c.__class__(c.spec, 8, HIDDEN, cross_item=PrefixMemConfig(c.spec, 8)), "a spec with history = 0"),
+    (
+        lambda c: c.__class__(c.spec, 8, HIDDEN, cross_item=PrefixMemConfig(AddressSpec.cross_item((4, 5)), 8)),
+        r"codebook_sizes \(4, 5\), the spec \(4, 5, 6\)",
+    ),
+    (
+        lambda c: c.__class__(c.spec, 8, HIDDEN, cross_item=PrefixMemConfig(AddressSpec.cross_item(SIZES), 8, 5)),
+        "hidden_size = 5, the encoder 32",
+    ),
+    (
+        lambda c: cross_item_encoder()(torch.zeros(3, dtype=torch.int64)),
+        r"with cross-item orders give \[..., items, 3\]",
+    ),
+    (lambda c: cross_item_encoder()(torch.zeros(2, 4, dtype=torch.int64)), r"codes has shape \(2, 4\)"),
+    (lambda c: DecodingState(cross_item_encoder(), SIDVocabulary.from_table({}, (4, 5)), 1), "codebook_sizes"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD, ids=[message[:30] for _, message in BAD])
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(PrefixMemConfig(AddressSpec(SIZES), 8, HIDDEN))
+
+
+def test_the_config_says_how_far_it_looks_back():
+    config = cross_item_encoder(history=2).config
+    assert (config.history, config.lookback, config.levels) == (2, 7, 3)  # the two items before, and two codes
+    assert PrefixMemConfig.from_dict(config.to_dict()) == config
+    within = PrefixMemConfig(AddressSpec(SIZES), 8, HIDDEN)
+    assert (within.history, within.lookback) == (0, 2)
+    assert "cross_item" not in within.to_dict()
+    last_token = PrefixMemConfig(AddressSpec.cross_item(SIZES, active_levels=(0,)), 8, HIDDEN)
+    assert (last_token.history, last_token.lookback) == (1, 2)
