@@ -175,7 +175,7 @@ def load_token_rows(
             if address.mode == "prefix":
                 b_rows = b_rows + (load_order(p_weight, p_scales, b_codes, b_length, o_h, o_w, m_d, n, n, W, address),)
             elif address.mode == "full":
-                if address.slot_of_level[n - 1] >= 0:
+                if address.rows[n - 1] > 0:  # in a window of two items the first orders hold none
                     b_here = tl.where(b_level == n, b_length, 0)
                     b_row = load_order(p_weight, p_scales, b_codes, b_here, o_h, o_w, m_d, n, n, W, address)
                     b_rows = b_rows + (b_row,)

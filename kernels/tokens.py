@@ -84,9 +84,10 @@ def load_token_codes(p_ids, p_table, p_segments, o_t, m_t, T, V, address: tl.con
     for i in tl.static_range(LAST + GAP):
         m_next = m_ids[i] & (b_n_tokens == i) & (b_levels[i] == i % ITEM + 1)
         b_n_tokens += m_next.to(tl.int32)
-        if i < ITEM or i >= ITEM + GAP:
-            l = i + 1 if i < ITEM else i + 1 - GAP
-            b_codes, b_length = append_code(b_codes, b_length, tl.where(m_next, b_all[i], -1), l, address)
+        if i < ITEM:
+            b_codes, b_length = append_code(b_codes, b_length, tl.where(m_next, b_all[i], -1), i + 1, address)
+        elif i >= ITEM + GAP:
+            b_codes, b_length = append_code(b_codes, b_length, tl.where(m_next, b_all[i], -1), i + 1 - GAP, address)
     if GAP > 0:
         b_n_tokens = tl.maximum(b_n_tokens - GAP, 0)
     return b_codes, tl.where(b_n_tokens >= address.first_active, b_length, 0), b_n_tokens
@@ -122,9 +123,10 @@ def load_codes_before(p_ids, p_table, p_segments, o_t, m_t, V, address: tl.const
     for position in tl.static_range(1, LAST + 1):
         b_code = tl.full(b_level.shape, -1, b_before[0].dtype)
         for l in tl.static_range(position, LAST + 1):
-            if l >= address.first_active:
-                o_back: tl.constexpr = l - position + (GAP if position <= ITEM else 0)
-                b_code = tl.where(b_level == l, b_before[o_back], b_code)
+            if position <= ITEM:
+                b_code = tl.where(b_level == l, b_before[l - position + GAP], b_code)
+            else:
+                b_code = tl.where(b_level == l, b_before[l - position], b_code)
         b_codes, b_length = append_code(b_codes, b_length, b_code, position, address)
     return b_level, b_codes, b_length, b_before
 

@@ -53,8 +53,16 @@ class Operator:
     bytes: int  # of all tensors that it takes and returns
 
 
+CROSS_ITEM = "cross-item"  # what stands for a mode in reports
+
+
 def paper_spec(mode: str = "prefix") -> AddressSpec:
-    """The paper's default shape: L = 5, K = 2048, N = H = 4, T = 2M, memory read at prefix lengths 3 and 4."""
+    """The paper's default shape: L = 5, K = 2048, N = H = 4, T = 2M, memory read at prefix lengths 3 and 4.
+
+    With "cross-item" the orders of the item before, in as large tables, read at all prefix lengths.
+    """
+    if mode == CROSS_ITEM:
+        return AddressSpec.cross_item((2048,) * 5)
     return AddressSpec((2048,) * 5, mode=mode, active_levels=(3, 4))
 
 
@@ -96,19 +104,23 @@ def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 65_5
     )
     stream = TokenStream(ids, table, segments)
     state = PrefixState(meta(1, 256, spec.levels), meta(1, 256), meta(256, spec.heads, width, dtype=wide))
+    steps = {"token_step": lambda: triton.decoding_step(meta(256), table, state, weight, spec)}
+    if spec.history:  # whose steps are token sums
+        steps = {}
     quantized: dict[str, Callable[[], Any]] = {}
     for kind, values in QUANTIZED_DTYPES.items() if dtype in SUM_DTYPES else ():
         rest = QuantizedTable(meta(*weight.shape, dtype=values), meta(len(weight), dtype=torch.float32)), spec, dtype
         quantized[f"{kind}_prefix_memory_fwd"] = partial(triton.quantized_forward, codes, *rest)
         quantized[f"{kind}_token_memory_fwd"] = partial(triton.quantized_forward, stream, *rest)
-        quantized[f"{kind}_token_step"] = partial(triton.quantized_decoding_step, meta(256), table, state, *rest)
+        if steps:
+            quantized[f"{kind}_token_step"] = partial(triton.quantized_decoding_step, meta(256), table, state, *rest)
     return {
         "prefix_memory_fwd": lambda: triton.forward(codes, weight, spec),
         "token_memory_fwd": lambda: triton.forward(stream, weight, spec),
         "prefix_memory_bwd": lambda: triton.dense_gradient(grad, codes, spec),
         "token_memory_bwd": lambda: triton.dense_gradient(token_grad, stream, spec),
         "prefix_rows": lambda: triton.prefix_rows(codes, spec),
-        "token_step": lambda: triton.decoding_step(meta(256), table, state, weight, spec),
+        **steps,
         "deterministic_bwd": lambda: triton.dense_gradient(grad, codes, spec, deterministic=True),
         "deterministic_token_bwd": lambda: triton.dense_gradient(token_grad, stream, spec, deterministic=True),
         "sparse_bwd": lambda: triton.row_sums(grad, codes, spec, dtype),
@@ -124,7 +136,7 @@ def sids_of(launcher: str, spec: AddressSpec, sids: int) -> int | None:
         return None
     if launcher.endswith("token_step"):
         return 256
-    return 8 * sids // spec.levels if "token" in launcher else sids
+    return 8 * sids // spec.item_levels if "token" in launcher else sids
 
 
 def record(call: Callable[[], Any], target: str, compiling: bool = True) -> list[Launch | Operator]:

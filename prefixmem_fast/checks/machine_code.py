@@ -20,7 +20,18 @@ import torch
 
 from .._choices import DTYPES, MODES, QUANTIZATIONS, TARGETS
 from ..operation import BackendError
-from .launches import WIDTH, Launch, compiled_by, launches, paper_spec, problem, record, sids_of, stand_in_driver
+from .launches import (
+    CROSS_ITEM,
+    WIDTH,
+    Launch,
+    compiled_by,
+    launches,
+    paper_spec,
+    problem,
+    record,
+    sids_of,
+    stand_in_driver,
+)
 from .pointers import Pointers
 from .sass import Program, parse
 from .schedule import Analysed, Schedule
@@ -101,7 +112,8 @@ def _chosen(mode: str, dtype: str, launcher: str) -> bool:
 def compile_all(
     targets: tuple[str, ...] = TARGETS, dtypes: tuple[str, ...] = DTYPES, launchers: tuple[str, ...] | None = None
 ) -> Iterator[Compiled]:
-    """Compile every kernel for every target and dtype at the paper's default shape, and the other modes in bfloat16.
+    """Compile every kernel for every target and dtype at the paper's default shape, and the other modes and cross-item
+    orders in bfloat16.
 
     Kernels over quantized tables are taken in prefix mode, with S in each dtype that it can have.
 
@@ -123,7 +135,7 @@ def compile_all(
     for target in targets:
         met: set[str] = set()
         for dtype in dtypes:
-            for mode in MODES if dtype == "bfloat16" and launchers is None else MODES[:1]:
+            for mode in (*MODES, CROSS_ITEM) if dtype == "bfloat16" and launchers is None else MODES[:1]:
                 spec = paper_spec(mode)
                 calls = launches(spec, _DTYPES[dtype], WIDTH)
                 for launcher, call in calls.items():
