@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import optim
-from ..addressing import AddressSpec, TokenStream
+from ..addressing import AddressSpec, TokenStream, window_codes
 from ..encoder import DecodingState, PrefixMem, PrefixMemConfig
 from ..operation import prefix_memory, prefix_rows, token_memory
 from ..operation import triton as backend
@@ -199,6 +199,34 @@ def tokens(text: int = 3, sids: int = 48) -> Count:
     return Count(f"forward over tokens, {text} of text a SID", traffic, floor, STREAM, sids, FORWARD_LAUNCHES)
 
 
+def cross_item(training: bool = False, items: int = 48) -> Count:
+    """Ids of whole items in, H rows of each token that has an item before it, S of every token out; in training dS in,
+    and each touched row and its state in and out."""
+    spec = AddressSpec.cross_item((CODES,) * L, heads=H, table_rows=3000)
+    ids, table = _stream(codes_of(items), 0)
+    source = TokenStream(ids, table)
+    codes, level = window_codes(source, spec)
+    found = prefix_rows(codes[level > 0], spec, backend="reference")
+    found = found[torch.arange(len(found)), level[level > 0] - 1]
+    found, size = found[found >= 0], ids.numel() * (8 + H * W * 2)
+    if not training:
+        weight = torch.randn(spec.total_rows, W).bfloat16()
+        with counted(weight=weight) as traffic:
+            token_memory(ids, table, weight, spec, backend="triton")
+        floor = size + len(found) * W * 2
+        return Count("forward over tokens, cross-item orders", traffic, floor, STREAM, items, FORWARD_LAUNCHES)
+    weight = torch.nn.Parameter(torch.zeros(spec.total_rows, W, dtype=torch.bfloat16))
+    step = optim.RowWiseAdagrad([weight], lr=0.1).begin(weight)
+    grad = torch.randn(*ids.shape, H * W).bfloat16()
+    with (
+        mock.patch("prefixmem_fast.kernels.sorted_prefixes.block_of", return_value=BLOCK),
+        counted(grad=grad) as traffic,
+    ):
+        backend.fused_update(grad, source, spec, step)
+    floor = size + len(found.unique()) * 2 * (W * 2 + 4)
+    return Count("fused update, RowWiseAdagrad, cross-item orders over tokens", traffic, floor, UPDATE, items)
+
+
 def rows() -> Count:
     """Codes in, int64 rows of every level out."""
     spec, codes = spec_of(), codes_of(READ)
@@ -328,6 +356,8 @@ COUNTS: tuple[Callable[[], Count], ...] = (
     lambda: forward(mode="full"),
     lambda: tokens(0),
     lambda: tokens(3),
+    cross_item,
+    lambda: cross_item(training=True),
     rows,
     lambda: decoding(1),
     lambda: decoding(3),

@@ -53,6 +53,18 @@ def test_rows_and_their_limit():
     assert count.traffic.total == count.floor
 
 
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forward", "update"])
+def test_cross_item_orders(training):
+    """Rows of one order a token, every output element once, and one launch forward."""
+    count = traffic.cross_item(training, items=24)
+    assert not count.excess
+    if not training:
+        tokens = 24 * L
+        without = 2 * (L - 1)  # the first item of each of two rows has none before it but for its last token
+        assert count.traffic.loaded["weight"] == (tokens - without) * H * W * 2
+        assert sum(count.traffic.stored.values()) == tokens * H * W * 2
+
+
 @pytest.mark.parametrize("text", [pytest.param(0, marks=pytest.mark.slow), 3], ids=["SIDs only", "3 text tokens a SID"])
 def test_token_stream(text):
     """Rows once a SID, every output element once, one launch, and little else."""
