@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..recommender.training.run import Data
 
 REPORT, _OUT = "demo.json", "runs/demo"
-PLAIN, WITH = "token embeddings alone", "with PrefixMem"
+PLAIN, WITH, ACROSS = "token embeddings alone", "with PrefixMem", "with PrefixMem and cross-item orders"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,19 +67,23 @@ def _run(options: argparse.Namespace) -> int:
         f"{data.split.train.interactions} interactions to train on"
     )
 
-    say("1/4  pre-train the encoder by a classification head, without a transformer")
+    say("1/5  pre-train the encoder by a classification head, without a transformer")
     shorter = config.replace(
         steps=min(options.steps, 200), log_every=50, eval_every=50, batch_size=1024, warmup_steps=20
     )
     pretrain(shorter, out / "pretraining", quiet=quiet, data=data)
-    arms = {PLAIN: {"arm": "plain"}, WITH: {"encoder": str(out / "pretraining" / "encoder")}}
+    arms = {
+        PLAIN: {"arm": "plain"},
+        WITH: {"encoder": str(out / "pretraining" / "encoder")},
+        ACROSS: {"history": 1, "history_rows": 100_000},
+    }
+    folders = dict(zip(arms, (out / "plain", out / "prefixmem", out / "cross-item"), strict=True))
     curves, reports = {}, {}
     for i, (name, changes) in enumerate(arms.items(), start=2):
-        say(f"{i}/4  train a small decoder, {name}")
-        folder = out / ("plain" if name == PLAIN else "prefixmem")
-        curves[name] = train(config.replace(**changes), folder, quiet=quiet, data=data)["validation"]
-    say("4/4  evaluate on the test items, and time a training step")
-    for name, folder in ((PLAIN, out / "plain"), (WITH, out / "prefixmem")):
+        say(f"{i}/5  train a small decoder, {name}")
+        curves[name] = train(config.replace(**changes), folders[name], quiet=quiet, data=data)["validation"]
+    say("5/5  evaluate on the test items, and time a training step")
+    for name, folder in folders.items():
         reports[name] = _evaluate(folder, quiet)
     milliseconds = step_times(config, data)
 

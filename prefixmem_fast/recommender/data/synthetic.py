@@ -1,7 +1,8 @@
 """A synthetic catalogue and its users, so that everything can be tried without a download.
 
 Items are vectors around random centres; residual k-means gives them Semantic IDs of five levels. Their popularity is
-Zipf's, and users have tastes: a few directions, from one of which each next item comes.
+Zipf's, and users have tastes: a few directions, from one of which each next item comes. Now and then it is the companion
+of the item before instead, as a lens is a camera's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ...sid.catalogue import Catalogue
 from .interactions import Histories
 
 LEVELS, CODES, DIMENSIONS = 5, 32, 24
+COMPANY = 0.3  # chance that an item is followed by its companion
 _COLOURS = (
     "amber",
     "blue",
@@ -87,6 +89,7 @@ def synthetic(items: int = 3000, users: int = 3000, seed: int = 0) -> Synthetic:
 
     popularity = random.permutation(1.0 / np.arange(1, items + 1) ** 0.8)
     directions = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    companion = random.choice(items, items, p=popularity / popularity.sum())
     histories = []
     for _ in range(users):
         tastes = directions[random.choice(items, 2, p=popularity / popularity.sum())]  # [2, D]
@@ -97,7 +100,10 @@ def synthetic(items: int = 3000, users: int = 3000, seed: int = 0) -> Synthetic:
         order = np.argsort(-noisy, axis=1)[:, :length]  # what a Gumbel-top-k draws, without replacement
         chosen: dict[int, None] = {}
         for t in taste:
-            chosen[next(item for item in order[t].tolist() if item not in chosen)] = None
+            follows = int(companion[next(reversed(chosen))]) if chosen and random.random() < COMPANY else None
+            if follows is None or follows in chosen:
+                follows = next(item for item in order[t].tolist() if item not in chosen)
+            chosen[follows] = None
         histories.append(np.array(list(chosen), dtype=np.int64))
     names = [f"user-{i}" for i in range(users)]
     return Synthetic(catalogue, Histories(names, histories), text)
