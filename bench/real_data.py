@@ -37,6 +37,10 @@ FILES = {
         "Scientific/indexes/rqvae_zcr/Scientific.index.json",
         "863a1f35ad30b15b0707ad5b15dcf56adb8c86e243fe6ce3e0ed3f4bb54298ca",
     ),
+    "scientific/rqvae_native.index.json": (
+        "Scientific/indexes/rqvae_native/Scientific.index.json",
+        "437abc79599eb3238bfc5369c86606c34bbe1f7f8897d169004fe6a75cbfa788",
+    ),
     "scientific/rkmeans_zcr.index.json": (
         "Scientific/indexes/rkmeans_zcr/Scientific.index.json",
         "4a654151cc7597619a879c502f95c5470cae3c4212f8cb7128665b7a6bf00c02",

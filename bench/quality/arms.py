@@ -86,7 +86,15 @@ RECIPE: dict[str, Any] = {
     "eval_users": 5000,
 }
 PRETRAINING: dict[str, dict[str, Any]] = {
-    "classification": {"batch_size": 1024, "learning_rate": 2e-3, "warmup_steps": 50},
+    "classification": {
+        "steps": 1000,
+        "batch_size": 1024,
+        "learning_rate": 2e-3,
+        "warmup_steps": 50,
+        "eval_every": 200,
+        "log_every": 200,
+        "restart_rows": 0,
+    },
 }
 
 ARMS = {
@@ -101,7 +109,7 @@ ARMS = {
     "sid-transformer": Arm("SID-Transformer in the same slot", {"arm": "sid-transformer", "encoder_lr_multiple": 0.3}),
     "pretrained": Arm(
         "PrefixMem + cross-item orders, pre-trained by classification",
-        {"history": 1},
+        {"history": 1, "restart_rows": 0},  # which would lose what was pre-trained
         pretraining="classification",
         steps_of="cross-item",
     ),

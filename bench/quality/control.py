@@ -40,11 +40,12 @@ class _Permuted(PrefixMem):
         codes, level = window_codes(stream, spec)
         if new_tokens is not None:
             codes, level = codes[:, codes.shape[1] - new_tokens :], level[:, level.shape[1] - new_tokens :]
-        out = codes.new_zeros(*level.shape, self.config.memory_dim, dtype=self.memory.weight.dtype)
-        for a, active in enumerate(spec.active_levels):
-            here = level == active
-            if bool(here.any()):
-                out = out.masked_scatter(here[..., None], self.memory(self.exchange(codes[here], active))[:, a])
+        places = [(level == active).flatten().nonzero().squeeze(1) for active in spec.active_levels]
+        codes = codes.flatten(0, 1)
+        read = torch.cat([self.exchange(codes[p], a) for p, a in zip(places, spec.active_levels, strict=True)])
+        slot = torch.cat([torch.full_like(p, a) for a, p in enumerate(places)])
+        S = self.memory(read)[torch.arange(len(read)), slot]  # one reading of the table, as fused updates need
+        out = S.new_zeros(level.numel(), S.shape[1]).index_copy(0, torch.cat(places), S).view(*level.shape, -1)
         m = self.out_proj(self._drop(out))
         if self.cross_item is None:
             return m

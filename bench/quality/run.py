@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import shutil
 import time
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,11 +16,12 @@ from tqdm import tqdm
 from prefixmem_fast.recommender.evaluation.report import evaluate, reachable_by
 from prefixmem_fast.recommender.training import classification
 from prefixmem_fast.recommender.training.config import RunConfig
-from prefixmem_fast.recommender.training.folder import MARKER
+from prefixmem_fast.recommender.training.folder import ENCODER, MARKER
 from prefixmem_fast.recommender.training.run import Data, load_data, load_run, prepare, train
 
 from .arms import ARMS, PRETRAINING, config_of, recipe
 from .control import add_permuted
+from .hits import packed
 
 HARD = ("plain", 0)  # the arm and the seed whose test says which examples are reachable
 
@@ -46,8 +45,8 @@ def run_one(
     pretraining = ARMS[arm].pretraining
     report: dict[str, Any] = {}
     if pretraining:
-        report["pretraining"] = _pretrain(data_set, pretraining, seed, data, folder / "pretraining", quiet)
-        changes["encoder"] = str(folder / "pretraining" / ("encoder" if pretraining == "classification" else "model"))
+        report["pretraining"] = _pretrain(arm, data_set, seed, data, folder / "pretraining", quiet)
+        changes["encoder"] = str(folder / "pretraining" / ENCODER)
     config, loaded, add_arm = arm_of(arm, data_set, data, seed, **changes)
     training = _train(config, folder / "train", quiet, loaded, add_arm)
     # The control is no encoder that the library knows, so its weights are put back by hand.
@@ -103,17 +102,6 @@ def arm_of(arm: str, data_set: str, data: Path, seed: int, **changes: Any) -> tu
 _FREE = 3000  # test examples of the unconstrained search
 
 
-def packed(hits: np.ndarray) -> str:
-    """Which examples were hit, one bit each, so that arms can be compared example by example."""
-    return base64.b64encode(zlib.compress(np.packbits(hits).tobytes(), 9)).decode()
-
-
-def unpacked(text: str, examples: int) -> np.ndarray:
-    """What `packed` was given."""
-    bits = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8)
-    return np.unpackbits(bits, count=examples).astype(bool)
-
-
 _PLACES = ("items", "interactions", "text", "encoder", "tokenizer")
 
 
@@ -143,10 +131,8 @@ def _of_width(width: int) -> dict[str, Any]:
     return {"n_embd": width, "n_inner": 8 * width}
 
 
-def _pretrain(data_set: str, method: str, seed: int, data: Path, out: Path, quiet: bool) -> dict[str, Any]:
-    config = config_of("prefixmem", data_set, data, seed, **PRETRAINING[method])
-    if method == "tiger":
-        return _train(config, out, quiet, None, None)
+def _pretrain(arm: str, data_set: str, seed: int, data: Path, out: Path, quiet: bool) -> dict[str, Any]:
+    config = config_of(arm, data_set, data, seed, **PRETRAINING[ARMS[arm].pretraining])
     report = classification.pretrain(config, out, resume=(out / MARKER).is_file(), quiet=quiet)
     return {name: value for name, value in report.items() if name != "training"}
 

@@ -5,16 +5,19 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from bench import real_data
 from bench.cli import main as bench
 from bench.quality import arms, pace, report
-from bench.quality.control import PermutedPrefixMem
+from bench.quality.control import PermutedCrossItem, PermutedPrefixMem
+from bench.quality.hits import bootstrap_interval, packed, unpacked
 from bench.quality.run import widened
 from bench.rows import append_rows, read_rows
 from prefixmem_fast import AddressSpec, PrefixMem, PrefixMemConfig, SIDVocabulary, prefix_rows
+from prefixmem_fast.recommender.data import Histories
 from prefixmem_fast.recommender.training.run import load_data
 from tests.helpers.runs import TINY, write_files
 
@@ -24,9 +27,9 @@ SMALL = {
     "heads": 2,
     "max_order": 2,
     "memory_dim": 8,
-    "batch_size": 8,
-    "eval_every": 3,
-    "log_every": 3,
+    "history_rows": 60,
+    "history_dim": 8,
+    "batch_size": 40,
     "warmup_steps": 1,
     "max_items": 5,
 }
@@ -39,12 +42,14 @@ def small_study(tmp_path, monkeypatch):
     files = ("items.index.json", "interactions.json")
     digests = {name: ("source", hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()) for name in files}
     monkeypatch.setattr(real_data, "FILES", digests)
-    monkeypatch.setattr(arms, "SETS", {"small": arms.DataSet(*files, 6)})
+    monkeypatch.setattr(arms, "SETS", {"small": arms.DataSet(*files, 2)})
     for module in ("bench.quality.cli", "bench.quality.report"):
         monkeypatch.setattr(f"{module}.SETS", arms.SETS)
+    monkeypatch.setattr(arms, "EPOCHS", 3)
+    monkeypatch.setattr(arms, "EPOCHS_A_VALIDATION", 1)
     recipe = {**arms.RECIPE, **SMALL, "codebook_sizes": [6, 6, 6]}
     monkeypatch.setattr(arms, "RECIPE", recipe)
-    short = {"steps": 4, "eval_every": 2, "log_every": 2, "batch_size": 16}
+    short = {**arms.PRETRAINING["classification"], "steps": 4, "eval_every": 2, "log_every": 2, "batch_size": 16}
     monkeypatch.setitem(arms.PRETRAINING, "classification", short)
     torch.set_num_threads(1)
     places = {"data": tmp_path, "runs": tmp_path / "runs", "out": tmp_path / "out"}
@@ -59,17 +64,18 @@ def test_every_arm_has_options_that_are_allowed():
     for arm in arms.ARMS:
         config = arms.config_of(arm, "beauty-mql4grec", Path("data"), 1)
         assert config.seed == 1
-        assert config.steps == (9600 if arm.endswith("-long") else 2400)
-        assert (config.arm == "plain") == (arm in ("plain", "plain-long", "wide"))
+        assert config.steps == arms.EPOCHS * 280
+        assert (config.arm == "plain") == (arm in ("plain", "wide", "tiger"))
+        assert bool(config.history) == (arm.startswith("cross-item") or arm == "pretrained")
 
 
 def test_runs_are_done_once_and_reported(tmp_path, small_study, capsys):
-    for arm in ("plain", "permuted", "pretrained"):
+    for arm in ("plain", "permuted", "pretrained", "cross-item-permuted"):
         assert main(["run-here", *small_study, "--arms", arm, "--seeds", "0", "--beams", "10", "--examples", "30"]) == 0
     file = tmp_path / "out" / "small.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     rows = [line for line in lines if "arm" in line]
-    assert [row["arm"] for row in rows] == ["plain", "permuted", "pretrained"]
+    assert [row["arm"] for row in rows] == ["plain", "permuted", "pretrained", "cross-item-permuted"]
     assert "reachable" not in rows[0]["test"]
     for row in rows[1:]:
         groups = row["test"]["reachable"]
@@ -88,9 +94,9 @@ def test_runs_are_done_once_and_reported(tmp_path, small_study, capsys):
 
     for row in rows:  # beams of 10 give no figure at 100
         for floor in row["test"]["floors"].values():
-            floor["recall@100"] = 1.0
+            floor["recall@50"] = floor["recall@100"] = 1.0
         for search in row["test"]["searches"].values():
-            search["recall@100"] = 1.0
+            search["recall@50"] = search["recall@100"] = 1.0
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(["report", *small_study]) == 0
     text = (tmp_path / "out" / "summary.md").read_text()
@@ -113,21 +119,23 @@ def test_runs_are_done_once_and_reported(tmp_path, small_study, capsys):
 def test_equal_time_is_counted_with_the_pace_of_steps(tmp_path, small_study, monkeypatch, capsys):
     assert main(["pace-here", *small_study, "--arms", "plain,permuted,pretrained", "--turns", "2"]) == 0
     timed = read_rows(tmp_path / "out" / arms.PACE, ("arm", "of_first"))
-    assert [row["arm"] for row in timed] == ["plain", "permuted"]  # the steps of "pretrained" are those of "prefixmem"
+    assert [row["arm"] for row in timed] == ["plain", "permuted"]  # the steps of "pretrained" are those of "cross-item"
     assert [row["of_first"] == 1.0 for row in timed] == [True, False]
     assert all(row["steps"] == 2 for row in timed)
     assert "ms a step" in capsys.readouterr().out
     assert set(report.read_pace(tmp_path / "out", "small")) == {"plain", "permuted"}
 
     row = {"arm": "pretrained", "validation": [{"step": 200, "loss": 9.0}, {"step": 400, "loss": 7.0}]}
-    times = {"plain": 0.1, "prefixmem": 0.125}
+    times = {"plain": 0.1, "cross-item": 0.125}
     assert report._at_time(row, 37.5, times, "loss") == 8.0  # 300 steps
     assert report._at_time({**row, "pretraining": {"seconds": 6.25}}, 37.5, times, "loss") == 8.5
     assert report._at_time({**row, "arm": "plain"}, 99.0, times, "loss") == 7.0
     with pytest.raises(KeyError):
         report._at_time({**row, "arm": "permuted"}, 1.0, times, "loss")
+    longer = arms.Arm("other steps", {"steps": 9})
+    monkeypatch.setitem(report.ARMS, "longer", longer)
     with pytest.raises(KeyError):
-        report._at_time({**row, "arm": "plain-long"}, 1.0, times, "loss")  # its schedule is another
+        report._at_time({**row, "arm": "longer"}, 1.0, times, "loss")  # its schedule is another
 
 
 def test_a_pace_is_a_median_and_so_is_its_ratio(tmp_path, small_study, monkeypatch):
@@ -216,7 +224,42 @@ def test_the_control_reads_real_prefixes_that_end_in_the_same_code():
         m = control.encode_tokens(stream, vocabulary)[:, level == l]
         assert (m == m[:1]).all() == same
     assert not control.encode_tokens(stream, vocabulary)[:, level == 3].any()
-    drawn = control._exchange(catalogue, 2)
+    drawn = control.exchange(catalogue, 2)
     assert torch.equal(drawn[:, 1], catalogue[:, 1])
     known = {tuple(prefix) for prefix in catalogue[:, :2].tolist()}
     assert {tuple(prefix) for prefix in drawn[:, :2].tolist()} <= known
+
+
+def test_the_control_of_cross_item_orders_reads_rows_of_real_transitions_to_the_same_prefix():
+    torch.manual_seed(0)
+    sizes = (4, 5, 6)
+    catalogue = torch.stack([torch.randint(0, size, (40,)) for size in sizes], 1).unique(dim=0)
+    rng = np.random.default_rng(0)
+    items = [rng.integers(len(catalogue), size=9) for _ in range(30)]
+    train = Histories([str(user) for user in range(30)], items)
+    spec = AddressSpec.cross_item(sizes, table_rows=5000, heads=2)
+    encoder = PrefixMem(PrefixMemConfig(spec, memory_dim=8, hidden_size=16, output_init_std=1.0), grad="dense")
+    control = PermutedCrossItem(encoder, catalogue, train)
+    pairs = torch.cat([torch.cat([catalogue[i[:-1]], catalogue[i[1:]]], 1) for i in items])
+    for level in (3, 4, 5):
+        drawn = control.exchange(pairs, level)
+        assert torch.equal(drawn[:, 3:], pairs[:, 3:])  # the prefix stays
+        known = {tuple(pair[:level]) for pair in pairs.tolist()}
+        assert {tuple(pair[:level]) for pair in drawn.tolist()} <= known
+        assert (drawn[:, :3] != pairs[:, :3]).any(1).float().mean() > 0.2
+    tokens = {1 + 10 * l + c: (l + 1, c) for l, size in enumerate(sizes) for c in range(size)}
+    vocabulary = SIDVocabulary.from_table(tokens, sizes)
+    m = control.encode_tokens(vocabulary.encode(catalogue[items[0]]).flatten()[None].repeat(20, 1), vocabulary)
+    assert m[:, 2:].any(-1).all()
+    assert not m[:, :2].any()  # nothing stands before the first item
+    assert (m[:, 2:] != m[:1, 2:]).any()
+
+
+def test_hits_are_kept_a_bit_each_and_compared_user_by_user():
+    hits = np.random.default_rng(0).random(1003) < 0.07
+    assert (unpacked(packed(hits), 1003) == hits).all()
+    other = hits.copy()
+    other[:200] = True
+    low, high = bootstrap_interval(other.astype(float) - hits)
+    assert 0 < low < (other.mean() - hits.mean()) < high < 0.3
+    assert bootstrap_interval(np.zeros(50)) == (0.0, 0.0)

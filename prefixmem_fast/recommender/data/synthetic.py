@@ -1,8 +1,8 @@
 """A synthetic catalogue and its users, so that everything can be tried without a download.
 
 Items are vectors around random centres; residual k-means gives them Semantic IDs of five levels. Their popularity is
-Zipf's, and users have tastes: a few directions, from one of which each next item comes. Now and then it is the companion
-of the item before instead, as a lens is a camera's.
+Zipf's, and users have tastes: a few directions, from one of which each next item comes. Now and then it is instead the
+companion of the item before, as a lens is a camera's.
 """
 
 from __future__ import annotations

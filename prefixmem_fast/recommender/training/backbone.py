@@ -146,6 +146,8 @@ def _attend_in_float32(model: nn.Module) -> None:
         return
 
     def attend(module, query, key, value, attention_mask, **options):
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.float()
         with torch.autocast("cpu", enabled=False):
             out, weights = sdpa_attention_forward(
                 module, query.float(), key.float(), value.float(), attention_mask, **options
