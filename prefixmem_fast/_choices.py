@@ -13,3 +13,5 @@ QUANTIZATIONS = ("int8", "fp8")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 QUANTIZED_DTYPES = ("int8", "float8_e4m3fn")  # of QUANTIZATIONS, as torch names them
 SHAPES = ("paper", "float32", "suffix", "full", "wide", "odd", "cross-item", "float64")
+COLLISIONS = ("keep", "last-level", "extra-level")
+LAYOUTS = ("items-first", "levels-first")

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _checks
-from .._files import read_json
 from .._inputs import check_unique, clipped, input_file, shown
 from .formats import TokenFormat, recognise
+from .index_files import SUFFIXES, read_index, split_tokens
 
 
 class Catalogue:
@@ -67,25 +63,28 @@ class Catalogue:
         *,
         codebook_sizes: Sequence[int] | None = None,
         token_format: str | None = None,
+        layout: str | None = None,
     ) -> Catalogue:
         """Read an index file.
 
         Args:
-            path: JSON ``{"item": ["<a_1>", "<b_2>", ...]}``, or an integer array ``[items, L]`` in .npy or .pt, whose
-                items are named by their row.
+            path: JSON ``{"item": ["<a_1>", "<b_2>", ...]}``, with the tokens in one string or with codes in place of
+                tokens; an integer array ``[items, L]`` or ``[L, items]`` in .npy or .pt, whose items are named by their
+                row; or Parquet with a column of items and one of codes or tokens. `index_files` lists them.
             codebook_sizes: K_1 .. K_L, where they are more than the codes show.
-            token_format: template of the tokens of a JSON index; recognised among the known ones unless given.
+            token_format: template of the tokens of an index; recognised among the known ones unless given.
+            layout: of an array: "items-first" for ``[items, L]``, "levels-first" for ``[L, items]``. None takes the
+                longer side for that of the items, and refuses a square.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it is no regular file or not an index; the message names the item, the level and the token.
         """
-        path = input_file("index", path, (".json", ".npy", ".pt"))
+        path = input_file("index", path, SUFFIXES)
         try:
-            content = _READERS[path.suffix.lower()](path)
-            if isinstance(content, Tensor):
-                _check_size(content, path)
-                return cls(map(str, range(len(content))), content, codebook_sizes)
+            content = read_index(path, layout)
+            if isinstance(content, tuple):
+                return cls(*content, codebook_sizes)
             return cls.from_tokens(content, codebook_sizes=codebook_sizes, token_format=token_format)
         except Exception as error:  # damaged files fail in as many ways as there are readers
             raise ValueError(f"index {path}: {clipped(error)}") from error
@@ -93,12 +92,12 @@ class Catalogue:
     @classmethod
     def from_tokens(
         cls,
-        index: Mapping[str, Sequence[str]],
+        index: Mapping[str, Sequence[str] | str],
         *,
         codebook_sizes: Sequence[int] | None = None,
         token_format: str | None = None,
     ) -> Catalogue:
-        """A catalogue from ``{"item": ["<a_1>", "<b_2>", ...]}``.
+        """A catalogue from ``{"item": ["<a_1>", "<b_2>", ...]}``, or ``{"item": "<a_1><b_2>..."}``.
 
         Raises:
             TypeError, ValueError: a token is not one of its level; the message names item, level and token.
@@ -108,8 +107,9 @@ class Catalogue:
         if not index:
             raise ValueError('the index is empty; give {"item": ["<a_1>", "<b_2>", ...]}')
         levels = None
+        index = {item: _tokens_of(item, sid) if isinstance(sid, str) else sid for item, sid in index.items()}
         for item, tokens in index.items():
-            if isinstance(tokens, str) or not isinstance(tokens, Sequence):
+            if not isinstance(tokens, Sequence):
                 raise TypeError(f"item {shown(item)} has {shown(tokens)}; give a list of tokens, one a level")
             levels = len(tokens) if levels is None else levels
             if len(tokens) != levels:
@@ -146,33 +146,8 @@ class Catalogue:
         return f"Catalogue(items={len(self)}, codebook_sizes={self.codebook_sizes}, distinct_sids={distinct})"
 
 
-def _read_npy(path: Path) -> Tensor:
-    """An array whose header agrees with its file: numpy would allocate, or divide by, whatever a damaged one says."""
-    with path.open("rb") as file:
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        version = np.lib.format.read_magic(file)
-        if version not in readers:
-            raise ValueError(f"it is of format {version}; integers [items, L] in format 1.0 or 2.0 were expected")
-        shape, _, kind = readers[version](file)
-        if kind.kind not in "iu":
-            raise ValueError(f"it holds {kind}; integers [items, L] were expected")
-        left = path.stat().st_size - file.tell()
-    if min(shape, default=0) < 1 or math.prod(shape) * kind.itemsize > left:
-        raise ValueError(f"its header says {shown(shape)} numbers of {kind}, and {left} bytes follow")
-    return torch.from_numpy(np.load(path, allow_pickle=False))
-
-
-def _read_pt(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-_READERS = {".json": partial(read_json, kind="item", most=None), ".npy": _read_npy, ".pt": _read_pt}
-
-
-def _check_size(codes: Tensor, path: Path) -> None:
-    """A tensor may say that it has more numbers than its file: strides of 0, sparse tensors, the meta device."""
-    if codes.layout != torch.strided or codes.is_nested or codes.is_meta:
-        raise ValueError("it holds no dense tensor; integers [items, L] were expected")
-    size = path.stat().st_size
-    if not codes.numel() or codes.numel() * codes.element_size() > size:
-        raise ValueError(f"its tensor has shape {tuple(codes.shape)}, and the file only {size} bytes")
+def _tokens_of(item: str, sid: str) -> list[str]:
+    try:
+        return split_tokens(sid)
+    except ValueError as error:
+        raise ValueError(f"item {shown(item)}: {error}") from None

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 ALLOWED = ("read", "ValueError", "FileNotFoundError")
 LONGEST, SECONDS = 1000, 30
 
+CODES = {"10": [0, 1], "11": [1, 0], "x": [1, 1]}
 INDEX = {"10": ["<a_0>", "<b_1>"], "11": ["<a_1>", "<b_0>"], "x": ["<a_1>", "<b_1>"]}
 HISTORIES = {"u": [10, "11", "x"], "v": ["13"], "w": []}
 TEXT = {"10": {"title": "red"}, "11": "blue", "x": {"title": "green", "brand": "b"}}
@@ -148,6 +149,7 @@ def as_pt(_value, dice: random.Random, canary: Path) -> bytes:
             lambda: torch.quantize_per_tensor(codes.float(), 1.0, 0, torch.quint8),
             lambda: {"a": ["<a_1>"], "b": codes},
             lambda: INDEX,
+            lambda: CODES,
             lambda: [codes],
             lambda: Touch(canary / "touched"),
             lambda: "text",
@@ -200,10 +202,28 @@ def as_parquet(_value, dice: random.Random, _canary: Path) -> bytes:
     return damaged(out.getvalue(), dice) if dice.random() < 0.6 else out.getvalue()
 
 
+def as_index_parquet(_value, dice: random.Random, _canary: Path) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    items = dice.choice(([10, 11], ["x", "y"], [1.0, None], [True, False], [b"x", b"y"], [[1], [2]], [10, 10]))
+    lists = [[[0, 1], [1, 0]], [[0], [1, 2]], [[], []], [None, [1]], [[2**62, 1], [0, 1]], [[0.5], [1.0]]]
+    tokens = [["<a_0><b_1>", "<a_1><b_0>"], [["<a_0>"], ["<a_1>"]], ["long" * 20_000, "<"], [{"a": 1}, {"a": 2}]]
+    columns = {
+        dice.choice(("pid", "item_id")): pyarrow.array(items),
+        dice.choice(("sid", "codes")): pyarrow.array(dice.choice((*lists, *tokens))),
+    }
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), out, compression=dice.choice(("snappy", "zstd", "none")))
+    return damaged(out.getvalue(), dice) if dice.random() < 0.6 else out.getvalue()
+
+
 FILES = (
     ("index", ".json", as_json, INDEX),
+    ("index", ".json", as_json, CODES),
     ("index", ".npy", as_npy, None),
     ("index", ".pt", as_pt, None),
+    ("index", ".parquet", as_index_parquet, None),
     ("histories", ".json", as_json, HISTORIES),
     ("histories", ".csv", as_csv, ROWS),
     ("histories", ".csv", as_csv, TARGETS),

@@ -35,7 +35,9 @@ def test_index_files(tmp_path):
         ({"7": ["<a_1>", "<c_2>"]}, {}, "item '7', level 2: token '<c_2>' is one of level 3"),
         ({"7": ["<a_1>", "red"]}, {}, "item '7', level 2: token 'red' is not of the form"),
         ({"7": ["<a_1>", 4]}, {}, "item '7', level 2: 4 is not a token"),
-        ({"7": "<a_1>"}, {}, "item '7' has '<a_1>'; give a list"),
+        ({"7": 5}, {}, "item '7' has 5; give a list"),
+        ({"7": "a_1"}, {}, "item '7': 'a_1' is no Semantic ID; a list of tokens, or <a_1><b_2>..., was expected"),
+        ({"7": "<a_1> and <b_2>"}, {}, "item '7': '<a_1> and <b_2>' is no Semantic ID"),
         ({"7": ["<a_1>", "<b_9>"]}, {"codebook_sizes": (4, 4)}, r"item '7' has code 9 at level 2; allowed are 0\.\.3"),
         ({"7": ["<a_1>", "<b_9>"]}, {"codebook_sizes": (4,)}, "codebook_sizes has 1 levels and codes has 2"),
         ({"7": ["red", "blue"]}, {}, "none of the 2 tokens is a Semantic ID token"),
@@ -57,7 +59,7 @@ def test_errors_name_item_level_and_token(index, options, message, tmp_path):
         ("a.json", b'{"7": ["<a_1>"], "7": ["<a_2>"]}', "item '7' is there twice"),
         ("a.npy", b"\x93NUMPY", "index .*a.npy: "),
         ("a.pt", b"junk", "index .*a.pt: "),
-        ("a.csv", b"1,2", r"ends in \.csv; \.json, \.npy or \.pt was expected"),
+        ("a.csv", b"1,2", r"ends in \.csv; \.json, \.npy, \.pt or \.parquet was expected"),
     ],
 )
 def test_damaged_files(name, content, message, tmp_path):
@@ -99,7 +101,7 @@ def test_a_pipe_and_a_folder_are_not_opened(suffix, tmp_path):
 
 @pytest.mark.parametrize("name", ["long" * 5000 + ".json"])
 def test_what_is_no_file_name(name, tmp_path):
-    with pytest.raises(ValueError, match=r"index .*; give a \.json, \.npy or \.pt file") as error:
+    with pytest.raises(ValueError, match=r"index .*; give a \.json, \.npy, \.pt or \.parquet file") as error:
         Catalogue.load(tmp_path / name)
     assert len(str(error.value)) < 1000
 

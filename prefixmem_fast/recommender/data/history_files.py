@@ -21,6 +21,7 @@ import numpy as np
 
 from ..._files import read_json
 from ..._inputs import clipped, input_file, shown
+from ..._parquet import parquet_file
 from ..._progress import Progress
 from ...sid.catalogue import Catalogue
 from .interactions import Histories
@@ -28,7 +29,7 @@ from .interactions import Histories
 _ROWS_AT_ONCE = 10_000
 SUFFIXES = (".json", ".csv", ".tsv", ".parquet")
 USER, ITEM = ("user_id", "user"), ("item_id", "item", "item_asin", "parent_asin")
-LIST = ("items", "item_ids", "history", "history_item_id")
+LIST = ("items", "item_ids", "history", "history_item_id", "sequence_data")  # the last is of sid_gr
 # In small letters without underscores. The first two win over the others, and each of those over nothing else.
 TIME = ("timestamp", "time")
 OTHER_TIMES = (
@@ -199,26 +200,17 @@ def _counted(rows: Rows, path: Path, total: int | None = None) -> Rows:
 
 
 def _read_parquet(path: Path, builder: _Builder) -> Sequence[str] | None:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError("reading Parquet needs pyarrow: pip install 'prefixmem_fast[train]'") from None
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            _check_size(file.metadata, path)
-            lists = _column(columns, LIST, "items", optional=True)
-            item = _column(columns, ITEM, "item", optional=lists is not None)
-            time = _time_column(columns) if lists is None else None
-            wanted = [_column(columns, USER, "user"), *filter(None, (lists, item, time))]
-            table = file.read(columns=wanted)
-            if time is not None:
-                table, kind = _moments(table, time)
-            records = (row for batch in table.to_batches() for row in batch.to_pylist())
-            rows = _counted(((f"row {i}", row) for i, row in enumerate(records)), path, len(table))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"it is no Parquet file that can be read: {error}") from None
+    with parquet_file(path) as file:
+        columns = file.schema_arrow.names
+        lists = _column(columns, LIST, "items", optional=True)
+        item = _column(columns, ITEM, "item", optional=lists is not None)
+        time = _time_column(columns) if lists is None else None
+        wanted = [_column(columns, USER, "user"), *filter(None, (lists, item, time))]
+        table = file.read(columns=wanted)
+        if time is not None:
+            table, kind = _moments(table, time)
+        records = (row for batch in table.to_batches() for row in batch.to_pylist())
+        rows = _counted(((f"row {i}", row) for i, row in enumerate(records)), path, len(table))
     if lists is not None and item is not None:
         return _read_targets(rows, columns, lists, builder)
     if lists is None:
@@ -227,13 +219,6 @@ def _read_parquet(path: Path, builder: _Builder) -> Sequence[str] | None:
     for where, row in rows:
         builder.extend(row[wanted[0]], row[lists], where)
     return None
-
-
-def _check_size(metadata: Any, path: Path) -> None:
-    """A damaged file may promise any number of rows; Parquet's encodings hold a few thousand in a byte at most."""
-    promised, size = metadata.num_rows, path.stat().st_size
-    if promised > 10_000 * size:
-        raise ValueError(f"it promises {promised:,} rows in a file of {size:,} bytes")
 
 
 def _moments(table: Any, column: str) -> tuple[Any, str | None]:

@@ -54,7 +54,7 @@ class RunConfig:
 
     # data
     synthetic: bool = option(False, "train on the synthetic catalogue, in place of items and interactions")
-    items: str | None = option(None, "index of the items' Semantic IDs: .json, .npy or .pt")
+    items: str | None = option(None, "index of the items' Semantic IDs: .json, .npy, .pt or .parquet")
     interactions: list[str] | None = option(None, "histories: .json, .csv or .parquet; several files in time order")
     text: str | None = option(None, "text of the items: .json")
     text_field: str = option("title", "which entry of an item's text to read")
