@@ -51,8 +51,9 @@ setup(
     extras_require={
         "hf": ["transformers>=4.57.1"],
         "train": train,
+        "index": ["faiss-cpu"],
         "bench": [*train, "nvidia-ml-py"],
-        "test": [*train, "pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools>=68"],
+        "test": [*train, "faiss-cpu", "pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools>=68"],
     },
     entry_points={"console_scripts": ["prefixmem = prefixmem_fast.cli:main"]},
     classifiers=[

@@ -24,6 +24,8 @@ COMMANDS = {
     "verify": "Check every backend against the reference, or prove without a GPU what the kernels compile to and move.",
     "tune": "Measure block sizes and warps of the kernels on this GPU, and keep the fastest for later processes.",
     "bench": "Measure the kernels on this machine beside plain PyTorch and other libraries, report and compare.",
+    "index": "Make Semantic IDs from embeddings of items, by residual quantisation, and write them as an index.",
+    "inspect": "Show what an index holds before training: codebooks, prefixes, shared SIDs, rows that prefixes share.",
     "pretrain": "Pre-train an encoder alone: by a classification head, or in a small Tiger or causal LM.",
     "train": "Train a recommender on Semantic IDs: any causal LM or T5 of transformers, with the encoder or without.",
     "evaluate": "Evaluate a trained run: TF-L by level, recall, NDCG and hit rates by beam search, beside counting.",
