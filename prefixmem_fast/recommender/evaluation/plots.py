@@ -116,6 +116,13 @@ def _all_orders(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]
     ]
 
 
+def _below(report: Mapping[str, Any]) -> str:
+    if "cross_item" not in report:
+        return "order"
+    back = report["cross_item"]["history"]
+    return f"order (L+l: the item {back} back, and l codes)"
+
+
 def _prefixes(panel: Any, report: Mapping[str, Any]) -> None:
     """Distinct prefixes of each order beside the rows of a head's table."""
     orders = _all_orders(report)
@@ -125,8 +132,9 @@ def _prefixes(panel: Any, report: Mapping[str, Any]) -> None:
         label = "rows of a table" if place == 0 else None
         panel.plot([place - 0.45, place + 0.45], [order["table_rows"]] * 2, color=_COLOURS[1], linewidth=2, label=label)
     panel.set_yscale("log")
-    panel.set_ylim(top=30 * max(max(order["prefixes"], order["table_rows"]) for _, order in orders))
-    _name(panel, "prefixes and rows", "order", [name for name, _ in orders])
+    heights = [order[name] for _, order in orders for name in ("prefixes", "table_rows")]
+    panel.set_ylim(max(min(heights) / 4, 0.5), 30 * max(heights))  # the top is room for the legend
+    _name(panel, "prefixes and rows", _below(report), [name for name, _ in orders])
     panel.legend(fontsize=8, frameon=False, loc="upper left")
 
 
@@ -145,7 +153,7 @@ def _shared_rows(panel: Any, report: Mapping[str, Any]) -> None:
         text = "exact" if order["exact"] else f"{means[place]:.1f}"
         panel.annotate(text, (place, max(heads)), (0, 3), textcoords="offset points", ha="center", fontsize=8)
     panel.set_ylim(0, max(1.15 * max(map(max, shares)), 1))
-    _name(panel, "prefixes that share a row (%)", "order", [name for name, _ in orders])
+    _name(panel, "prefixes that share a row (%)", _below(report), [name for name, _ in orders])
 
 
 def _hot(panel: Any, report: Mapping[str, Any]) -> None:
