@@ -70,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
         "out": str(out),
         "items": len(names),
         "codebook_sizes": list(found.codebook_sizes),
+        "token_format": options.token_format,
         "collisions": options.collisions,
         "shared_before": found.shared_before,
         "shared_after": found.shared_after,
@@ -91,11 +92,19 @@ def _check_out(out: Path, options: argparse.Namespace) -> None:
 
 
 def _check_format(options: argparse.Namespace) -> None:
-    """A wrong template, or more levels than it has letters, is found before the work."""
+    """A template that is wrong, lacks letters or runs level and code into each other is found before the work."""
     from ..sid.formats import TokenFormat
 
-    levels = options.levels + (options.collisions == "extra-level")
-    TokenFormat(options.token_format, (max(options.codes, 1),) * max(levels, 1)).write(max(levels, 1), 0)
+    levels, codes = max(options.levels, 1) + (options.collisions == "extra-level"), max(options.codes, 1)
+    form = TokenFormat(options.token_format, (codes,) * levels)
+    for level in range(1, levels + 1):
+        for code in (0, codes - 1):
+            token = form.write(level, code)
+            if form.read(token) != (level, code):
+                raise ValueError(
+                    f"--token-format = {form.template!r} writes level {level}, code {code} as {token}, which reads as "
+                    f"level and code {form.read(token)}; put something between the fields"
+                )
 
 
 def _names(file: str | None, rows: int) -> list[str]:
@@ -133,14 +142,20 @@ def _text(names: list[str], codes: Any, form: TokenFormat) -> str:
     """The index as JSON, an item a line."""
     import json
 
+    tokens: dict[tuple[int, int], str] = {}
+    for level, column in enumerate(codes.unbind(1), 1):
+        for code in column.unique().tolist():
+            tokens[level, code] = form.write(level, code)
     lines = (
-        f"{json.dumps(name)}: {json.dumps([form.write(level, code) for level, code in enumerate(sid, 1)])}"
+        f"{json.dumps(name)}: {json.dumps([tokens[level, code] for level, code in enumerate(sid, 1)])}"
         for name, sid in zip(names, codes.tolist(), strict=True)
     )
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _summary(report: dict[str, Any]) -> str:
+    from ..sid.formats import KNOWN_FORMATS
+
     lines = [f"{'level':>5}{'codes used':>16}{'perplexity':>12}{'most used':>11}{'error left':>12}"]
     for level in report["levels"]:
         used = f"{level['used']:,} of {level['size']:,}"
@@ -153,5 +168,6 @@ def _summary(report: dict[str, Any]) -> str:
         + (f"; {report['moved']:,} moved" if report["moved"] else "")
     )
     sizes = ",".join(map(str, report["codebook_sizes"]))
-    lines.append(f"written to {report['out']}; train with --items {report['out']} --codebook-sizes {sizes}")
+    given = "" if report["token_format"] in KNOWN_FORMATS[:-1] else f" --token-format '{report['token_format']}'"
+    lines.append(f"written to {report['out']}; train with --items {report['out']} --codebook-sizes {sizes}{given}")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def report_of(options: argparse.Namespace) -> dict[str, Any]:
         sizes, max_order=options.max_order, heads=options.heads, table_rows=options.table_rows, active_levels=None
     )
     shared = statistics.shared_sids(codes)
-    shared["largest_item"] = catalogue.items[shared.pop("largest_row")]
+    row = shared.pop("largest_row")
+    shared["largest_item"] = catalogue.items[row] if shared["items"] else None
     report: dict[str, Any] = {
         "index": str(options.index),
         "items": len(catalogue),
@@ -101,9 +103,7 @@ def report_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_picture(file: Path) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("matplotlib") is None:
+    if find_spec("matplotlib") is None:
         raise ValueError("plots need matplotlib: pip install 'prefixmem_fast[train]'")
     from matplotlib.figure import Figure
 
