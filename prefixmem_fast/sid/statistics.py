@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..addressing import AddressSpec, item_windows, prefix_rows
+from ..addressing import AddressSpec, item_windows
+from ..addressing.addresses import order_rows
 
 TOPS = (1, 10, 100)
-_NUMBERS_AT_ONCE = 1 << 24  # of prefix_rows
 _STATE_BYTES = 4  # row-wise Adagrad keeps one float32 a row
 
 
@@ -101,32 +101,33 @@ def table_use(codes: Tensor, spec: AddressSpec) -> list[dict[str, Any]]:
     for order, (group, count) in enumerate(prefix_groups(codes, spec.window_sizes), 1):
         if order > spec.max_order or not spec.rows_per_order[order - 1]:
             continue
-        rows = _rows_of_order(codes[first_rows(group, count)], order, spec)
-        occupied, sharing = zip(*(_sharing(head[:, None]) for head in rows.unbind(1)), strict=True)
+        rows = order_rows(codes[first_rows(group, count), :order], order, spec)
+        occupied, sharing, sharing_all = _sharing(rows)
         found.append(
             {
                 "order": order,
                 "exact": order in spec.exact_orders,
                 "table_rows": spec.rows_per_order[order - 1],
                 "prefixes": count,
-                "occupied": list(occupied),
-                "sharing": list(sharing),
-                "sharing_all": _sharing(rows)[1],
+                "occupied": occupied,
+                "sharing": sharing,
+                "sharing_all": sharing_all,
             }
         )
     return found
 
 
-def _rows_of_order(prefixes: Tensor, order: int, spec: AddressSpec) -> Tensor:
-    """Rows ``[prefixes, H]`` of an order, at the level where it is the whole prefix."""
-    at_once = max(_NUMBERS_AT_ONCE // (spec.levels * spec.max_order * spec.heads), 1)
-    return torch.cat([prefix_rows(part, spec)[:, order - 1, order - 1] for part in prefixes.split(at_once)])
-
-
-def _sharing(rows: Tensor) -> tuple[int, int]:
-    """Distinct rows of ``[prefixes, H]``, and how many prefixes have one that another one has too."""
-    _, count = torch.unique(rows, dim=0, return_counts=True)
-    return len(count), int(count[count > 1].sum())
+def _sharing(rows: Tensor) -> tuple[list[int], list[int], int]:
+    """Of rows int64 ``[prefixes, H]`` for each head the distinct ones, and the prefixes whose row another one has too;
+    and how many prefixes have all their rows in common with another."""
+    occupied, sharing, together = [], [], rows.new_zeros(len(rows))
+    for head in rows.unbind(1):
+        distinct, place, count = torch.unique(head, return_inverse=True, return_counts=True)
+        occupied.append(len(distinct))
+        sharing.append(int(count[count > 1].sum()))
+        together = torch.unique(together * len(rows) + place, return_inverse=True)[1]
+    count = torch.bincount(together)
+    return occupied, sharing, int(count[count > 1].sum())
 
 
 def table_bytes(spec: AddressSpec, memory_dim: int) -> dict[str, int]:

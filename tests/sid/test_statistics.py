@@ -78,10 +78,8 @@ def held_against_python(found, windows, spec):
     return found
 
 
-@pytest.mark.parametrize("at_once", [1 << 24, 150])
 @pytest.mark.parametrize(("rows", "orders"), [(20, 3), (7, 2), (2, 5)])
-def test_rows_that_prefixes_share(codes, monkeypatch, rows, orders, at_once):
-    monkeypatch.setattr("prefixmem_fast.sid.statistics._NUMBERS_AT_ONCE", at_once)
+def test_rows_that_prefixes_share(codes, rows, orders):
     spec = AddressSpec(SIZES, max_order=orders, heads=2, table_rows=rows)
     found = held_against_python(table_use(codes, spec), codes, spec)
     if rows == 20:
