@@ -46,7 +46,8 @@ class NextCode(nn.Module):
 
     def losses(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy and correctness of each predicted level: ``[M, levels]`` each, from codes ``[M, items, L]``,
-        the last item and those before it that the encoder reads."""
+        the last item and those before it that the encoder reads, or ``[M, L]``."""
+        codes = codes if codes.dim() == 3 else codes[:, None]
         m, codes = self.encoder(codes), codes[:, -1]
         losses, right = [], []
         for level, head in zip(self.levels, self.heads, strict=True):
@@ -56,7 +57,7 @@ class NextCode(nn.Module):
         return torch.stack(losses, 1), torch.stack(right, 1)
 
     def forward(self, codes: Tensor) -> dict[str, Tensor]:
-        """The loss of Semantic IDs ``[M, items, L]``."""
+        """The loss of Semantic IDs, see `losses`."""
         return {"loss": self.losses(codes)[0].mean()}
 
     @torch.no_grad()
