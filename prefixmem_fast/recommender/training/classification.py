@@ -47,8 +47,8 @@ class NextCode(nn.Module):
     def losses(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy and correctness of each predicted level: ``[M, levels]`` each, from codes ``[M, items, L]``,
         the last item and those before it that the encoder reads, or ``[M, L]``."""
-        codes = codes if codes.dim() == 3 else codes[:, None]
-        m, codes = self.encoder(codes), codes[:, -1]
+        m = self.encoder(codes)
+        m, codes = (m[:, None], codes) if codes.dim() == 2 else (m, codes[:, -1])
         losses, right = [], []
         for level, head in zip(self.levels, self.heads, strict=True):
             logits, target = head(m[:, -1, level - 1] if level else m[:, -2, -1]), codes[:, level]
