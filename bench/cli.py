@@ -11,6 +11,7 @@
     python -m bench callgrind
     python -m bench gpu --minutes 3
     python -m bench quality --help
+    python -m bench language-model-study --help
 
 `prefixmem bench` is the same command.
 """
@@ -33,6 +34,7 @@ from prefixmem_fast._files import write_file
 
 from . import callgrind, compare, host, plots, scale
 from .quality import cli as quality
+from .quality import language_model
 from .registry import BENCHMARKS
 from .report import page, table
 from .rows import append_rows, check_out, describe, latest, read_rows
@@ -40,7 +42,10 @@ from .rows import append_rows, check_out, describe, latest, read_rows
 if TYPE_CHECKING:
     from .run import Planned
 
-ACTIONS = ("list", "run", "report", "compare", "gpu", "predicted", "scale", "traffic", "host", "callgrind", "quality")
+ACTIONS = (
+    *("list", "run", "report", "compare", "gpu", "predicted", "scale", "traffic", "host", "callgrind", "quality"),
+    "language-model-study",
+)
 # Git ignores it; rows that are to be committed go to --out bench/results/<machine>.jsonl.
 RUNS = Path("runs/bench")
 
@@ -106,10 +111,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("callgrind", callgrind.run, "Count instructions and cache misses of the CPU kernels in valgrind.")
     )
     scale.add_arguments(add("scale", scale.run, "What a catalogue costs in rows, bytes and devices, by formulas."))
-    summary, form = quality.__doc__.splitlines()[0], argparse.RawDescriptionHelpFormatter
-    action = actions.add_parser("quality", help=summary, description=quality.__doc__, formatter_class=form)
-    action.set_defaults(run_action=quality.run)
-    quality.add_arguments(action.add_argument)
+    form = argparse.RawDescriptionHelpFormatter
+    for name, study in (("quality", quality), ("language-model-study", language_model)):
+        summary = study.__doc__.splitlines()[0]
+        action = actions.add_parser(name, help=summary, description=study.__doc__, formatter_class=form)
+        action.set_defaults(run_action=study.run)
+        study.add_arguments(action.add_argument)
 
 
 def _add_selection(option: Callable) -> None:

@@ -110,7 +110,7 @@ def train(
     resume: bool = False,
     quiet: bool = False,
     data: Data | None = None,
-    add_arm: Callable[[nn.Module, RunConfig, SIDVocabulary], None] | None = None,
+    add_arm: Callable[[nn.Module, RunConfig, SIDVocabulary], nn.Module | None] | None = None,
     stop_at: int | None = None,
     kind: str = TRAIN,
 ) -> dict[str, Any]:
@@ -120,7 +120,8 @@ def train(
         out: the folder; a new or an empty one, or with `resume` that of the run to go on with.
         quiet: no progress.
         data: what `load_data` returned, if it is at hand.
-        add_arm: puts the encoder on the model, in place of `arms.add_arm`.
+        add_arm: puts the encoder on the model, in place of `arms.add_arm`; may return a model around it, such as one
+            of PEFT, that is trained and saved in its place.
         stop_at: stop after this step, as a kill would.
         kind: what the folder is marked as.
 
@@ -141,7 +142,7 @@ def train(
             return session.report
         config = session.config
         run = prepare(config, load_data(config) if data is None else data)
-        (add_arm or add_arm_of_config)(run.model, config, run.vocabulary)
+        run.model = (add_arm or add_arm_of_config)(run.model, config, run.vocabulary) or run.model
         stream, collate = stream_of(run)
         examples = run.data.split.validation.last(config.max_items).sample(config.eval_users)
         trainer = make_trainer(
