@@ -68,11 +68,11 @@ def config_and_data(tmp_path, arm, model="llama"):
     return config, load_data(config)
 
 
-def keep_pace(runs, seconds_per_step):
+def keep_pace(runs, seconds_per_step, precision="float32"):
     """As if the pace had been taken."""
     runs.mkdir(parents=True, exist_ok=True)
     known = {arm: {"arm": arm, "seconds_per_step": seconds} for arm, seconds in seconds_per_step.items()}
-    (runs / "pace-float32-1-0.json").write_text(json.dumps(known))
+    (runs / f"pace-{precision}-1-0.json").write_text(json.dumps(known))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -129,8 +129,8 @@ def test_arms_train_by_their_pace_once_and_give_rows(tmp_path, small_study, caps
     assert all(row["tokens_per_second"] > 0 for row in timed)
     assert not (tmp_path / "rows.jsonl").exists()
 
-    keep_pace(tmp_path / "runs", {"plain": 0.5, "cross-item": 0.75})
-    command = [*small_study, "--arms", "plain,cross-item", "--seconds", "3"]
+    keep_pace(tmp_path / "runs", {"plain": 0.5, "cross-item": 0.75}, "bfloat16")
+    command = [*small_study, "--arms", "plain,cross-item", "--seconds", "3", "--precision", "bfloat16"]
     assert main(command) == 0
     rows = read_rows(tmp_path / "rows.jsonl", ("arm", "seed", "recipe"))
     assert [(row["arm"], row["steps"]) for row in rows] == [("plain", 6), ("cross-item", 4)]  # in equal time
