@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPES = ("paper", "float32", "suffix", "full", "wide", "odd", "float64")  # as prefixmem_fast._choices
+SHAPES = ("paper", "float32", "suffix", "full", "wide", "odd", "cross-item", "float64")  # as prefixmem_fast._choices
 RANDOM = 3  # processes of parity over random configurations, each with a seed of its own
 TEST_WORKERS = 6
 GRACE = 12  # seconds in which a process that was told to stop comes to its end

@@ -267,15 +267,16 @@ def _stream(spec: AddressSpec, codes: Tensor, packed: bool) -> tuple[Tensor, Ten
     Of a window both items are there, one after the other.
     """
     sids, device = len(codes), codes.device
-    first, entries, tokens = 3, [torch.zeros(3, 2, dtype=torch.int32)], [torch.zeros_like(codes[:, 0])]
-    for place, size in enumerate(spec.window_sizes):
-        level = place % spec.item_levels + 1
+    first, firsts, entries, tokens = 3, [], [torch.zeros(3, 2, dtype=torch.int32)], [torch.zeros_like(codes[:, 0])]
+    for level, size in enumerate(spec.codebook_sizes, 1):
         known = torch.arange(min(size, 2048), dtype=torch.int64)
         entry = known * (min(size, 1 << 30) // len(known))  # no vocabulary has codes past 2^31
         entries.append(torch.stack([torch.full_like(entry, level), entry], 1).int())
-        code = codes[:, place]
-        tokens.append(torch.where((code >= 0) & (code < size), first + code % len(known), -100))
+        firsts.append((first, len(known)))
         first += len(known)
+    for place, size in enumerate(spec.window_sizes):
+        (begin, count), code = firsts[place % spec.item_levels], codes[:, place]
+        tokens.append(torch.where((code >= 0) & (code < size), begin + code % count, -100))
     rows = 8 if sids % 8 == 0 else 1
     ids = torch.stack(tokens, 1).view(rows, -1)
     segments = None
