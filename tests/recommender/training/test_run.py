@@ -89,7 +89,8 @@ def _train_in_child(config, out, resume):
 
 
 def test_five_kills_at_random_moments_change_nothing(tmp_path):
-    config = options(tmp_path, steps=150, eval_every=3, eval_users=20, memory_dropout=0.5)
+    across = {"history": 1, "history_rows": 60, "history_dim": 8, "row_lr": 0.1, "restart_rows": 3}
+    config = options(tmp_path, steps=150, eval_every=3, eval_users=20, memory_dropout=0.5, **across)
     whole = train(config, tmp_path / "whole", quiet=True)
     out = tmp_path / "killed"
     # A fork of this process would inherit the threads of autograd, which other tests may have started.
