@@ -401,3 +401,34 @@ def test_training_sees_neither_validation_nor_test_items(tmp_path):
         assert tuple(row["input_ids"][1:].tolist()) in trained or len(row["input_ids"]) == 1 + 3 * config.max_items
     assert all(len(a) + 2 == len(b) + 1 for a, b in zip(split.train.items, split.test.histories, strict=True))
     assert np.all(split.test.targets >= 0)
+
+
+def test_cross_item_tables_start_anew_and_the_others_stay(tmp_path):
+    across = {"history": 2, "history_rows": 300, "history_dim": 8, "batch_size": 4, "weight_decay": 0.1}
+    config = options(tmp_path, steps=8, eval_every=4, keep_best=False, **across)
+    filled = {}
+    for name, every in (("kept", 0), ("restarted", 4)):
+        train(config.replace(restart_rows=every), tmp_path / name, quiet=True)
+        found = PrefixMem.from_pretrained(tmp_path / name / runs.MODEL)
+        encoders = found, found.cross_item, found.cross_item.cross_item
+        filled[name] = [int(one.memory.weight.any(1).sum()) for one in encoders]
+    assert filled["restarted"][0] == filled["kept"][0]  # of random numbers at the start, all of them
+    for kept, restarted in zip(filled["kept"][1:], filled["restarted"][1:], strict=True):
+        assert 0 < restarted < 0.8 * kept  # half of the steps
+
+
+def test_the_rate_of_rows_stays_where_the_others_fall(tmp_path, monkeypatch):
+    rates = []
+    monkeypatch.setattr(
+        trainer.StopAt,
+        "on_step_end",
+        lambda self, args, state, control, optimizer=None, **_: rates.append([g["lr"] for g in optimizer.param_groups]),
+    )
+    config = options(tmp_path, history=1, history_rows=60, history_dim=8, row_lr=0.3, warmup_steps=2)
+    train(config, tmp_path / "run", quiet=True, stop_at=10**6)
+    first, *_, last = rates
+    assert first[0] == pytest.approx(0.15)
+    assert last[0] == 0.3
+    assert max(last[1:]) < 0.1 * max(first[1:] + rates[2][1:])
+    with pytest.raises(ValueError, match="eval_every = 4 is no multiple of restart_rows = 3"):
+        config.replace(restart_rows=3)
