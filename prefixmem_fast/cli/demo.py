@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..recommender.training.run import Data
 
 REPORT, _OUT = "demo.json", "runs/demo"
-PLAIN, WITH, ACROSS = "token embeddings alone", "with PrefixMem", "with PrefixMem and cross-item orders"
+PLAIN, WITH, ACROSS = "token embeddings alone", "with PrefixMem", "with cross-item orders too"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
