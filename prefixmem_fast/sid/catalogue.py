@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks
 from .._inputs import check_unique, clipped, input_file, shown
 from .formats import TokenFormat, recognise
-from .index_files import SUFFIXES, read_index, split_tokens
+from .index_files import SUFFIXES, check_levels, read_index, split_tokens
 
 
 class Catalogue:
@@ -106,15 +106,11 @@ class Catalogue:
             raise TypeError(f'the index is a {type(index).__name__}; give {{"item": ["<a_1>", "<b_2>", ...]}}')
         if not index:
             raise ValueError('the index is empty; give {"item": ["<a_1>", "<b_2>", ...]}')
-        levels = None
         index = {item: _tokens_of(item, sid) if isinstance(sid, str) else sid for item, sid in index.items()}
         for item, tokens in index.items():
             if not isinstance(tokens, Sequence):
                 raise TypeError(f"item {shown(item)} has {shown(tokens)}; give a list of tokens, one a level")
-            levels = len(tokens) if levels is None else levels
-            if len(tokens) != levels:
-                first = next(iter(index))
-                raise ValueError(f"item {shown(item)} has {len(tokens)} levels and item {shown(first)} has {levels}")
+            check_levels(item, index)
             for level, token in enumerate(tokens, start=1):
                 if not isinstance(token, str):
                     raise TypeError(f"item {shown(item)}, level {level}: {shown(token)} is not a token; give a string")

@@ -90,14 +90,10 @@ def _holds_codes(content: Mapping[str, Any]) -> bool:
 
 def codes_by_item(index: Mapping[str, Any]) -> tuple[list[str], Tensor]:
     """Names and codes ``[items, L]`` of ``{"item": [c_1, c_2, ...]}``, codes from 0."""
-    levels = None
     for item, codes in index.items():
         if not isinstance(codes, list):
             raise ValueError(f"item {shown(item)} has {shown(codes)}; a list of codes, one a level, was expected")
-        levels = len(codes) if levels is None else levels
-        if len(codes) != levels:
-            first = next(iter(index))
-            raise ValueError(f"item {shown(item)} has {len(codes)} levels and item {shown(first)} has {levels}")
+        check_levels(item, index)
         for level, code in enumerate(codes, start=1):
             if isinstance(code, bool) or not isinstance(code, int) or not 0 <= code < 1 << 31:
                 raise ValueError(
@@ -105,6 +101,15 @@ def codes_by_item(index: Mapping[str, Any]) -> tuple[list[str], Tensor]:
                     "at the other items, was expected"
                 )
     return list(index), torch.tensor(list(index.values()))
+
+
+def check_levels(item: str, index: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse an item that has not as many levels as the first one."""
+    first = next(iter(index))
+    if len(index[item]) != len(index[first]):
+        raise ValueError(
+            f"item {shown(item)} has {len(index[item])} levels and item {shown(first)} has {len(index[first])}"
+        )
 
 
 def split_tokens(sid: str) -> list[str]:
