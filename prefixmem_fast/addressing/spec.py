@@ -155,13 +155,7 @@ class AddressSpec:
         _checks.choice("addressing", self.addressing, ADDRESSING)
         active = tuple(range(len(sizes), 2 * len(sizes)) if history else range(1, len(sizes) + 1))
         if self.active_levels is not None:
-            given = _checks.integers("active_levels", self.active_levels)
-            if not given or any(level not in active for level in given) or sorted(set(given)) != list(given):
-                raise ValueError(
-                    f"active_levels = {given} is not allowed; give strictly increasing levels "
-                    f"of {active[0]}..{active[-1]}, or None for all of them"
-                )
-            active = given
+            active = _ascending_levels(self.active_levels, active, "levels")
         seed = _checks.integer("seed", self.seed)
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed = {seed} is outside 0..2^64 - 1")
@@ -261,13 +255,8 @@ class AddressSpec:
         sizes = _checks.codebook_sizes(codebook_sizes)
         levels = len(sizes)
         if active_levels is not None:
-            given = _checks.integers("active_levels", active_levels)
-            if not given or any(not 0 <= level < levels for level in given) or sorted(set(given)) != list(given):
-                raise ValueError(
-                    f"active_levels = {given} is not allowed; give strictly increasing prefix lengths of "
-                    f"0..{levels - 1}, or None for all of them"
-                )
-            active_levels = [levels + level for level in given]
+            lengths = _ascending_levels(active_levels, range(levels), "prefix lengths")
+            active_levels = [levels + length for length in lengths]
         if hasattr(table_rows, "__iter__"):
             table_rows = _checks.integers("table_rows", table_rows)
             if len(table_rows) != levels:
@@ -358,3 +347,13 @@ class AddressSpec:
             if name not in arguments and value != own[name]:
                 raise ValueError(f"the address spec gives {name} = {value}, but its arguments derive {own[name]}")
         return spec
+
+
+def _ascending_levels(given: Any, allowed: Sequence[int], what: str) -> tuple[int, ...]:
+    given = _checks.integers("active_levels", given)
+    if not given or any(level not in allowed for level in given) or sorted(set(given)) != list(given):
+        raise ValueError(
+            f"active_levels = {given} is not allowed; give strictly increasing {what} of {allowed[0]}..{allowed[-1]}, "
+            "or None for all of them"
+        )
+    return given
