@@ -74,6 +74,11 @@ class SIDTransformerConfig:
         """How many tokens before a token are read with it."""
         return self.levels - 1
 
+    @property
+    def history(self) -> int:
+        """How many items back it looks: every item is read by itself."""
+        return 0
+
     def with_hidden_size(self, hidden_size: int) -> SIDTransformerConfig:
         """The same transformer for a model of another width."""
         return replace(self, hidden_size=hidden_size)

@@ -55,7 +55,8 @@ def beam_search(model: nn.Module, input_ids: Tensor, levels: int, num_beams: int
         return _by_generate(model, input_ids, levels, num_beams, trie)
     batch, length = input_ids.shape
     encoder = getattr(model, NAME, None)
-    context = 0 if encoder is None else unwrapped(encoder).config.lookback
+    reads = None if encoder is None else unwrapped(encoder).config
+    context = 0 if reads is None else reads.history * reads.levels  # tokens of the items before the next one
     out = model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
     cache, logits = cache_returned(out), out.logits[:, -1:]
     cache_name = next(name for module in model.modules() if (name := cache_argument(module)))
@@ -83,7 +84,7 @@ def _embed(model: nn.Module, tokens: Tensor, before: Tensor) -> Tensor:
     """Input embeddings ``[B, K, d]`` of the last tokens of beams ``[B, K, l]``, with what an encoder adds to them.
 
     Args:
-        before: the last tokens of each history, ``[B, W]``: as many as cross-item orders may need.
+        before: the last tokens of each history, ``[B, W]``: as many as cross-item orders may need, else none.
     """
     seen = torch.cat([before[:, None].expand(-1, tokens.shape[1], -1), tokens], -1).flatten(0, 1)
     return model.get_input_embeddings()(seen)[:, -1].view(*tokens.shape[:2], -1)
