@@ -28,9 +28,10 @@ def check_decoding(report: Report, case: Case, backends: tuple[str, ...], rng: r
     prompt = rng.choice((0, rng.randrange(length + 1)))
     moves = [torch.tensor([rng.randrange(batch) for _ in range(batch)]) for _ in range(prompt, length)]
     width = case.spec.heads * case.weight.shape[1]
-    table, L = case.token_table.tolist(), case.spec.item_levels
-    levels = [oracle.token_levels(ids, table, L, None) for ids in case.input_ids.tolist()]
-    levels = torch.tensor([[0, *row] for row in levels], device=case.input_ids.device)  # 0 before the first token
+    table, spec = case.token_table.tolist(), case.spec.to_dict()
+    windows = [oracle.token_windows(ids, table, spec, None) for ids in case.input_ids.tolist()]
+    levels = [[0, *(level for level, _ in row)] for row in windows]  # 0 before the first token
+    levels = torch.tensor(levels, device=case.input_ids.device)
     for backend in ("reference", *backends):
         config = PrefixMemConfig(case.spec, width, width)
         encoder = PrefixMem(config, backend=backend, device=case.weight.device, dtype=case.weight.dtype)

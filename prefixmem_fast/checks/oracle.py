@@ -82,18 +82,6 @@ def _places(sids: int, spec: dict[str, Any]):
     return np.ndindex(sids, len(spec["active_levels"]), spec["max_order"], spec["heads"])
 
 
-def token_levels(input_ids: list[int], table: list[list[int]], levels: int, segments: list[int] | None) -> list[int]:
-    """Level of each token of one row within its SID, 0 for text; every token looks back on its own."""
-    own = [table[i][0] if 0 <= i < len(table) else 0 for i in input_ids]
-    result = []
-    for t, level in enumerate(own):
-        start = t - level + 1
-        whole = 1 <= level <= levels and start >= 0 and own[start : t + 1] == list(range(1, level + 1))
-        whole = whole and (segments is None or len(set(segments[start : t + 1])) == 1)
-        result.append(level if whole else 0)
-    return result
-
-
 def token_windows(
     input_ids: list[int], entries: list[list[int]], spec: dict[str, Any], segments: list[int] | None
 ) -> list[tuple[int, list[int]]]:
