@@ -14,10 +14,12 @@ import torch
 from tqdm import tqdm
 
 from prefixmem_fast.recommender.evaluation.report import evaluate, reachable_by
+from prefixmem_fast.recommender.evaluation.retrieval import ranking_metrics, retrieve
 from prefixmem_fast.recommender.training import classification
 from prefixmem_fast.recommender.training.config import RunConfig
 from prefixmem_fast.recommender.training.folder import ENCODER, MARKER
 from prefixmem_fast.recommender.training.run import Data, load_data, load_run, prepare, train
+from prefixmem_fast.sid.trie import SIDTrie
 
 from .arms import ARMS, PRETRAINING, config_of, recipe
 from .control import add_permuted
@@ -61,17 +63,30 @@ def run_one(
         reachable = reachable_by(hard, chosen.targets)
     started = time.perf_counter()
     torch.manual_seed(seed)
-    how = {
-        "part": "test",
-        "num_beams": beams,
-        "max_items": config.max_items,
-        "progress": lambda search, count: tqdm(total=count, desc=search, disable=quiet or None).update,
-    }
-    data = run.model, loaded.catalogue, run.vocabulary, run.tokens, loaded.split
+    progress = lambda search, count: tqdm(total=count, desc=search, disable=quiet or None).update  # noqa: E731
     with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
-        tested, arrays = evaluate(*data, **how, examples=examples, searches=("constrained",), reachable=reachable)
-        free, _ = evaluate(*data, **how, examples=min(examples or _FREE, _FREE), searches=("unconstrained",))
-    tested["unconstrained"] = {"examples": free["examples"], **free["searches"]["unconstrained"]}
+        tested, arrays = evaluate(
+            run.model,
+            loaded.catalogue,
+            run.vocabulary,
+            run.tokens,
+            loaded.split,
+            part="test",
+            num_beams=beams,
+            max_items=config.max_items,
+            examples=examples,
+            searches=("constrained",),
+            reachable=reachable,
+            progress=progress,
+        )
+        some, trie = chosen.sample(_FREE).last(config.max_items), SIDTrie(loaded.catalogue, run.vocabulary)
+        told = progress("unconstrained", len(some))
+        free = retrieve(run.model, some, run.tokens, trie, num_beams=beams, constrained=False, progress=told)
+    tested["unconstrained"] = {
+        "examples": len(some),
+        **ranking_metrics(free.rank, (10,)),
+        "hit_rate": free.hits.mean(0).tolist(),
+    }
     tested["hits@10"] = packed(arrays["constrained_rank"] < 10)
     if (arm, seed) == HARD:
         np.savez_compressed(hard, **arrays)
