@@ -1,7 +1,6 @@
 """The study with a pre-trained language model: what trains, what is saved, and that it goes on after a kill."""
 
 import argparse
-import hashlib
 import json
 from functools import partial
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
-from bench import real_data
 from bench.cli import main as bench
 from bench.quality import arms
 from bench.quality import language_model as study
@@ -17,7 +15,7 @@ from bench.rows import read_rows
 from prefixmem_fast.recommender.training import run as training
 from prefixmem_fast.recommender.training.backbone import make_tokenizer
 from prefixmem_fast.recommender.training.run import load_data, prepare
-from tests.helpers.runs import write_files
+from tests.helpers.runs import write_real_files
 
 SMALL = {"table_rows": 40, "history_rows": 40, "heads": 2, "max_order": 2, "memory_dim": 8, "history_dim": 8}
 
@@ -44,10 +42,7 @@ def save_llama(folder, tied):
 @pytest.fixture
 def small_study(tmp_path, monkeypatch):
     """A tiny Llama of random weights and a small catalogue; returns the arguments of the command."""
-    write_files(tmp_path)
-    files = ("items.index.json", "interactions.json")
-    digests = {name: ("source", hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()) for name in files}
-    monkeypatch.setattr(real_data, "FILES", digests)
+    files = write_real_files(tmp_path, monkeypatch)
     monkeypatch.setattr(study, "SETS", {study.DATA_SET: arms.DataSet(*files, 6)})
     monkeypatch.setattr(study, "TEXT", "items.json")
     monkeypatch.setattr(study, "RECIPE", {**arms.RECIPE, **SMALL, "codebook_sizes": [6, 6, 6], "max_items": 5})

@@ -1,6 +1,5 @@
 """The study: its arms, its control, one run from start to row, and the report."""
 
-import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from bench.rows import append_rows, read_rows
 from prefixmem_fast import AddressSpec, PrefixMem, PrefixMemConfig, SIDVocabulary, prefix_rows
 from prefixmem_fast.recommender.data import Histories
 from prefixmem_fast.recommender.training.run import load_data
-from tests.helpers.runs import TINY, write_files
+from tests.helpers.runs import TINY, write_real_files
 
 SMALL = {
     "model_options": TINY,
@@ -38,10 +37,7 @@ SMALL = {
 @pytest.fixture
 def small_study(tmp_path, monkeypatch):
     """One small set and a recipe of seconds; returns the arguments that every command needs."""
-    write_files(tmp_path)
-    files = ("items.index.json", "interactions.json")
-    digests = {name: ("source", hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()) for name in files}
-    monkeypatch.setattr(real_data, "FILES", digests)
+    files = write_real_files(tmp_path, monkeypatch)
     monkeypatch.setattr(arms, "SETS", {"small": arms.DataSet(*files, 2)})
     for module in ("bench.quality.cli", "bench.quality.report"):
         monkeypatch.setattr(f"{module}.SETS", arms.SETS)

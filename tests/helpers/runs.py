@@ -1,10 +1,13 @@
 """A small catalogue and histories as files, and options that train on them in seconds."""
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from bench import real_data
 from prefixmem_fast.recommender.training.config import RunConfig
 
 LEVELS, CODES, ITEMS, USERS = 3, 6, 60, 80
@@ -26,6 +29,15 @@ def write_files(folder: Path) -> dict[str, str]:
         "interactions": [str(folder / "interactions.json")],
         "text": str(folder / "items.json"),
     }
+
+
+def write_real_files(folder: Path, monkeypatch: Any) -> tuple[str, str]:
+    """The same in place of the real data: index and histories, which a study takes as those it knows."""
+    write_files(folder)
+    files = ("items.index.json", "interactions.json")
+    digests = {name: ("source", hashlib.sha256((folder / name).read_bytes()).hexdigest()) for name in files}
+    monkeypatch.setattr(real_data, "FILES", digests)
+    return files
 
 
 TINY = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_inner": 16, "n_positions": 256}
