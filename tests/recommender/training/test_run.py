@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from prefixmem_fast import PrefixMem
+from prefixmem_fast import PrefixMem, PrefixMemory
 from prefixmem_fast.encoder import SIDTransformer
 from prefixmem_fast.recommender.evaluation.teacher_forcing import teacher_forced
 from prefixmem_fast.recommender.training import classification, trainer
@@ -403,9 +403,20 @@ def test_training_sees_neither_validation_nor_test_items(tmp_path):
     assert np.all(split.test.targets >= 0)
 
 
-def test_cross_item_tables_start_anew_and_the_others_stay(tmp_path):
+def test_cross_item_tables_start_anew_and_the_others_stay(tmp_path, monkeypatch):
     across = {"history": 2, "history_rows": 300, "history_dim": 8, "batch_size": 4, "weight_decay": 0.1}
     config = options(tmp_path, steps=8, eval_every=4, keep_best=False, **across)
+    begin, seen = trainer._RestartRows.on_step_begin, {}
+
+    def watched(self, args, state, control, model=None, optimizer=None, **others):
+        memories = [module for module in model.modules() if isinstance(module, PrefixMemory)]
+        before = [memory.weight.detach().clone() for memory in memories]
+        begin(self, args, state, control, model=model, optimizer=optimizer, **others)
+        for memory, weight in zip(memories, before, strict=True):
+            kept = torch.equal(memory.weight, weight), memory.weight in optimizer.state
+            seen[state.global_step, memory.config.spec.history] = kept
+
+    monkeypatch.setattr(trainer._RestartRows, "on_step_begin", watched)
     filled = {}
     for name, every in (("kept", 0), ("restarted", 4)):
         train(config.replace(restart_rows=every), tmp_path / name, quiet=True)
@@ -415,6 +426,8 @@ def test_cross_item_tables_start_anew_and_the_others_stay(tmp_path):
     assert filled["restarted"][0] == filled["kept"][0]  # of random numbers at the start, all of them
     for kept, restarted in zip(filled["kept"][1:], filled["restarted"][1:], strict=True):
         assert 0 < restarted < 0.8 * kept  # half of the steps
+    assert [seen[4, back] for back in (0, 1, 2)] == [(True, True), (False, False), (False, False)]
+    assert all(kept == (True, True) for (step, _), kept in seen.items() if step not in (0, 4))
 
 
 def test_the_rate_of_rows_stays_where_the_others_fall(tmp_path, monkeypatch):
