@@ -32,15 +32,11 @@ def plot_curves(
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'prefixmem_fast[train]'") from None
     import numpy as np
 
     first = next(iter(models.values()))[0][0]
     levels = sorted(int(name[9:]) for name in first if name.startswith("accuracy_"))
-    figure = Figure(figsize=(3.1 * len(levels), 3.2), layout="constrained")
+    figure = _figure(3.1 * len(levels), 3.4)
     panels = figure.subplots(1, len(levels), squeeze=False)[0]
     for panel, level in zip(panels, levels, strict=True):
         for (name, runs), colour, line in zip(models.items(), _COLOURS, _LINES, strict=False):
@@ -58,9 +54,23 @@ def plot_curves(
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("teacher-forced accuracy", fontsize=9)
-    panels[0].legend(fontsize=8, frameon=False)
+    named = panels[0].get_legend_handles_labels()
+    figure.legend(*named, fontsize=8, frameon=False, loc="outside lower center", ncols=len(named[1]))
     figure.suptitle(title, fontsize=11)
-    kind = Path(file).suffix.lstrip(".") or "png"
+    _save(figure, file)
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure of so many inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("plots need matplotlib: pip install 'prefixmem_fast[train]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, file: str | Path) -> None:
+    kind = Path(file).suffix.lstrip(".").lower() or "png"
     write_file(Path(file), lambda temporary: figure.savefig(temporary, format=kind, dpi=150))
 
 
@@ -79,20 +89,14 @@ def plot_catalogue(report: Mapping[str, Any], file: str | Path) -> None:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'prefixmem_fast[train]'") from None
-
     draw = [_codes, _prefixes, _shared_rows] + ([_hot] if "hot" in report else [])
-    figure = Figure(figsize=(3.6 * len(draw), 3.5), layout="constrained")
+    figure = _figure(3.6 * len(draw), 3.5)
     for panel, draw_panel in zip(figure.subplots(1, len(draw)), draw, strict=True):
         draw_panel(panel, report)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{Path(report['index']).name}: {report['items']:,} items", fontsize=11)
-    kind = Path(file).suffix.lstrip(".").lower() or "png"
-    write_file(Path(file), lambda temporary: figure.savefig(temporary, format=kind, dpi=150))
+    _save(figure, file)
 
 
 def _codes(panel: Any, report: Mapping[str, Any]) -> None:
