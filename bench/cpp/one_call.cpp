@@ -31,7 +31,7 @@ int main(int count, char** words) {
   const int64_t codebooks[] = {2048, 2048, 2048, 2048, 2048}, active[] = {3, 4}, exact[4] = {};
   std::vector<int64_t> primes, sizes(4, rows), offsets;
   for (int64_t i = 0; i < 16; ++i) primes.push_back(int64_t(524288 + draw(524288)) | 1), offsets.push_back(i * rows);
-  const Sizes given{5, 4, 4, 0, 1, 2, codebooks, primes.data(), sizes.data(), offsets.data(), exact, active};
+  const Sizes given{5, 4, 4, 0, 1, 2, 5, 0, codebooks, primes.data(), sizes.data(), offsets.data(), exact, active};
   const Spec* spec = prefixmem_spec(&given);
   std::vector<int64_t> codes(sids * 5);
   for (size_t i = 0; i < codes.size(); ++i) codes[i] = int64_t(draw(uint64_t(i % 5 == 0 ? first : 2048)));
