@@ -62,7 +62,7 @@ SETS = {
     "scientific-rqvae_native": DataSet("scientific/rqvae_native.index.json", "scientific/interactions.json", 104),
 }
 
-EPOCHS, EPOCHS_A_VALIDATION = 20, 2
+EPOCHS, EPOCHS_A_VALIDATION = 10, 2
 RECIPE: dict[str, Any] = {
     "model": "decoder",
     "model_options": {"n_inner": 512, "embd_pdrop": 0.1, "resid_pdrop": 0.1},
@@ -71,12 +71,12 @@ RECIPE: dict[str, Any] = {
     "heads": 2,
     "max_order": 3,
     "memory_dim": 32,
-    "history_rows": 1_048_573,
+    "history_rows": 2_097_143,
     "history_heads": 2,
-    "history_dim": 32,
+    "history_dim": 64,
     "grad": "fused",
     "max_grad_norm": 0.0,
-    "row_lr": 0.1,
+    "history_lr": 0.1,
     "batch_size": 80,
     "learning_rate": 3e-3,
     "adam_beta2": 0.99,
@@ -102,14 +102,17 @@ ARMS = {
     "wide": Arm("the same, widened to as many parameters", {"arm": "plain"}),
     "permuted": Arm("control: PrefixMem of exchanged prefixes", permuted=True),
     "prefixmem": Arm("PrefixMem, as in the paper"),
-    "cross-item": Arm("PrefixMem + cross-item orders", {"history": 1}),
-    "cross-item-permuted": Arm("control: the same of exchanged items before", {"history": 1}, permuted=True),
-    "cross-item-alone": Arm("cross-item orders alone", {"arm": "cross-item", "history": 1}),
-    "cross-item-2": Arm("PrefixMem + cross-item orders of two items back", {"history": 2}),
+    "cross-item": Arm("PrefixMem + cross-item orders", {"history": 4}),
+    "cross-item-permuted": Arm("control: the same of exchanged items before", {"history": 4}, permuted=True),
+    "cross-item-alone": Arm("cross-item orders alone", {"arm": "cross-item", "history": 4}),
+    "cross-item-1": Arm("PrefixMem + cross-item orders of the item before alone", {"history": 1}),
+    "cross-item-input": Arm(
+        "PrefixMem + cross-item orders, not added to the last hidden states", {"history": 4, "history_output": False}
+    ),
     "sid-transformer": Arm("SID-Transformer in the same slot", {"arm": "sid-transformer", "encoder_lr_multiple": 0.3}),
     "pretrained": Arm(
         "PrefixMem + cross-item orders, pre-trained by classification",
-        {"history": 1, "restart_rows": 0},  # which would lose what was pre-trained
+        {"history": 4, "restart_rows": 0},  # which would lose what was pre-trained
         pretraining="classification",
         steps_of="cross-item",
     ),
@@ -117,7 +120,7 @@ ARMS = {
     "tiger-prefixmem": Arm("a T5 with PrefixMem", {"model": "tiger"}),
     # Without restarts the rows are trained on the same transitions again and again.
     "cross-item-kept": Arm(
-        "PrefixMem + cross-item orders, rows kept from epoch to epoch", {"history": 1, "restart_rows": 0}
+        "PrefixMem + cross-item orders, rows kept from epoch to epoch", {"history": 4, "restart_rows": 0}
     ),
 }
 PACE = "pace.jsonl"  # seconds of a step of each arm

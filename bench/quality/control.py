@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixmem_fast import PrefixMem, SIDVocabulary, attach
-from prefixmem_fast.addressing import TokenStream, window_codes
+from prefixmem_fast.addressing import TokenStream, lagged_windows, window_codes
 from prefixmem_fast.recommender.data import Histories
 from prefixmem_fast.recommender.training.arms import build_encoder
 from prefixmem_fast.recommender.training.config import RunConfig
@@ -25,31 +25,19 @@ class _Permuted(PrefixMem):
     def __init__(self, encoder: PrefixMem) -> None:
         nn.Module.__init__(self)
         self.config, self.dropout = encoder.config, encoder.dropout
-        self.memory, self.out_proj, self.cross_item = encoder.memory, encoder.out_proj, encoder.cross_item
+        for name in ("memory", "lag_weights", "out_proj", "head_proj", "cross_item"):
+            setattr(self, name, getattr(encoder, name))
 
-    def encode_tokens(
-        self,
-        input_ids: Tensor,
-        vocabulary: SIDVocabulary,
-        segment_ids: Tensor | None = None,
-        *,
-        new_tokens: int | None = None,
-    ) -> Tensor:
+    def read_tokens(self, input_ids: Tensor, vocabulary: SIDVocabulary, segment_ids: Tensor | None = None) -> Tensor:
         spec = self.config.spec
         stream = TokenStream(input_ids, vocabulary.token_table(input_ids.device), segment_ids)
         codes, level = window_codes(stream, spec)
-        if new_tokens is not None:
-            codes, level = codes[:, codes.shape[1] - new_tokens :], level[:, level.shape[1] - new_tokens :]
         places = [(level == active).flatten().nonzero().squeeze(1) for active in spec.active_levels]
         codes = codes.flatten(0, 1)
         read = torch.cat([self.exchange(codes[p], a) for p, a in zip(places, spec.active_levels, strict=True)])
         slot = torch.cat([torch.full_like(p, a) for a, p in enumerate(places)])
         S = self.memory(read)[torch.arange(len(read)), slot]  # one reading of the table, as fused updates need
-        out = S.new_zeros(level.numel(), S.shape[1]).index_copy(0, torch.cat(places), S).view(*level.shape, -1)
-        m = self.out_proj(self._drop(out))
-        if self.cross_item is None:
-            return m
-        return m + self.cross_item.encode_tokens(input_ids, vocabulary, segment_ids, new_tokens=new_tokens)
+        return S.new_zeros(level.numel(), S.shape[1]).index_copy(0, torch.cat(places), S).view(*level.shape, -1)
 
 
 class PermutedPrefixMem(_Permuted):
@@ -85,6 +73,19 @@ class PermutedCrossItem(_Permuted):
             for part in (slice(None, -1), slice(1, None))
         )
         self._transitions = [_by_prefix(before, after[:, :l]) for l in range(self.config.levels)]
+
+    def read_tokens(self, input_ids: Tensor, vocabulary: SIDVocabulary, segment_ids: Tensor | None = None) -> Tensor:
+        if self.lag_weights is None:
+            return super().read_tokens(input_ids, vocabulary, segment_ids)
+        stream = TokenStream(input_ids, vocabulary.token_table(input_ids.device), segment_ids)
+        windows, place = lagged_windows(stream, self.config.spec, self.config.lags)
+        active = self.config.spec.active_levels
+        there = (windows[..., 0] >= 0).flatten().nonzero().squeeze(1)  # an item of its own for each level that is read
+        codes = windows.flatten(0, 2)[there]
+        read = torch.stack([self.exchange(codes, level) for level in active], 1)
+        S = self.memory(read)[:, torch.arange(len(active)), torch.arange(len(active))]  # [windows, A, memory_dim]
+        S = S.new_zeros(windows.shape[:3].numel(), *S.shape[1:]).index_copy(0, there, S)
+        return self.at_tokens(S.view(*windows.shape[:3], *S.shape[1:]), place)
 
     def exchange(self, codes: Tensor, level: int) -> Tensor:
         L = self.config.levels

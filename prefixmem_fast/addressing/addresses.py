@@ -41,25 +41,32 @@ def active_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
     return prefix_rows(codes, spec)[..., [level - 1 for level in spec.active_levels], :, :]
 
 
-def item_windows(codes: Tensor, spec: AddressSpec) -> Tensor:
+def item_windows(codes: Tensor, spec: AddressSpec, history: int | None = None) -> Tensor:
     """The windows of the items of a history, which a spec with `history` reads.
 
     Args:
         codes: integer ``[..., items, L]``, items in the order in which they were met.
+        history: in place of the spec's.
 
     Returns:
         ``[..., items + 1, 2L]``: for each item, and for the one that is to come, the codes of the item
-        `spec.history` before it and its own; -1 where there is none, or where an item between has ended early.
+        `history` before it and its own; -1 where there is none, or where an item between has ended early.
     """
+    history = spec.history if history is None else history
     items = codes.shape[-2]
-    none = codes.new_full((*codes.shape[:-2], spec.history, codes.shape[-1]), -1)
+    none = codes.new_full((*codes.shape[:-2], history, codes.shape[-1]), -1)
     earlier = torch.cat([none, codes], -2)[..., : items + 1, :]
     whole = prefix_length(codes, spec.codebook_sizes) == spec.item_levels
     whole = torch.cat([torch.ones_like(none[..., 0], dtype=torch.bool), whole], -1)
-    for back in range(1, spec.history):
-        between = whole[..., spec.history - back : spec.history - back + items + 1, None]
+    for back in range(1, history):
+        between = whole[..., history - back : history - back + items + 1, None]
         earlier = torch.where(between, earlier, -1)
     return torch.cat([earlier, torch.cat([codes, none[..., :1, :]], -2)], -1)
+
+
+def lagged_item_windows(codes: Tensor, spec: AddressSpec, lags: int) -> Tensor:
+    """`item_windows` of the items `spec.history`, `spec.history` + 1, .. back: ``[..., items + 1, lags, 2L]``."""
+    return torch.stack([item_windows(codes, spec, spec.history + back) for back in range(lags)], -2)
 
 
 def prefix_length(codes: Tensor, codebook_sizes: tuple[int, ...]) -> Tensor:

@@ -91,13 +91,65 @@ def window_codes(stream: TokenStream, spec: AddressSpec) -> tuple[Tensor, Tensor
     return windows, place
 
 
+class LaggedWindows(NamedTuple):
+    """Windows that end in the same codes and begin in the items `spec.history`, `spec.history` + 1, .. back.
+
+    Attributes:
+        codes: int64 ``[B, T // L, lags, 2L]``: for each whole item of a row the codes of the items back, and those of
+            the item that follows it directly; -1 where there is none.
+        place: int64 ``[B, T]``: which of the ``T // L x A`` sums of its row is that of a token, A active levels a
+            window; ``T // L x A`` where it has none.
+    """
+
+    codes: Tensor
+    place: Tensor
+
+
+def lagged_windows(stream: TokenStream, spec: AddressSpec, lags: int) -> LaggedWindows:
+    """The windows of `lags` items that share their rows, of a stream ``[B, T]``; shapes do not depend on the tokens."""
+    L, active = spec.item_levels, spec.active_levels
+    codes, level = token_codes(stream, L)
+    (B, T), device = level.shape, level.device
+    count = T // L  # whole items of a row, at most
+    whole = level == L
+    nth = torch.where(whole, whole.long().cumsum(1) - 1, count)
+    tokens = torch.arange(T, device=device).expand(B, T)
+    end = tokens.new_full((B, count + 1), T).scatter(1, nth, tokens)[:, :count]  # the last token of each; T for none
+
+    def at(values: Tensor, fill: int, ahead: int = 0) -> Tensor:
+        """Values ``[B, T]`` that many tokens after the end of each item, `fill` past the row."""
+        return torch.nn.functional.pad(values, (0, 1), value=fill).gather(1, (end + ahead).clamp(max=T))
+
+    items = torch.stack([at(code, -1) for code in codes.unbind(-1)], -1)
+    segments = torch.zeros_like(level) if stream.segment_ids is None else stream.segment_ids
+    segment = at(segments, 0)
+    own, here = torch.full_like(items, -1), end < T
+    place = level.new_full((B, T + 1), count * len(active))
+    first = torch.arange(count, device=device).expand(B, count) * len(active)
+    for l in range(L):  # the token l after the end
+        if l:
+            here = here & (at(level, 0, l) == l) & (at(segments, 0, l) == segment)
+            own[..., l - 1] = torch.where(here, at(codes[..., l - 1], -1, l), -1)
+        if L + l in active:
+            place.scatter_(1, torch.where(here, end + l, T), first + active.index(L + l))
+    follows = _shift(end, -L - 1) == end - L  # directly on the item before it
+    follows &= (_shift(segment, 0) == segment) & (end < T)
+    windows, connected = [], torch.ones_like(follows)
+    for back in range(spec.history + lags - 1):  # items before the one that has just ended
+        if back:
+            connected = connected & _shift(follows, False, back - 1)
+        if back + 1 >= spec.history:
+            windows.append(torch.cat([torch.where(connected[..., None], _shift(items, -1, back), -1), own], -1))
+    return LaggedWindows(torch.stack(windows, 2), place[:, :T])
+
+
 def _same_segment(stream: TokenStream, back: int) -> Tensor:
     """Where the token `back` before stands in the same row and segment: bool ``[B, T]``."""
     segments = stream.segment_ids
     if segments is None:
         segments = torch.zeros_like(stream.input_ids)
     same = torch.zeros_like(segments, dtype=torch.bool)
-    same[:, back:] = segments[:, back:] == segments[:, : segments.shape[1] - back]
+    same[:, back:] = segments[:, back:] == segments[:, : max(segments.shape[1] - back, 0)]
     return same
 
 

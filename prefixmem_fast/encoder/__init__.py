@@ -5,7 +5,7 @@ memory.py           PrefixMemory: the tables, S
 host_tables.py      tables that stay in the host's memory: what crosses, and gathers ahead
 table_worker.py     the thread that gathers and updates beside the model
 quantized.py        QuantizedMemory: the same in 8 bits a number, for serving
-projection.py       W_out
+projection.py       W_out and W_head
 prefixmem.py        PrefixMem: m = W_out * S
 decoding.py         DecodingState: one token of each sequence
 sid_transformer.py  SIDTransformer: the comparator in the same slot

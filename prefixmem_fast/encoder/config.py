@@ -9,6 +9,7 @@ from typing import Any
 from .. import _checks
 from .._choices import QUANTIZATIONS
 from ..addressing import AddressSpec
+from ..addressing.spec import MOST_HISTORY
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class PrefixMemConfig:
         output_init_std: the same for W_out, "near zero" in the paper; 0 leaves a model's logits bit-identical.
         quantization: "int8" or "fp8" for tables of 8 bits a number, which serve and do not train; see
             `PrefixMem.quantize`.
+        lags: of cross-item orders: how many items, from `spec.history` back on, the same rows are read for. Their rows
+            are summed with a learned weight for each, which starts at 2^-lag. Not in the paper.
+        output_slot: whether the memory is also added to the model's last hidden states, before its output layer, by a
+            projection of its own, W_head. Not in the paper.
         cross_item: further tables, whose spec is of `AddressSpec.cross_item`, with a W_out of their own; their m is
             added. They may have such a config themselves, of another `history`. Not in the paper.
 
@@ -36,6 +41,8 @@ class PrefixMemConfig:
     memory_init_std: float = 0.02
     output_init_std: float = 1e-3
     quantization: str | None = None
+    lags: int = 1
+    output_slot: bool = False
     cross_item: PrefixMemConfig | None = None
 
     def __post_init__(self) -> None:
@@ -59,6 +66,14 @@ class PrefixMemConfig:
             _checks.not_negative(name, getattr(self, name))
         if self.quantization is not None:
             _checks.choice("quantization", self.quantization, QUANTIZATIONS)
+        _checks.boolean("output_slot", self.output_slot)
+        object.__setattr__(self, "lags", _checks.positive("lags", self.lags))
+        if self.lags > 1 and not self.spec.history:
+            raise ValueError(f"lags = {self.lags} with a spec of history = 0; give one of AddressSpec.cross_item")
+        if self.spec.history + self.lags - 1 > MOST_HISTORY:
+            raise ValueError(
+                f"lags = {self.lags} from history = {self.spec.history} on is above {MOST_HISTORY} items back"
+            )
         if self.cross_item is not None:
             self._check_cross_item()
 
@@ -108,13 +123,15 @@ class PrefixMemConfig:
     def lookback(self) -> int:
         """How many tokens before a token say which rows it reads."""
         spec = self.spec
-        own = spec.active_levels[-1] + spec.gap - 1 if spec.history else spec.levels - 1
+        between = spec.gap + (self.lags - 1) * spec.item_levels
+        own = spec.active_levels[-1] + between - 1 if spec.history else spec.levels - 1
         return max(own, self.cross_item.lookback) if self.cross_item else own
 
     @property
     def history(self) -> int:
         """How many items back the tables look; 0 where every item is read by itself."""
-        return max(self.spec.history, self.cross_item.history if self.cross_item else 0)
+        own = self.spec.history + self.lags - 1 if self.spec.history else 0
+        return max(own, self.cross_item.history if self.cross_item else 0)
 
     @property
     def row_width(self) -> int:
@@ -126,8 +143,8 @@ class PrefixMemConfig:
         values["spec"] = self.spec.to_dict()
         if self.cross_item is not None:
             values["cross_item"] = self.cross_item.to_dict()
-        for name in ("quantization", "cross_item"):  # releases that do not know them read the rest
-            if values[name] is None:
+        for name, default in (("quantization", None), ("lags", 1), ("output_slot", False), ("cross_item", None)):
+            if values[name] == default:  # releases that do not know it read the rest
                 del values[name]
         return values
 

@@ -16,6 +16,7 @@ from ..operation.interface import PrefixState
 from ..sid import SIDVocabulary
 from .host_tables import copy_across
 from .prefixmem import PrefixMem
+from .projection import Encoded
 from .quantized import QuantizedMemory
 
 _ID_DTYPES = (torch.int32, torch.int64)
@@ -33,6 +34,10 @@ class DecodingState:
         vocabulary: which token ids are which codes.
         batch: number of sequences B.
 
+    Attributes:
+        head: of the last prefill or step, what tables with `output_slot` add to the last hidden states, in the shape
+            of m; None without any.
+
     Raises:
         TypeError, ValueError: the vocabulary's codebooks are not the encoder's, or `batch` is no number of sequences.
     """
@@ -44,6 +49,7 @@ class DecodingState:
         if _checks.integer("batch", batch) < 0:
             raise ValueError(f"batch = {batch} is negative; give the number of sequences")
         self.encoder, self.vocabulary = encoder, vocabulary
+        self.head: Tensor | None = None
         windows = encoder if spec.history else encoder.cross_item
         self._windows = None if windows is None else _RecentTokens(windows, vocabulary, batch)
         self._table = vocabulary.token_table(weight.device)
@@ -87,12 +93,12 @@ class DecodingState:
         self._state.total.zero_()
         if self._windows is not None:
             self._windows.read(input_ids)
-        if self.encoder.config.spec.history:
-            return self.encoder.encode_tokens(input_ids, self.vocabulary)
-        # A SID that goes on after the prompt began at most L tokens before its end.
-        for tokens in input_ids[:, -self.encoder.config.levels :].unbind(1):
-            self._step(tokens)
-        return self.encoder.encode_tokens(input_ids, self.vocabulary)
+        if not self.encoder.config.spec.history:
+            # A SID that goes on after the prompt began at most L tokens before its end.
+            for tokens in input_ids[:, -self.encoder.config.levels :].unbind(1):
+                self._step(tokens)
+        m, self.head = self.encoder.encode_stream(input_ids, self.vocabulary)
+        return m
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
@@ -101,16 +107,19 @@ class DecodingState:
         if tokens.shape != self.level.shape:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; give one token a sequence, [{len(self.level)}]")
         if self.encoder.config.spec.history:
-            return self._windows.step(tokens)
-        m = self._project(self._step(tokens))
-        return m if self._windows is None else m + self._windows.step(tokens)
+            encoded = self._windows.step(tokens)
+        else:
+            encoded = self._project(self._step(tokens))
+            encoded = encoded if self._windows is None else encoded + self._windows.step(tokens)
+        m, self.head = encoded
+        return m
 
-    def _project(self, S: Tensor) -> Tensor:
-        """m of S. On a CPU W_out is left out where no token is at an active level; a GPU would have to wait to know."""
+    def _project(self, S: Tensor) -> Encoded:
+        """On a CPU W_out is left out where no token is at an active level; a GPU would have to wait to know."""
         if S.device.type == "cpu" and not bool(self._is_active[self._state.level[0]].any()):
-            m = self.encoder.out_proj(S[:0])
-            return m.new_zeros(len(S), m.shape[1])
-        return self.encoder.out_proj(S)
+            empty = self.encoder.project(S[:0])
+            return Encoded(*(None if m is None else m.new_zeros(len(S), m.shape[1]) for m in empty))
+        return self.encoder.project(S)
 
     def _step(self, tokens: Tensor) -> Tensor:
         memory, spec = self.encoder.memory, self.encoder.config.spec
@@ -155,13 +164,13 @@ class _RecentTokens:
         if count:
             self.tokens[:, -count:] = prompt[:, -count:]
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """m of one more token of each sequence, ``[B, hidden_size]``."""
+    def step(self, tokens: Tensor) -> Encoded:
+        """What is added at one more token of each sequence, ``[B, hidden_size]``."""
         self.tokens.copy_(torch.cat([self.tokens[:, 1:], tokens[:, None].to(self.tokens.device)], 1))
-        encoder, total = self.encoder, 0
+        encoder, total = self.encoder, None
         while encoder is not None:
-            S = encoder.memory.read_tokens(self.tokens, self.vocabulary)[:, -1]
-            total = total + encoder.out_proj(S)
+            encoded = encoder.project(encoder.read_tokens(self.tokens, self.vocabulary)[:, -1])
+            total = encoded if total is None else total + encoded
             encoder = encoder.cross_item
         return total
 

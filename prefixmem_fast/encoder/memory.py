@@ -134,7 +134,7 @@ class PrefixMemory(nn.Module):
     ) -> None:
         """The same of a token stream; see `PrefixMem.prefetch_tokens`."""
         self._check_prefetch()
-        table = self._token_table(input_ids, vocabulary)
+        table = self.token_table(input_ids, vocabulary)
         self._reader.prefetch(self, TokenStream(input_ids, table, segment_ids), stale)
 
     def _check_prefetch(self) -> None:
@@ -147,12 +147,13 @@ class PrefixMemory(nn.Module):
         Raises:
             ValueError: the vocabulary's codebooks are not the spec's.
         """
-        table, spec = self._token_table(input_ids, vocabulary), self.config.spec
+        table, spec = self.token_table(input_ids, vocabulary), self.config.spec
         if self.tables != "device":
             return self._reader.read(self, TokenStream(input_ids, table, segment_ids))
         return token_memory(input_ids, table, self.weight, spec, segment_ids=segment_ids, **self.options())
 
-    def _token_table(self, input_ids: Tensor, vocabulary: SIDVocabulary) -> Tensor:
+    def token_table(self, input_ids: Tensor, vocabulary: SIDVocabulary) -> Tensor:
+        """The vocabulary's table where the tokens are read: on their device, or on the table's host."""
         if not isinstance(vocabulary, SIDVocabulary) or not isinstance(input_ids, Tensor):
             raise TypeError(
                 f"input_ids is a {type(input_ids).__name__} and vocabulary a {type(vocabulary).__name__}; "

@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..addressing import item_windows
+from ..addressing import TokenStream, item_windows, lagged_item_windows, lagged_windows
+from ..addressing.token_stream import LaggedWindows
+from ..operation.functions import check_stream
 from ..operation.quantization import quantize
 from ..sid import SIDVocabulary
 from .config import PrefixMemConfig
 from .memory import PrefixMemory, check_config
-from .projection import OutputProjection, last_tokens
+from .projection import Encoded, OutputProjection, last_tokens
 from .quantized import QuantizedMemory
 from .saving import load_encoder, save_encoder
 
@@ -66,7 +68,12 @@ class PrefixMem(nn.Module):
         kind = PrefixMemory if config.quantization is None else QuantizedMemory
         options = {"backend": backend, "grad": grad, "deterministic": deterministic}
         self.memory = kind(config, **options, tables=tables, overlap=overlap, device=device, dtype=dtype)
+        self.lag_weights = None
+        if config.lags > 1:
+            lags = torch.arange(config.lags, device=device, dtype=dtype or torch.get_default_dtype())
+            self.lag_weights = nn.Parameter(torch.exp2(-lags))
         self.out_proj = OutputProjection(config, device=device, dtype=dtype)
+        self.head_proj = OutputProjection(config, device=device, dtype=dtype) if config.output_slot else None
         self.cross_item = None
         if config.cross_item is not None:
             options = {**options, "dropout": dropout, "tables": tables, "overlap": overlap}
@@ -75,8 +82,10 @@ class PrefixMem(nn.Module):
             self.requires_grad_(False)
 
     def reset_output(self) -> None:
-        """Start W_out afresh, near zero: what a pre-trained memory needs when it meets a new model."""
+        """Start W_out and W_head afresh, near zero: what a pre-trained memory needs when it meets a new model."""
         self.out_proj.reset_parameters()
+        if self.head_proj is not None:
+            self.head_proj.reset_parameters()
         if self.cross_item is not None:
             self.cross_item.reset_output()
 
@@ -103,7 +112,11 @@ class PrefixMem(nn.Module):
         encoder = PrefixMem(own, device="meta", **options)
         encoder.memory.values, encoder.memory.scales = table
         encoder.memory.to(self.out_proj.weight.device)
-        encoder.out_proj.weight = nn.Parameter(self.out_proj.weight.detach().clone(), requires_grad=False)
+        for name in ("out_proj.weight", "head_proj.weight", "lag_weights"):
+            owner, _, last = name.rpartition(".")
+            if getattr(self, owner or last) is not None:
+                weight = nn.Parameter(self.get_parameter(name).detach().clone(), requires_grad=False)
+                setattr(encoder.get_submodule(owner), last, weight)
         if self.cross_item is not None:
             encoder.config = self.config.with_quantization(kind)
             encoder.cross_item = self.cross_item.quantize(kind)
@@ -195,8 +208,7 @@ class PrefixMem(nn.Module):
         Raises:
             TypeError, ValueError: an argument is not as stated, or tables="device".
         """
-        spec = self.config.spec
-        self.memory.prefetch(item_windows(self._check_items(codes), spec) if spec.history else codes, stale=stale)
+        self.memory.prefetch(self._item_windows(codes) if self.config.spec.history else codes, stale=stale)
         if self.cross_item is not None:
             self.cross_item.prefetch(codes, stale=stale)
 
@@ -218,7 +230,10 @@ class PrefixMem(nn.Module):
         Raises:
             TypeError, ValueError: an argument is not as stated, or tables="device".
         """
-        self.memory.prefetch_tokens(input_ids, vocabulary, segment_ids, stale=stale)
+        if self.lag_weights is None:
+            self.memory.prefetch_tokens(input_ids, vocabulary, segment_ids, stale=stale)
+        else:
+            self.memory.prefetch(self._token_windows(input_ids, vocabulary, segment_ids).codes, stale=stale)
         if self.cross_item is not None:
             self.cross_item.prefetch_tokens(input_ids, vocabulary, segment_ids, stale=stale)
 
@@ -228,15 +243,47 @@ class PrefixMem(nn.Module):
         With cross-item orders codes are ``[..., items, L]``, the items of a history in the order in which they were
         met.
         """
-        m = self._encode_items(codes) if self.config.spec.history else self._encode_levels(codes, 1)
+        m = self._encode_items(codes) if self.config.spec.history else self._encode_levels(self.memory(codes), 1)
         return m if self.cross_item is None else m + self.cross_item(codes)
 
     def _encode_items(self, codes: Tensor) -> Tensor:
         spec = self.config.spec
-        items = self._check_items(codes).shape[-2]
-        m = self._encode_levels(item_windows(codes, spec), spec.item_levels)  # [..., items + 1, L, hidden]
+        windows = self._item_windows(codes)
+        items = codes.shape[-2]
+        S = self.memory(windows)
+        S = S if self.lag_weights is None else self._sum_lags(S)
+        m = self._encode_levels(S, spec.item_levels)  # [..., items + 1, L, hidden]
         # The window of an item begins with the token before the item: the last one of the item before.
         return m.flatten(-3, -2)[..., 1 : 1 + items * spec.item_levels, :].unflatten(-2, (items, spec.item_levels))
+
+    def _sum_lags(self, S: Tensor) -> Tensor:
+        """``[..., lags, A, memory_dim]`` to ``[..., A, memory_dim]``."""
+        return torch.einsum("...kad,k->...ad", S, self.lag_weights.to(S.dtype))
+
+    def _item_windows(self, codes: Tensor) -> Tensor:
+        config = self.config
+        codes = self._check_items(codes)
+        if self.lag_weights is None:
+            return item_windows(codes, config.spec)
+        return lagged_item_windows(codes, config.spec, config.lags)
+
+    def _token_windows(self, input_ids: Tensor, vocabulary: SIDVocabulary, segment_ids: Tensor | None) -> LaggedWindows:
+        table = self.memory.token_table(input_ids, vocabulary)
+        stream = TokenStream(input_ids, table, segment_ids)
+        check_stream(stream)
+        return lagged_windows(stream, self.config.spec, self.config.lags)
+
+    def read_tokens(self, input_ids: Tensor, vocabulary: SIDVocabulary, segment_ids: Tensor | None = None) -> Tensor:
+        """S over a token stream, the lags of cross-item orders summed: ``[B, T]`` to ``[B, T, memory_dim]``."""
+        if self.lag_weights is None:
+            return self.memory.read_tokens(input_ids, vocabulary, segment_ids)
+        windows = self._token_windows(input_ids, vocabulary, segment_ids)
+        return self.at_tokens(self.memory(windows.codes), windows.place)
+
+    def at_tokens(self, S: Tensor, place: Tensor) -> Tensor:
+        """S ``[B, T // L, lags, A, memory_dim]`` of lagged windows to the sums over lags at tokens ``[B, T]``."""
+        S = nn.functional.pad(self._sum_lags(S).flatten(1, 2), (0, 0, 0, 1))
+        return S.gather(1, place[..., None].expand(-1, -1, S.shape[-1]))
 
     def _check_items(self, codes: Tensor) -> Tensor:
         levels = self.config.levels
@@ -249,10 +296,10 @@ class PrefixMem(nn.Module):
             )
         return codes
 
-    def _encode_levels(self, codes: Tensor, begin: int) -> Tensor:
-        """m of the levels from `begin` to that of an item less: ``[..., L, hidden_size]``."""
+    def _encode_levels(self, S: Tensor, begin: int) -> Tensor:
+        """m of S ``[..., A, memory_dim]``, of the levels from `begin` on, an item's: ``[..., L, hidden_size]``."""
         spec = self.config.spec
-        encoded = self.out_proj(self._drop(self.memory(codes)))  # [..., A, hidden]
+        encoded = self.out_proj(self._drop(S))  # [..., A, hidden]
         if len(spec.active_levels) == spec.item_levels:
             return encoded
         # Each level is written once and the zeros are one number in memory. With 2 of 5 levels of 1024 bfloat16, 14 KB
@@ -291,11 +338,26 @@ class PrefixMem(nn.Module):
         Raises:
             TypeError, ValueError: an argument is not as stated, or `new_tokens` is not one of 0 .. T.
         """
-        S = self.memory.read_tokens(input_ids, vocabulary, segment_ids)
-        m = self.out_proj(self._drop(S if new_tokens is None else last_tokens(S, new_tokens)))
+        return self.encode_stream(input_ids, vocabulary, segment_ids, new_tokens=new_tokens).m
+
+    def encode_stream(
+        self,
+        input_ids: Tensor,
+        vocabulary: SIDVocabulary,
+        segment_ids: Tensor | None = None,
+        *,
+        new_tokens: int | None = None,
+    ) -> Encoded:
+        """`encode_tokens`, and with it what tables with `output_slot` add to the model's last hidden states."""
+        S = self.read_tokens(input_ids, vocabulary, segment_ids)
+        encoded = self.project(self._drop(S if new_tokens is None else last_tokens(S, new_tokens)))
         if self.cross_item is None:
-            return m
-        return m + self.cross_item.encode_tokens(input_ids, vocabulary, segment_ids, new_tokens=new_tokens)
+            return encoded
+        return encoded + self.cross_item.encode_stream(input_ids, vocabulary, segment_ids, new_tokens=new_tokens)
+
+    def project(self, S: Tensor) -> Encoded:
+        """What is added to a model at tokens of S ``[.., memory_dim]``."""
+        return Encoded(self.out_proj(S), None if self.head_proj is None else self.head_proj(S))
 
     def _drop(self, S: Tensor) -> Tensor:
         if not self.training or not self.dropout:

@@ -1,14 +1,30 @@
-"""W_out, from the memory to the width of the model's embeddings, and which tokens it is needed for."""
+"""W_out and W_head, from the memory to the width of the model, and which tokens they are needed for."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 
+class Encoded(NamedTuple):
+    """What an encoder adds to a model.
+
+    Attributes:
+        m: ``[.., hidden_size]``, to the input embeddings.
+        head: the same to the last hidden states, of tables with `output_slot`; None without any.
+    """
+
+    m: Tensor
+    head: Tensor | None = None
+
+    def __add__(self, other: Encoded) -> Encoded:
+        heads = [head for head in (self.head, other.head) if head is not None]
+        return Encoded(self.m + other.m, sum(heads[1:], heads[0]) if heads else None)
+
+
 class OutputProjection(nn.Linear):
-    """W_out: no bias, and a start near zero that also holds where a framework calls `reset_parameters`."""
+    """W_out or W_head: no bias, and a start near zero that also holds where a framework calls `reset_parameters`."""
 
     def __init__(self, config: Any, **factory: Any) -> None:
         self.init_std = config.output_init_std

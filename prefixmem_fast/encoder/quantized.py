@@ -103,7 +103,7 @@ class QuantizedMemory(PrefixMemory):
     def read_tokens(self, input_ids: Tensor, vocabulary: SIDVocabulary, segment_ids: Tensor | None = None) -> Tensor:
         """S over a token stream; see `PrefixMemory.read_tokens`."""
         options = {"segment_ids": segment_ids, "dtype": self.dtype, "backend": self.backend}
-        token_table = self._token_table(input_ids, vocabulary)
+        token_table = self.token_table(input_ids, vocabulary)
         return quantized_token_memory(input_ids, token_table, self.table, self.config.spec, **options)
 
     def extra_repr(self) -> str:

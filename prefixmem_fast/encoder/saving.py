@@ -21,7 +21,7 @@ from ..sid import SIDVocabulary
 from .host_tables import MappedTable
 
 _TABLE = "memory.weight"  # the tables of cross-item orders have a name before it, as has their W_out
-_OUTPUT = re.compile(r"(cross_item\.)*out_proj\.weight")
+_OUTPUT = re.compile(r"(cross_item\.)*(out_proj|head_proj)\.weight")
 _HOW_WEIGHTS_STARTED = ("memory_init_std", "output_init_std")  # does not matter any more once they are read
 
 

@@ -18,7 +18,7 @@ from .. import _checks
 from ..addressing import AddressSpec, TokenStream, prefix_length, token_codes
 from ..operation.functions import check_codes, check_stream
 from ..sid import SIDVocabulary
-from .projection import OutputProjection, last_tokens
+from .projection import Encoded, OutputProjection, last_tokens
 from .saving import load_encoder, save_encoder
 
 
@@ -175,6 +175,17 @@ class SIDTransformer(nn.Module):
         out[inside] = encoded[sid[inside], level.flatten()[inside] - 1]
         out = out.view(*level.shape, self.config.hidden_size)
         return out if new_tokens is None else last_tokens(out, new_tokens)
+
+    def encode_stream(
+        self,
+        input_ids: Tensor,
+        vocabulary: SIDVocabulary,
+        segment_ids: Tensor | None = None,
+        *,
+        new_tokens: int | None = None,
+    ) -> Encoded:
+        """As `PrefixMem.encode_stream`: it adds nothing to the last hidden states."""
+        return Encoded(self.encode_tokens(input_ids, vocabulary, segment_ids, new_tokens=new_tokens))
 
     def save_pretrained(
         self, path: str | Path, vocabulary: SIDVocabulary | None = None, *, max_shard_size: int | str = "2GB"

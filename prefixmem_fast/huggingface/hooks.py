@@ -1,7 +1,8 @@
 """The hooks of an attached model.
 
-One on each input embedding adds m. Others, on each module around it that takes a KV cache, tell the first what stands
-before the tokens (`token_history.py`) and which packed sequence they belong to.
+One on each input embedding adds m, and one below the output layer what tables with `output_slot` have. Others, on each
+module around an embedding that takes a KV cache, tell the first what stands before the tokens (`token_history.py`) and
+which packed sequence they belong to.
 """
 
 from __future__ import annotations
@@ -103,6 +104,9 @@ class Attachment:
                 module.register_forward_pre_hook(self.begin_call, with_kwargs=True)
                 module.register_forward_hook(self.end_call, always_call=True)
 
+        if any(getattr(module, "head_proj", None) is not None for module in self.encoder.modules()):
+            below_the_output_layer(self.model).register_forward_hook(self.add_to_hidden)
+
     def remove_hooks(self) -> None:
         for module in self.model.modules():  # PEFT copies modules with their hooks, so no list of handles is complete
             for hooks, flags in (
@@ -185,13 +189,34 @@ class Attachment:
             context = torch.cat([past.to(tokens.dtype), tokens], 1)
             if segments is not None:
                 context_segments = torch.cat([segments.new_zeros(past.shape), segments], 1)
-        m = self.encoder.encode_tokens(context, self.vocabulary, context_segments, new_tokens=new)
+        m, self._calls_of.head = self.encoder.encode_stream(context, self.vocabulary, context_segments, new_tokens=new)
         if segments is not None:  # what comes next goes on with the last sequence alone
             tokens = torch.where(segments == segments[:, -1:], tokens, -1)
         call.tokens.append(tokens)
         if call.cache is not None:
             history_of(call.cache).remember(tokens)
         return output + m.view_as(output).to(output.dtype)
+
+    def add_to_hidden(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """After the module below the output layer: add what tables with `output_slot` have for its tokens."""
+        head, self._calls_of.head = getattr(self._calls_of, "head", None), None
+        if head is None:
+            return output
+        hidden = output
+        if isinstance(output, (tuple, dict)):
+            hidden = output[0] if isinstance(output, tuple) else next(iter(output.values()))
+        if hidden.shape != head.shape:
+            raise RuntimeError(
+                f"the last hidden states of {type(module).__name__} are {tuple(hidden.shape)} and the memory of its "
+                f"tokens is {tuple(head.shape)}; attach an encoder without output_slot"
+            )
+        hidden = hidden + head.to(hidden.dtype)
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        if isinstance(output, dict):  # ModelOutput is one
+            output[next(iter(output))] = hidden
+            return output
+        return hidden
 
     @property
     def _window(self) -> int:
@@ -239,6 +264,13 @@ def unwrapped(encoder: nn.Module) -> PrefixMem:
     if not hasattr(encoder, "modules_to_save"):
         return encoder
     return encoder.modules_to_save[encoder.active_adapters[0]]
+
+
+def below_the_output_layer(model: nn.Module) -> nn.Module:
+    """The module whose output the output layer takes: the decoder's last hidden states."""
+    if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
+        return model.get_decoder()
+    return getattr(model, "base_model", model)
 
 
 def input_embeddings_of(model: nn.Module) -> list[InputEmbedding]:

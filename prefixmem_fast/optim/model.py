@@ -20,6 +20,7 @@ def for_model(
     encoder_lr_multiple: float = 5.0,
     rows: type[RowOptimizer] = RowWiseAdagrad,
     row_options: dict[str, Any] | None = None,
+    cross_item_lr: float | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
@@ -34,6 +35,7 @@ def for_model(
         encoder_lr_multiple: the encoder's learning rate, tables and W_out, over the model's; the paper takes 5.
         rows: optimizer of the tables trained with grad="sparse" or "fused"; with "dense" they go to AdamW too.
         row_options: its arguments beside the learning rate.
+        cross_item_lr: the learning rate of those tables of cross-item orders, where it is not the encoder's.
         betas, eps: of AdamW.
         weight_decay: of AdamW and Muon, for parameters of two dimensions and more; tables take `row_options`.
         muon_lr: if given, torch.optim.Muon (torch 2.9 or newer) at this rate for the model's matrices but embeddings
@@ -48,7 +50,8 @@ def for_model(
     if not (isinstance(rows, type) and issubclass(rows, RowOptimizer)):
         raise TypeError(f"rows = {rows!r}; give a class of prefixmem_fast.optim, such as RowWiseAdagrad")
     rates = {"lr": lr, "encoder_lr_multiple": encoder_lr_multiple, "weight_decay": weight_decay}
-    for name, value in {**rates, **({} if muon_lr is None else {"muon_lr": muon_lr})}.items():
+    optional = {"muon_lr": muon_lr, "cross_item_lr": cross_item_lr}
+    for name, value in {**rates, **{name: value for name, value in optional.items() if value is not None}}.items():
         _checks.not_negative(name, value)
     if muon_lr is not None and not hasattr(torch.optim, "Muon"):
         raise ValueError(f"muon_lr = {muon_lr!r} needs torch 2.9 or newer, this is {torch.__version__}; leave it out")
@@ -61,6 +64,7 @@ def for_model(
             "was made from, then quantize() that"
         )
     tables = _trainable(memory.weight for memory in memories if memory.grad != "dense")
+    across = _trainable(m.weight for m in memories if m.grad != "dense" and m.config.spec.history)
     encoders = [module for module in model.modules() if isinstance(module, (PrefixMem, PrefixMemory, SIDTransformer))]
     taken = {id(table) for table in tables}
     encoder = [p for p in _trainable(p for e in encoders for p in e.parameters()) if id(p) not in taken]
@@ -79,7 +83,10 @@ def for_model(
     ]
     optimizers: list[torch.optim.Optimizer] = []
     if tables:
-        optimizers.append(rows(tables, **{"lr": encoder_lr, **(row_options or {})}))
+        own = [table for table in tables if all(table is not other for other in across)]
+        apart = [{"params": own}, {"params": across, "lr": cross_item_lr}]
+        parameters = tables if cross_item_lr is None else [group for group in apart if group["params"]]
+        optimizers.append(rows(parameters, **{"lr": encoder_lr, **(row_options or {})}))
     if groups:
         optimizers.append(torch.optim.AdamW(groups, lr, betas, eps))
     if hidden:

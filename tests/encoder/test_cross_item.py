@@ -1,6 +1,8 @@
 """Cross-item orders of the encoder: codes, tokens, steps, files and updates agree with one another and the formula."""
 
 import copy
+import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,15 +14,17 @@ from prefixmem_fast import (
     DecodingState,
     PrefixMem,
     PrefixMemConfig,
+    PrefixMemory,
     SIDVocabulary,
     optim,
     prefix_memory,
+    token_memory,
 )
-from prefixmem_fast.addressing import TokenStream, item_windows, window_codes
+from prefixmem_fast.addressing import TokenStream, item_windows, lagged_windows, window_codes
 from prefixmem_fast.checks import oracle
 from prefixmem_fast.checks.cases import random_tokens
 from tests.helpers.cases import BACKENDS
-from tests.helpers.models import HIDDEN, SIZES, cross_item_encoder, sid, vocabulary
+from tests.helpers.models import HIDDEN, SIZES, cross_item_encoder, lagged_encoder, sid, vocabulary
 from tests.helpers.strategies import cross_item_specs
 
 KNOWN = [code for code in range(6) if code != 2]  # code 2 has no token in `vocabulary`
@@ -68,7 +72,7 @@ def test_m_by_hand():
             window = torch.tensor([[*before.tolist(), *new, *[-1] * (L - len(new))]])
             S = prefix_memory(window, cross.memory.weight, cross.config.spec)[0, len(new)]
             expected[item, l - 1] = cross.out_proj(S)
-    own = one._encode_levels(codes, 1)
+    own = one._encode_levels(one.memory(codes), 1)
     torch.testing.assert_close(one(codes), own + expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(cross(codes), expected, rtol=1e-5, atol=1e-5)
 
@@ -102,8 +106,6 @@ def test_what_stands_between_and_what_ends():
 @given(cross_item_specs(), st.integers(0, 10**6), st.booleans())
 @settings(max_examples=60)
 def test_windows_of_tokens_against_the_oracle(spec, seed, packed):
-    import random
-
     ids, table = random_tokens(random.Random(seed), spec, (2, 23))
     segments = [[t // 9 for t in range(23)]] * 2 if packed else None
     stream = TokenStream(torch.tensor(ids), torch.tensor(table), None if segments is None else torch.tensor(segments))
@@ -122,19 +124,72 @@ def test_windows_of_items():
     assert windows[1] == [[*none, 1, 2], [*none, 3, -1], [*none, 5, 6], [3, -1, *none]]  # the item between has ended
 
 
+@given(cross_item_specs(), st.integers(1, 3), st.integers(0, 10**6), st.integers(0, 23), st.booleans())
+@settings(max_examples=60)
+def test_lagged_windows_are_those_of_each_item_back(spec, lags, seed, length, packed):
+    """One reading of the windows of all lags gives each token what a spec of each `history` reads for it."""
+    ids, table = random_tokens(random.Random(seed), spec, (2, 23))
+    ids, table = torch.tensor(ids), torch.tensor(table, dtype=torch.int32)
+    ids = ids[:, :length]
+    segments = (torch.arange(length) // 9).expand(2, -1) if packed else None
+    weight = torch.randn(spec.total_rows, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    windows = lagged_windows(TokenStream(ids, table, segments), spec, lags)
+    L, A = spec.item_levels, len(spec.active_levels)
+    assert windows.codes.shape == (2, length // L, lags, 2 * L)
+    S = prefix_memory(windows.codes, weight, spec, backend="reference")
+    for lag in range(lags):
+        own = torch.nn.functional.pad(S[:, :, lag].flatten(1, 2), (0, 0, 0, 1))
+        assert own.shape[1] == length // L * A + 1
+        found = own.gather(1, windows.place[..., None].expand(-1, -1, own.shape[-1]))
+        back = replace(spec, history=spec.history + lag)
+        expected = token_memory(ids, table, weight, back, segment_ids=segments, backend="reference")
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_steps_are_the_whole_sequence(backend):
-    one, generator = cross_item_encoder(backend=backend), torch.Generator().manual_seed(0)
+@pytest.mark.parametrize(("lags", "first"), [(2, 1), (3, 2)])
+def test_lags_of_codes_and_tokens(lags, first, backend):
+    """m is W_out times the rows of each item back by its weight, W_head takes the same S."""
+    one, codes = lagged_encoder(lags, first, backend=backend), histories(2, 6)
+    cross = one.cross_item
+    assert cross.lag_weights.tolist() == [2.0**-lag for lag in range(lags)]
+    torch.nn.init.normal_(cross.lag_weights)
+    S = sum(
+        weight
+        * token_memory(
+            tokens_of(codes),
+            vocabulary().table,
+            cross.memory.weight,
+            replace(cross.config.spec, history=first + lag),
+            backend="reference",
+        )
+        for lag, weight in enumerate(cross.lag_weights)
+    )
+    encoded = cross.encode_stream(tokens_of(codes), vocabulary())
+    torch.testing.assert_close(encoded.m, cross.out_proj(S), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encoded.head, cross.head_proj(S), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cross(codes).flatten(1, 2), encoded.m, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(one.encode_stream(tokens_of(codes), vocabulary()).head, encoded.head)
+
+
+@pytest.mark.parametrize("make", [cross_item_encoder, lagged_encoder])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_are_the_whole_sequence(backend, make):
+    one, generator = make(backend=backend), torch.Generator().manual_seed(0)
     ids = torch.cat([tokens_of(histories(2, 4)), torch.randint(0, 64, (1, 12), generator=generator)])
     whole, known = one.encode_tokens(ids, vocabulary()), vocabulary()
     for part in (one, one.cross_item):  # the second has cross-item orders alone
-        whole = part.encode_tokens(ids, known)
+        whole, head = part.encode_stream(ids, known)
         for prompt in (0, 4) if backend == "triton" else (0, 1, 4, 7):
             state, order = DecodingState(part, known, 3), torch.arange(3)
             state.prefill(ids.flip(0)[:, :5])
             torch.testing.assert_close(state.prefill(ids[:, :prompt]), whole[:, :prompt])
             for t in range(prompt, ids.shape[1]):
                 torch.testing.assert_close(state.step(ids[order, t]), whole[order, t], rtol=1e-5, atol=1e-5)
+                if make is lagged_encoder:
+                    torch.testing.assert_close(state.head, head[order, t], rtol=1e-5, atol=1e-5)
+                else:
+                    assert state.head is None
                 moved = torch.randint(0, 3, (3,), generator=generator)
                 state.reorder(moved)
                 order = order[moved]
@@ -146,22 +201,32 @@ def test_steps_are_the_whole_sequence(backend):
     )
 
 
-def test_files_copies_and_quantized_tables(tmp_path):
-    one, codes = cross_item_encoder(), histories(2, 5)
+@pytest.mark.parametrize("make", [cross_item_encoder, lagged_encoder])
+def test_files_copies_and_quantized_tables(tmp_path, make):
+    one, codes = make(), histories(2, 5)
     m = one(codes)
+    tokens, known = tokens_of(codes), vocabulary()
+    head = one.encode_stream(tokens, known).head
     one.save_pretrained(tmp_path / "one", vocabulary())
     for options in ({}, {"tables": "host"}, {"tables": "mapped"}):
         again = PrefixMem.from_pretrained(tmp_path / "one", **options)
         assert again.config == one.config
         assert torch.equal(again(codes), m)
+        assert head is None or torch.equal(again.encode_stream(tokens, known).head, head)
     assert torch.equal(copy.deepcopy(one)(codes), m)
     wider = PrefixMem.from_pretrained(tmp_path / "one", hidden_size=48)
     assert wider(codes).shape == (2, 5, 3, 48)
-    assert wider.cross_item.cross_item.out_proj.weight.shape == (48, 6)
+    last = wider.cross_item.cross_item or wider.cross_item
+    assert last.out_proj.weight.shape == (48, 6)
+    assert head is None or last.head_proj.weight.shape == (48, 6)
     assert torch.equal(wider.cross_item.memory.weight, one.cross_item.memory.weight)
     small = one.quantize("int8")
     assert not torch.equal(small(codes), m)
     torch.testing.assert_close(small(codes), m, rtol=0, atol=0.02 * m.abs().max().item())
+    if head is not None:
+        torch.testing.assert_close(
+            small.encode_stream(tokens, known).head, head, rtol=0, atol=0.02 * head.abs().max().item()
+        )
     small.save_pretrained(tmp_path / "small")
     assert torch.equal(PrefixMem.from_pretrained(tmp_path / "small")(codes), small(codes))
     fewer = PrefixMem.from_pretrained(tmp_path / "one", active_levels=(2,))
@@ -169,25 +234,27 @@ def test_files_copies_and_quantized_tables(tmp_path):
     assert torch.equal(fewer.cross_item(codes), one.cross_item(codes))
 
 
-def test_gathers_ahead_are_taken():
-    one, codes = cross_item_encoder(tables="host"), histories(2, 5)
+@pytest.mark.parametrize("make", [cross_item_encoder, lagged_encoder])
+def test_gathers_ahead_are_taken(make):
+    one, codes = make(tables="host"), histories(2, 5)
     expected = one(codes), one.encode_tokens(tokens_of(codes), vocabulary())
     one.prefetch(codes)
     one.prefetch_tokens(tokens_of(codes), vocabulary())
-    memories = one.memory, one.cross_item.memory, one.cross_item.cross_item.memory
-    assert [len(memory._reader._gathers) for memory in memories] == [2, 2, 2]
+    memories = [module for module in one.modules() if isinstance(module, PrefixMemory)]
+    assert [len(memory._reader._gathers) for memory in memories] == [2] * (3 if make is cross_item_encoder else 2)
     assert torch.equal(one(codes), expected[0])
     assert torch.equal(one.encode_tokens(tokens_of(codes), vocabulary()), expected[1])
-    assert [len(memory._reader._gathers) for memory in memories] == [0, 0, 0]
+    assert not any(memory._reader._gathers for memory in memories)
 
 
+@pytest.mark.parametrize("make", [cross_item_encoder, lagged_encoder])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_step_of_every_gradient(backend):
+def test_one_step_of_every_gradient(backend, make):
     """Dense, sparse and fused steps of all tables of an encoder end in the same numbers, by codes and by tokens."""
     codes, ends = histories(2, 4), {}
     for grad in ("dense", "sparse", "fused"):
         for source in ("codes", "tokens"):
-            one = cross_item_encoder(grad=grad, backend=backend)
+            one = make(grad=grad, backend=backend)
             optimizer = (
                 torch.optim.SGD(one.parameters(), 0.1)
                 if grad == "dense"
@@ -197,12 +264,12 @@ def test_one_step_of_every_gradient(backend):
             (m * torch.linspace(-1, 1, m.numel()).view_as(m)).sum().backward()
             optimizer.step()
             ends[grad, source] = [p for name, p in one.named_parameters() if name.endswith("memory.weight")]
-    fresh = cross_item_encoder()
+    fresh = make()
     for key, tables in ends.items():
         for table, expected in zip(tables, ends["dense", "codes"], strict=True):
             torch.testing.assert_close(table, expected, rtol=1e-4, atol=1e-5, msg=str(key))
         assert not torch.equal(tables[1], dict(fresh.named_parameters())["cross_item.memory.weight"])
-    assert len(tables) == 3
+    assert len(tables) == (3 if make is cross_item_encoder else 2)
 
 
 BAD = [
@@ -220,6 +287,9 @@ BAD = [
         r"with cross-item orders give \[..., items, 3\]",
     ),
     (lambda c: cross_item_encoder()(torch.zeros(2, 4, dtype=torch.int64)), r"codes has shape \(2, 4\)"),
+    (lambda c: replace(c, lags=2), "lags = 2 with a spec of history = 0"),
+    (lambda c: replace(c, lags=0), "lags = 0"),
+    (lambda c: replace(lagged_encoder().config.cross_item, lags=2**20), "lags = 1048576 from history = 1 on"),
     (lambda c: DecodingState(cross_item_encoder(), SIDVocabulary.from_table({}, (4, 5)), 1), "codebook_sizes"),
 ]
 
@@ -234,8 +304,11 @@ def test_the_config_says_how_far_it_looks_back():
     config = cross_item_encoder(history=2).config
     assert (config.history, config.lookback, config.levels) == (2, 7, 3)  # the two items before, and two codes
     assert PrefixMemConfig.from_dict(config.to_dict()) == config
+    lagged = lagged_encoder(3, 2).config
+    assert (lagged.history, lagged.lookback) == (4, 13)
+    assert PrefixMemConfig.from_dict(lagged.to_dict()) == lagged
     within = PrefixMemConfig(AddressSpec(SIZES), 8, HIDDEN)
     assert (within.history, within.lookback) == (0, 2)
-    assert "cross_item" not in within.to_dict()
+    assert not {"cross_item", "lags", "output_slot"} & within.to_dict().keys()
     last_token = PrefixMemConfig(AddressSpec.cross_item(SIZES, active_levels=(0,)), 8, HIDDEN)
     assert (last_token.history, last_token.lookback) == (1, 2)

@@ -33,6 +33,7 @@ from tests.helpers.models import (
     call,
     cross_item_encoder,
     encoder,
+    lagged_encoder,
     prompts,
     sid,
     tiny_model,
@@ -87,12 +88,12 @@ def test_generate_with_a_cache_is_recomputation(family, search):
     assert_a_cache_changes_nothing(attached, call(family), search)
 
 
-@pytest.mark.parametrize("history", [1, 2])
+@pytest.mark.parametrize("make", [cross_item_encoder, lagged_encoder])
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("family", ["qwen3", "mistral_sliding", "gpt2", "t5"])
-def test_cross_item_orders_with_a_cache_are_recomputation(family, search, history):
+def test_cross_item_orders_with_a_cache_are_recomputation(family, search, make):
     """Prompts of whole items, and of those that break off, so that windows reach far into what the cache holds."""
-    model, inputs = attach(tiny_model(family), cross_item_encoder(history=history), vocabulary()), call(family)
+    model, inputs = attach(tiny_model(family), make(), vocabulary()), call(family)
     rows = [
         [*sid(1, 3, 4), *sid(0, 1, 5), *sid(3, 0, 1)],
         [7, *sid(1, 3, 4), *sid(3, 0, 1), *sid(3, 1)],
@@ -117,6 +118,31 @@ def test_cross_item_orders_change_what_a_model_says():
         for cuts in ([1] * 6, [2, 1, 3], [4, 2]):
             found = logits_in_parts(model, ids.split(cuts, 1), copy.deepcopy(past))
             torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_below_the_output_layer(family):
+    """Logits are those of the last hidden states with W_head S added, wherever they are asked for; detach ends it."""
+    model, inputs = tiny_model(family), call(family)
+    plain, one = logits(model, **inputs), lagged_encoder()
+    torch.nn.init.zeros_(one.out_proj.weight)
+    torch.nn.init.zeros_(one.cross_item.out_proj.weight)  # so that it reaches the model there alone
+    attach(model, one, vocabulary())
+    decoded = inputs.get("decoder_input_ids", inputs["input_ids"])
+    rows = torch.tensor([[*sid(1, 3, 4), *sid(0, 1, 5)]] * len(decoded))
+    inputs = {**inputs, **({"decoder_input_ids": rows} if "decoder_input_ids" in inputs else {"input_ids": rows})}
+    inputs.pop("attention_mask", None)
+    found = logits(model, **inputs)
+    head = one.encode_stream(rows, vocabulary()).head
+    assert head[:, 2:].any(-1).all()
+    assert not head[:, :2].any()
+    given = detach(model)
+    assert given is one
+    before = logits(model, **inputs)
+    scale = HIDDEN**-0.5 if getattr(model.config, "scale_decoder_outputs", model.config.model_type == "t5") else 1.0
+    layer = model.get_output_embeddings().weight
+    torch.testing.assert_close(found - before, scale * head @ layer.T, rtol=1e-4, atol=1e-4)
+    assert plain.isfinite().all()
 
 
 def assert_a_cache_changes_nothing(model, inputs, search):

@@ -92,23 +92,17 @@ def build_encoder(
 
 
 def _cross_item(config: RunConfig, codebook_sizes: tuple[int, ...], hidden_size: int) -> PrefixMemConfig | None:
-    """Tables of the item before, of the one before it, and so on, each within the other."""
-    made = None
-    for back in range(config.history, 0, -1):
-        made = PrefixMemConfig(
-            AddressSpec.cross_item(
-                codebook_sizes,
-                history=back,
-                heads=config.history_heads,
-                table_rows=config.history_rows,
-                seed=config.address_seed + back,
-            ),
-            config.history_dim,
-            hidden_size,
-            **_CROSS_ITEM_START,
-            cross_item=made,
-        )
-    return made
+    """Tables that are read for the item before, the one before it, and so on."""
+    if not config.history:
+        return None
+    spec = AddressSpec.cross_item(
+        codebook_sizes,
+        heads=config.history_heads,
+        table_rows=config.history_rows,
+        seed=config.address_seed + 1,  # other primes than those of the prefixes
+    )
+    how = {"lags": config.history, "output_slot": config.history_output}
+    return PrefixMemConfig(spec, config.history_dim, hidden_size, **how, **_CROSS_ITEM_START)
 
 
 def add_arm(model: nn.Module, config: RunConfig, vocabulary: SIDVocabulary) -> None:
@@ -125,9 +119,9 @@ def optimizer_for(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
         config.learning_rate,
         encoder_lr_multiple=config.encoder_lr_multiple,
         rows=_ROWS[config.row_optimizer],
+        cross_item_lr=config.history_lr,
         row_options={
             "weight_decay": config.row_weight_decay,
-            **({} if config.row_lr is None else {"lr": config.row_lr}),
         },
         betas=(0.9, config.adam_beta2),
         weight_decay=config.weight_decay,

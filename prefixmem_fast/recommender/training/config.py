@@ -88,13 +88,16 @@ class RunConfig:
     history_rows: int = option(200_000, "rows of a table of cross-item orders")
     history_dim: int = option(64, "columns of the memory of cross-item orders")
     history_heads: int = option(2, "tables of a cross-item order")
+    history_output: bool = option(
+        True, "the memory of cross-item orders is also added to the last hidden states, before the output layer"
+    )
     output_init_std: float = option(1e-3, "standard deviation of W_out at its start")
     memory_dropout: float = option(0.0, "share of SID tokens whose memory is left out in training")
     grad: str = option("sparse", "where the gradient of the tables goes", GRADS)
     row_optimizer: str = option("adagrad", "optimizer of the rows with grad=sparse and fused", ROW_OPTIMIZERS)
     row_weight_decay: float = option(0.0, "weight decay of the touched rows")
-    row_lr: float | None = option(
-        None, "learning rate of the rows, constant after the warm-up; the encoder's unless given"
+    history_lr: float | None = option(
+        None, "learning rate of the rows of cross-item orders, constant after the warm-up; the encoder's unless given"
     )
     restart_rows: int = option(
         0, "steps, of an epoch say, after which the tables of cross-item orders start anew; 0 never"
@@ -187,8 +190,13 @@ class RunConfig:
             raise ValueError(f"active_levels = {self.active_levels}; levels count from 1")
         if self.muon_lr is not None:
             _at_least(self, "muon_lr", 0)
-        if self.row_lr is not None:
-            _at_least(self, "row_lr", 0)
+        if self.history_lr is not None:
+            _at_least(self, "history_lr", 0)
+            if self.grad == "dense":
+                raise ValueError(
+                    f"history_lr = {self.history_lr} with grad = 'dense', whose tables AdamW trains; give "
+                    "grad = 'sparse' or 'fused'"
+                )
         if self.arm == "cross-item" and not self.history:
             object.__setattr__(self, "history", 1)
         if self.restart_rows and self.eval_every % self.restart_rows:

@@ -19,7 +19,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..._progress import on_a_terminal, say
 from ...encoder import PrefixMem, PrefixMemory, SIDTransformer
-from ...optim.rows import is_table
 from ..data import Examples, Tokens
 from ..evaluation.teacher_forcing import teacher_forced
 from .arms import optimizer_for
@@ -83,10 +82,11 @@ class RecommenderTrainer(Trainer):
 
     def create_scheduler(self, *args: Any, **options: Any) -> Any:
         scheduler = super().create_scheduler(*args, **options)
-        if self.config.row_lr is not None:
+        if self.config.history_lr is not None:
             warmup = max(self.config.warmup_steps, 1)
+            across = {id(memory.weight) for memory in cross_item_memories(self.model)}
             for i, group in enumerate(self.optimizer.param_groups):
-                if all(is_table(parameter) for parameter in group["params"]):
+                if across.issuperset(map(id, group["params"])):
                     scheduler.lr_lambdas[i] = lambda step: min(step / warmup, 1.0)
         return scheduler
 
@@ -230,6 +230,10 @@ class _Lines(TrainerCallback):
             say(f"{step}: {training}validation loss {metrics['eval_loss']:.3f}")
 
 
+def cross_item_memories(model: nn.Module) -> list[PrefixMemory]:
+    return [module for module in model.modules() if isinstance(module, PrefixMemory) and module.config.spec.history]
+
+
 class _RestartRows(TrainerCallback):
     """Starts the tables of cross-item orders anew every `steps` steps, their optimizer's state with them.
 
@@ -247,10 +251,9 @@ class _RestartRows(TrainerCallback):
             return
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 1_000_003 + state.global_step)
-            for module in model.modules():
-                if isinstance(module, PrefixMemory) and module.config.spec.history:
-                    module.reset_parameters()
-                    optimizer.state.pop(module.weight, None)  # begun again at the next step
+            for memory in cross_item_memories(model):
+                memory.reset_parameters()
+                optimizer.state.pop(memory.weight, None)  # begun again at the next step
 
 
 class _PlaceOfBest(TrainerCallback):

@@ -45,7 +45,7 @@ ARMS = [
     {"arm": "prefixmem", "grad": "dense"},
     {"arm": "prefixmem", "grad": "fused", "max_grad_norm": 0.0, "row_optimizer": "lazy-adam"},
     {"arm": "prefixmem", "memory_dropout": 0.5, "row_weight_decay": 0.1, "muon_lr": 0.02, "precision": "bfloat16"},
-    {"history": 2, "history_rows": 60, "history_dim": 8, "row_lr": 0.1, "restart_rows": 2},
+    {"history": 2, "history_rows": 60, "history_dim": 8, "history_lr": 0.1, "restart_rows": 2},
     {
         "arm": "cross-item",
         "grad": "fused",
@@ -89,7 +89,7 @@ def _train_in_child(config, out, resume):
 
 
 def test_five_kills_at_random_moments_change_nothing(tmp_path):
-    across = {"history": 1, "history_rows": 60, "history_dim": 8, "row_lr": 0.1, "restart_rows": 3}
+    across = {"history": 1, "history_rows": 60, "history_dim": 8, "history_lr": 0.1, "restart_rows": 3}
     config = options(tmp_path, steps=150, eval_every=3, eval_users=20, memory_dropout=0.5, **across)
     whole = train(config, tmp_path / "whole", quiet=True)
     out = tmp_path / "killed"
@@ -437,7 +437,7 @@ def test_the_rate_of_rows_stays_where_the_others_fall(tmp_path, monkeypatch):
         "on_step_end",
         lambda self, args, state, control, optimizer=None, **_: rates.append([g["lr"] for g in optimizer.param_groups]),
     )
-    config = options(tmp_path, history=1, history_rows=60, history_dim=8, row_lr=0.3, warmup_steps=2)
+    config = options(tmp_path, history=1, history_rows=60, history_dim=8, history_lr=0.3, warmup_steps=2)
     train(config, tmp_path / "run", quiet=True, stop_at=10**6)
     first, *_, last = rates
     assert first[0] == pytest.approx(0.15)
