@@ -28,10 +28,19 @@ class _Permuted(PrefixMem):
         for name in ("memory", "lag_weights", "out_proj", "head_proj", "cross_item"):
             setattr(self, name, getattr(encoder, name))
 
-    def read_tokens(self, input_ids: Tensor, vocabulary: SIDVocabulary, segment_ids: Tensor | None = None) -> Tensor:
+    def read_tokens(
+        self,
+        input_ids: Tensor,
+        vocabulary: SIDVocabulary,
+        segment_ids: Tensor | None = None,
+        *,
+        new_tokens: int | None = None,
+    ) -> Tensor:
         spec = self.config.spec
         stream = TokenStream(input_ids, vocabulary.token_table(input_ids.device), segment_ids)
         codes, level = window_codes(stream, spec)
+        if new_tokens is not None:
+            codes, level = codes[:, codes.shape[1] - new_tokens :], level[:, level.shape[1] - new_tokens :]
         places = [(level == active).flatten().nonzero().squeeze(1) for active in spec.active_levels]
         codes = codes.flatten(0, 1)
         read = torch.cat([self.exchange(codes[p], a) for p, a in zip(places, spec.active_levels, strict=True)])
@@ -74,11 +83,18 @@ class PermutedCrossItem(_Permuted):
         )
         self._transitions = [_by_prefix(before, after[:, :l]) for l in range(self.config.levels)]
 
-    def read_tokens(self, input_ids: Tensor, vocabulary: SIDVocabulary, segment_ids: Tensor | None = None) -> Tensor:
+    def read_tokens(
+        self,
+        input_ids: Tensor,
+        vocabulary: SIDVocabulary,
+        segment_ids: Tensor | None = None,
+        *,
+        new_tokens: int | None = None,
+    ) -> Tensor:
         if self.lag_weights is None:
-            return super().read_tokens(input_ids, vocabulary, segment_ids)
+            return super().read_tokens(input_ids, vocabulary, segment_ids, new_tokens=new_tokens)
         stream = TokenStream(input_ids, vocabulary.token_table(input_ids.device), segment_ids)
-        windows, place = lagged_windows(stream, self.config.spec, self.config.lags)
+        windows, place = lagged_windows(stream, self.config.spec, self.config.lags, new_tokens)
         active = self.config.spec.active_levels
         there = (windows[..., 0] >= 0).flatten().nonzero().squeeze(1)  # an item of its own for each level that is read
         codes = windows.flatten(0, 2)[there]

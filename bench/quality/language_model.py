@@ -33,7 +33,7 @@ from .arms import ARMS, RECIPE, SETS
 
 MODEL_VARIABLE, DATA_SET, TEXT = "PREFIXMEM_GGUF", "scientific-rqvae_zcr", "scientific/items.json"
 RESULTS, RUNS = Path("bench/results/quality/language_model.jsonl"), Path("runs/language_model")
-TRAINED = ("plain", "prefixmem", "cross-item", "cross-item-2")
+TRAINED = ("plain", "prefixmem", "cross-item", "cross-item-1")
 VALIDATIONS = 8  # and checkpoints
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 CHANGES: dict[str, Any] = {

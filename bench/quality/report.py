@@ -151,7 +151,8 @@ _COMPARED = (
     ("cross-item", "prefixmem"),
     ("cross-item", "cross-item-permuted"),
     ("cross-item", "cross-item-alone"),
-    ("cross-item-2", "cross-item"),
+    ("cross-item", "cross-item-1"),
+    ("cross-item", "cross-item-input"),
 )
 
 

@@ -95,18 +95,21 @@ class LaggedWindows(NamedTuple):
     """Windows that end in the same codes and begin in the items `spec.history`, `spec.history` + 1, .. back.
 
     Attributes:
-        codes: int64 ``[B, T // L, lags, 2L]``: for each whole item of a row the codes of the items back, and those of
-            the item that follows it directly; -1 where there is none.
-        place: int64 ``[B, T]``: which of the ``T // L x A`` sums of its row is that of a token, A active levels a
-            window; ``T // L x A`` where it has none.
+        codes: int64 ``[B, W, lags, 2L]``: for each whole item of a row, or those that the last tokens need, the codes
+            of the items back, and those of the item that follows it directly; -1 where there is none.
+        place: int64 ``[B, T]``, or of the last tokens: which of the ``W x A`` sums of its row is that of a token, with
+            A active levels a window; ``W x A`` where it has none.
     """
 
     codes: Tensor
     place: Tensor
 
 
-def lagged_windows(stream: TokenStream, spec: AddressSpec, lags: int) -> LaggedWindows:
-    """The windows of `lags` items that share their rows, of a stream ``[B, T]``; shapes do not depend on the tokens."""
+def lagged_windows(stream: TokenStream, spec: AddressSpec, lags: int, new_tokens: int | None = None) -> LaggedWindows:
+    """The windows of `lags` items that share their rows, of the last `new_tokens` of a stream ``[B, T]``, or of all.
+
+    Shapes do not depend on the tokens: W is T // L, or the most items that end in or just before the last tokens.
+    """
     L, active = spec.item_levels, spec.active_levels
     codes, level = token_codes(stream, L)
     (B, T), device = level.shape, level.device
@@ -140,7 +143,14 @@ def lagged_windows(stream: TokenStream, spec: AddressSpec, lags: int) -> LaggedW
             connected = connected & _shift(follows, False, back - 1)
         if back + 1 >= spec.history:
             windows.append(torch.cat([torch.where(connected[..., None], _shift(items, -1, back), -1), own], -1))
-    return LaggedWindows(torch.stack(windows, 2), place[:, :T])
+    windows, place = torch.stack(windows, 2), place[:, :T]
+    wanted = count if new_tokens is None else min(count, (new_tokens + 2 * (L - 1)) // L)
+    if wanted < count:  # they end in the new tokens or less than L before
+        first = (whole.sum(1, keepdim=True) - wanted).clamp(min=0)  # [B, 1]
+        chosen = first + torch.arange(wanted, device=device)
+        windows = windows.gather(1, chosen[..., None, None].expand(-1, -1, lags, 2 * L))
+        place = torch.where(place < count * len(active), place - first * len(active), wanted * len(active))
+    return LaggedWindows(windows, place if new_tokens is None else place[:, T - new_tokens :])
 
 
 def _same_segment(stream: TokenStream, back: int) -> Tensor:

@@ -169,7 +169,7 @@ class _RecentTokens:
         self.tokens.copy_(torch.cat([self.tokens[:, 1:], tokens[:, None].to(self.tokens.device)], 1))
         encoder, total = self.encoder, None
         while encoder is not None:
-            encoded = encoder.project(encoder.read_tokens(self.tokens, self.vocabulary)[:, -1])
+            encoded = encoder.project(encoder.read_tokens(self.tokens, self.vocabulary, new_tokens=1)[:, 0])
             total = encoded if total is None else total + encoded
             encoder = encoder.cross_item
         return total

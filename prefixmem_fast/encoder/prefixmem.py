@@ -267,21 +267,36 @@ class PrefixMem(nn.Module):
             return item_windows(codes, config.spec)
         return lagged_item_windows(codes, config.spec, config.lags)
 
-    def _token_windows(self, input_ids: Tensor, vocabulary: SIDVocabulary, segment_ids: Tensor | None) -> LaggedWindows:
+    def _token_windows(
+        self, input_ids: Tensor, vocabulary: SIDVocabulary, segment_ids: Tensor | None, new_tokens: int | None = None
+    ) -> LaggedWindows:
         table = self.memory.token_table(input_ids, vocabulary)
         stream = TokenStream(input_ids, table, segment_ids)
         check_stream(stream)
-        return lagged_windows(stream, self.config.spec, self.config.lags)
+        return lagged_windows(stream, self.config.spec, self.config.lags, new_tokens)
 
-    def read_tokens(self, input_ids: Tensor, vocabulary: SIDVocabulary, segment_ids: Tensor | None = None) -> Tensor:
-        """S over a token stream, the lags of cross-item orders summed: ``[B, T]`` to ``[B, T, memory_dim]``."""
+    def read_tokens(
+        self,
+        input_ids: Tensor,
+        vocabulary: SIDVocabulary,
+        segment_ids: Tensor | None = None,
+        *,
+        new_tokens: int | None = None,
+    ) -> Tensor:
+        """S over a token stream, the lags of cross-item orders summed: ``[B, T]`` to ``[B, T, memory_dim]``.
+
+        With `new_tokens` of the last tokens alone.
+        """
         if self.lag_weights is None:
-            return self.memory.read_tokens(input_ids, vocabulary, segment_ids)
-        windows = self._token_windows(input_ids, vocabulary, segment_ids)
+            S = self.memory.read_tokens(input_ids, vocabulary, segment_ids)
+            return S if new_tokens is None else last_tokens(S, new_tokens)
+        if new_tokens is not None:
+            last_tokens(input_ids, new_tokens)  # refuses a wrong number
+        windows = self._token_windows(input_ids, vocabulary, segment_ids, new_tokens)
         return self.at_tokens(self.memory(windows.codes), windows.place)
 
     def at_tokens(self, S: Tensor, place: Tensor) -> Tensor:
-        """S ``[B, T // L, lags, A, memory_dim]`` of lagged windows to the sums over lags at tokens ``[B, T]``."""
+        """S ``[B, W, lags, A, memory_dim]`` of `LaggedWindows` to the sums over lags at tokens ``[B, T]``."""
         S = nn.functional.pad(self._sum_lags(S).flatten(1, 2), (0, 0, 0, 1))
         return S.gather(1, place[..., None].expand(-1, -1, S.shape[-1]))
 
@@ -349,8 +364,7 @@ class PrefixMem(nn.Module):
         new_tokens: int | None = None,
     ) -> Encoded:
         """`encode_tokens`, and with it what tables with `output_slot` add to the model's last hidden states."""
-        S = self.read_tokens(input_ids, vocabulary, segment_ids)
-        encoded = self.project(self._drop(S if new_tokens is None else last_tokens(S, new_tokens)))
+        encoded = self.project(self._drop(self.read_tokens(input_ids, vocabulary, segment_ids, new_tokens=new_tokens)))
         if self.cross_item is None:
             return encoded
         return encoded + self.cross_item.encode_stream(input_ids, vocabulary, segment_ids, new_tokens=new_tokens)

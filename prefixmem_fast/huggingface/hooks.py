@@ -33,6 +33,7 @@ class _Call(NamedTuple):
     tokens: list[Tensor]  # those embedded so far: none, or one tensor
     takes_tokens: bool
     embeds: Tensor | None  # given in place of tokens
+    before: Tensor | None = None  # [B, W], the tokens before, where they are known without a cache
 
 
 _NO_CALL = _Call(None, None, [], True, None)  # an embedding called by itself
@@ -143,7 +144,10 @@ class Attachment:
             segments = _segments_of(position_ids=arguments.get("position_ids"))
         tokens = outer.tokens if cache is not None and cache is outer.cache else []
         takes_tokens = any(arguments.get(name) is not None for name in _TOKENS)
-        calls.append(_Call(cache, segments, tokens, takes_tokens, arguments.get("inputs_embeds")))
+        embeds = arguments.get("inputs_embeds")
+        if module is self.model and embeds is None:
+            self._calls_of.head = None
+        calls.append(_Call(cache, segments, tokens, takes_tokens, embeds))
         return args, kwargs
 
     def end_call(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -184,6 +188,8 @@ class Attachment:
                 raise ValueError(f"segment_ids has shape {tuple(segments.shape)}; give {tuple(tokens.shape)}")
             segments = segments.expand_as(tokens)
         new, context, context_segments = tokens.shape[1], tokens, segments
+        if call.before is not None:
+            context = torch.cat([call.before, tokens], 1)
         if call.cache is not None:
             past = self._past(call.cache, tokens)
             context = torch.cat([past.to(tokens.dtype), tokens], 1)
@@ -197,6 +203,18 @@ class Attachment:
             history_of(call.cache).remember(tokens)
         return output + m.view_as(output).to(output.dtype)
 
+    def embed(self, tokens: Tensor, new_tokens: int) -> Tensor:
+        """Input embeddings of the last tokens of rows ``[B, T]``, for the next call of the model, as inputs_embeds.
+
+        What goes to the last hidden states is kept for that call.
+        """
+        before, new = tokens.tensor_split([tokens.shape[1] - new_tokens], 1)
+        self._calls.append(_NO_CALL._replace(tokens=[], before=before))
+        try:
+            return self.model.get_input_embeddings()(new)
+        finally:
+            self._calls.pop()
+
     def add_to_hidden(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """After the module below the output layer: add what tables with `output_slot` have for its tokens."""
         head, self._calls_of.head = getattr(self._calls_of, "head", None), None
@@ -205,12 +223,12 @@ class Attachment:
         hidden = output
         if isinstance(output, (tuple, dict)):
             hidden = output[0] if isinstance(output, tuple) else next(iter(output.values()))
-        if hidden.shape != head.shape:
+        if hidden.numel() != head.numel():
             raise RuntimeError(
-                f"the last hidden states of {type(module).__name__} are {tuple(hidden.shape)} and the memory of its "
-                f"tokens is {tuple(head.shape)}; attach an encoder without output_slot"
+                f"the last hidden states of {type(module).__name__} are {tuple(hidden.shape)} and the memory of the "
+                f"tokens that were embedded last is {tuple(head.shape)}; attach an encoder without output_slot"
             )
-        hidden = hidden + head.to(hidden.dtype)
+        hidden = hidden + head.view_as(hidden).to(hidden.dtype)
         if isinstance(output, tuple):
             return (hidden, *output[1:])
         if isinstance(output, dict):  # ModelOutput is one

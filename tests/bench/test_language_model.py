@@ -98,7 +98,7 @@ def test_of_the_model_only_adapters_and_rows_of_sid_tokens_train(tmp_path, small
     assert torch.equal(*merged) == tied
 
 
-@pytest.mark.parametrize("arm", ["plain", "cross-item-2"])
+@pytest.mark.parametrize("arm", ["plain", "cross-item-1"])
 def test_what_a_run_has_saved_is_what_it_has_trained(tmp_path, small_study, monkeypatch, arm):
     config, data = config_and_data(tmp_path, arm)
     models = []

@@ -144,6 +144,15 @@ def test_lagged_windows_are_those_of_each_item_back(spec, lags, seed, length, pa
         back = replace(spec, history=spec.history + lag)
         expected = token_memory(ids, table, weight, back, segment_ids=segments, backend="reference")
         assert torch.equal(found, expected)
+    for new in range(length + 1):
+        few = lagged_windows(TokenStream(ids, table, segments), spec, lags, new)
+        rows = torch.nn.functional.pad(few.codes.flatten(-2), (0, 0, 0, 1), value=-1)
+        whole = torch.nn.functional.pad(windows.codes.flatten(-2), (0, 0, 0, 1), value=-1)
+        last, last_of_all = few.place, windows.place[:, length - new :]
+        assert few.codes.shape[1] <= (new + 2 * (L - 1)) // L
+        assert torch.equal(last % A, torch.where(last_of_all < length // L * A, last_of_all % A, 0))
+        for b in range(2):
+            assert torch.equal(rows[b, last[b] // A], whole[b, last_of_all[b] // A])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

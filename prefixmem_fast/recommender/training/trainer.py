@@ -318,5 +318,5 @@ def _best_step(history: list[dict[str, Any]]) -> int | None:
 def _parameters(model: nn.Module) -> dict[str, int]:
     """Numbers of parameters, of the model and of the encoder in it."""
     encoders = [module for module in model.modules() if isinstance(module, (PrefixMem, SIDTransformer))]
-    encoder = sum(p.numel() for module in encoders for p in module.parameters())
+    encoder = sum(p.numel() for p in {p for module in encoders for p in module.parameters()})
     return {"model": sum(p.numel() for p in model.parameters()) - encoder, "encoder": encoder}
