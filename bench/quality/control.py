@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixmem_fast import PrefixMem, SIDVocabulary, attach
-from prefixmem_fast.addressing import TokenStream, lagged_windows, window_codes
+from prefixmem_fast.addressing import TokenStream, first_codes, lagged_windows, window_codes
 from prefixmem_fast.recommender.data import Histories
 from prefixmem_fast.recommender.training.arms import build_encoder
 from prefixmem_fast.recommender.training.config import RunConfig
@@ -25,6 +25,7 @@ class _Permuted(PrefixMem):
     def __init__(self, encoder: PrefixMem) -> None:
         nn.Module.__init__(self)
         self.config, self.dropout = encoder.config, encoder.dropout
+        self._windows_first = encoder._windows_first
         for name in ("memory", "lag_weights", "out_proj", "head_proj", "cross_item"):
             setattr(self, name, getattr(encoder, name))
 
@@ -91,7 +92,7 @@ class PermutedCrossItem(_Permuted):
         *,
         new_tokens: int | None = None,
     ) -> Tensor:
-        if self.lag_weights is None:
+        if not self._windows_first:
             return super().read_tokens(input_ids, vocabulary, segment_ids, new_tokens=new_tokens)
         stream = TokenStream(input_ids, vocabulary.token_table(input_ids.device), segment_ids)
         windows, place = lagged_windows(stream, self.config.spec, self.config.lags, new_tokens)
@@ -99,6 +100,7 @@ class PermutedCrossItem(_Permuted):
         there = (windows[..., 0] >= 0).flatten().nonzero().squeeze(1)  # an item of its own for each level that is read
         codes = windows.flatten(0, 2)[there]
         read = torch.stack([self.exchange(codes, level) for level in active], 1)
+        read = first_codes(read, self.config.spec, self.config.earlier_codes)
         S = self.memory(read)[:, torch.arange(len(active)), torch.arange(len(active))]  # [windows, A, memory_dim]
         S = S.new_zeros(windows.shape[:3].numel(), *S.shape[1:]).index_copy(0, there, S)
         return self.at_tokens(S.view(*windows.shape[:3], *S.shape[1:]), place)
@@ -146,5 +148,8 @@ def add_permuted(
     if encoder.cross_item is None:
         encoder = PermutedPrefixMem(encoder, codes)
     else:
-        encoder.cross_item = PermutedCrossItem(encoder.cross_item, codes, train)
+        part = encoder
+        while part.cross_item is not None:
+            part.cross_item = PermutedCrossItem(part.cross_item, codes, train)
+            part = part.cross_item
     attach(model, encoder, vocabulary)

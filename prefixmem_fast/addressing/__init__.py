@@ -6,13 +6,14 @@ addresses.py     codes -> rows: the prefix hash, the exact index, where a prefix
 token_stream.py  tokens -> codes: which tokens form a Semantic ID
 """
 
-from .addresses import item_windows, lagged_item_windows, prefix_length, prefix_rows
+from .addresses import first_codes, item_windows, lagged_item_windows, prefix_length, prefix_rows
 from .spec import AddressSpec
 from .token_stream import TokenStream, lagged_windows, token_codes, window_codes
 
 __all__ = [
     "AddressSpec",
     "TokenStream",
+    "first_codes",
     "item_windows",
     "lagged_item_windows",
     "lagged_windows",

@@ -69,6 +69,16 @@ def lagged_item_windows(codes: Tensor, spec: AddressSpec, lags: int) -> Tensor:
     return torch.stack([item_windows(codes, spec, spec.history + back) for back in range(lags)], -2)
 
 
+def first_codes(windows: Tensor, spec: AddressSpec, count: int | None) -> Tensor:
+    """Windows ``[..., 2L]`` of `count` first codes of the earlier item: 0 for the others, which adds no hash."""
+    if count is None:
+        return windows
+    sizes = torch.tensor(spec.codebook_sizes[count:], device=windows.device)
+    own = windows[..., count : spec.item_levels]
+    left_out = torch.where((own >= 0) & (own.long() < sizes), 0, own)
+    return torch.cat([windows[..., :count], left_out, windows[..., spec.item_levels :]], -1)
+
+
 def prefix_length(codes: Tensor, codebook_sizes: tuple[int, ...]) -> Tensor:
     """int64 ``[...]``: how many codes of ``[..., L]`` stand before one ends the prefix."""
     length = torch.zeros_like(codes[..., 0], dtype=torch.int64)

@@ -26,6 +26,8 @@ class PrefixMemConfig:
             `PrefixMem.quantize`.
         lags: of cross-item orders: how many items, from `spec.history` back on, the same rows are read for. Their rows
             are summed with a learned weight for each, which starts at 2^-lag. Not in the paper.
+        earlier_codes: of cross-item orders: the rows are keyed by that many first codes of the earlier item in place of
+            its whole SID, so that the items that share them share rows; 1 .. L - 1. Not in the paper.
         output_slot: whether the memory is also added to the model's last hidden states, before its output layer, by a
             projection of its own, W_head. Not in the paper.
         cross_item: further tables, whose spec is of `AddressSpec.cross_item`, with a W_out of their own; their m is
@@ -42,6 +44,7 @@ class PrefixMemConfig:
     output_init_std: float = 1e-3
     quantization: str | None = None
     lags: int = 1
+    earlier_codes: int | None = None
     output_slot: bool = False
     cross_item: PrefixMemConfig | None = None
 
@@ -74,6 +77,13 @@ class PrefixMemConfig:
             raise ValueError(
                 f"lags = {self.lags} from history = {self.spec.history} on is above {MOST_HISTORY} items back"
             )
+        if self.earlier_codes is not None:
+            most = self.levels - 1 if self.spec.history else 0
+            if not 1 <= _checks.integer("earlier_codes", self.earlier_codes) <= most:
+                allowed = (
+                    f"give 1..{most}, or None for whole items" if most else "leave it out: no earlier item has less"
+                )
+                raise ValueError(f"earlier_codes = {self.earlier_codes}; {allowed}")
         if self.cross_item is not None:
             self._check_cross_item()
 
@@ -143,7 +153,13 @@ class PrefixMemConfig:
         values["spec"] = self.spec.to_dict()
         if self.cross_item is not None:
             values["cross_item"] = self.cross_item.to_dict()
-        for name, default in (("quantization", None), ("lags", 1), ("output_slot", False), ("cross_item", None)):
+        for name, default in (
+            ("quantization", None),
+            ("lags", 1),
+            ("earlier_codes", None),
+            ("output_slot", False),
+            ("cross_item", None),
+        ):
             if values[name] == default:  # releases that do not know it read the rest
                 del values[name]
         return values

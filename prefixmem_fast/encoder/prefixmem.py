@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..addressing import TokenStream, item_windows, lagged_item_windows, lagged_windows
+from ..addressing import TokenStream, first_codes, item_windows, lagged_item_windows, lagged_windows
 from ..addressing.token_stream import LaggedWindows
 from ..operation.functions import check_stream
 from ..operation.quantization import quantize
@@ -68,6 +68,7 @@ class PrefixMem(nn.Module):
         kind = PrefixMemory if config.quantization is None else QuantizedMemory
         options = {"backend": backend, "grad": grad, "deterministic": deterministic}
         self.memory = kind(config, **options, tables=tables, overlap=overlap, device=device, dtype=dtype)
+        self._windows_first = config.lags > 1 or config.earlier_codes is not None  # made before they are read
         self.lag_weights = None
         if config.lags > 1:
             lags = torch.arange(config.lags, device=device, dtype=dtype or torch.get_default_dtype())
@@ -230,7 +231,7 @@ class PrefixMem(nn.Module):
         Raises:
             TypeError, ValueError: an argument is not as stated, or tables="device".
         """
-        if self.lag_weights is None:
+        if not self._windows_first:
             self.memory.prefetch_tokens(input_ids, vocabulary, segment_ids, stale=stale)
         else:
             self.memory.prefetch(self._token_windows(input_ids, vocabulary, segment_ids).codes, stale=stale)
@@ -251,21 +252,24 @@ class PrefixMem(nn.Module):
         windows = self._item_windows(codes)
         items = codes.shape[-2]
         S = self.memory(windows)
-        S = S if self.lag_weights is None else self._sum_lags(S)
+        S = self._sum_lags(S) if self._windows_first else S
         m = self._encode_levels(S, spec.item_levels)  # [..., items + 1, L, hidden]
         # The window of an item begins with the token before the item: the last one of the item before.
         return m.flatten(-3, -2)[..., 1 : 1 + items * spec.item_levels, :].unflatten(-2, (items, spec.item_levels))
 
     def _sum_lags(self, S: Tensor) -> Tensor:
         """``[..., lags, A, memory_dim]`` to ``[..., A, memory_dim]``."""
+        if self.lag_weights is None:
+            return S.squeeze(-3)
         return torch.einsum("...kad,k->...ad", S, self.lag_weights.to(S.dtype))
 
     def _item_windows(self, codes: Tensor) -> Tensor:
         config = self.config
         codes = self._check_items(codes)
-        if self.lag_weights is None:
+        if not self._windows_first:
             return item_windows(codes, config.spec)
-        return lagged_item_windows(codes, config.spec, config.lags)
+        windows = lagged_item_windows(codes, config.spec, config.lags)
+        return first_codes(windows, config.spec, config.earlier_codes)
 
     def _token_windows(
         self, input_ids: Tensor, vocabulary: SIDVocabulary, segment_ids: Tensor | None, new_tokens: int | None = None
@@ -273,7 +277,9 @@ class PrefixMem(nn.Module):
         table = self.memory.token_table(input_ids, vocabulary)
         stream = TokenStream(input_ids, table, segment_ids)
         check_stream(stream)
-        return lagged_windows(stream, self.config.spec, self.config.lags, new_tokens)
+        config = self.config
+        windows = lagged_windows(stream, config.spec, config.lags, new_tokens)
+        return windows._replace(codes=first_codes(windows.codes, config.spec, config.earlier_codes))
 
     def read_tokens(
         self,
@@ -287,7 +293,7 @@ class PrefixMem(nn.Module):
 
         With `new_tokens` of the last tokens alone.
         """
-        if self.lag_weights is None:
+        if not self._windows_first:
             S = self.memory.read_tokens(input_ids, vocabulary, segment_ids)
             return S if new_tokens is None else last_tokens(S, new_tokens)
         if new_tokens is not None:

@@ -159,7 +159,7 @@ def test_lagged_windows_are_those_of_each_item_back(spec, lags, seed, length, pa
 @pytest.mark.parametrize(("lags", "first"), [(2, 1), (3, 2)])
 def test_lags_of_codes_and_tokens(lags, first, backend):
     """m is W_out times the rows of each item back by its weight, W_head takes the same S."""
-    one, codes = lagged_encoder(lags, first, backend=backend), histories(2, 6)
+    one, codes = lagged_encoder(lags, first, None, backend=backend), histories(2, 6)
     cross = one.cross_item
     assert cross.lag_weights.tolist() == [2.0**-lag for lag in range(lags)]
     torch.nn.init.normal_(cross.lag_weights)
@@ -179,6 +179,29 @@ def test_lags_of_codes_and_tokens(lags, first, backend):
     torch.testing.assert_close(encoded.head, cross.head_proj(S), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(cross(codes).flatten(1, 2), encoded.m, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(one.encode_stream(tokens_of(codes), vocabulary()).head, encoded.head)
+
+
+@pytest.mark.parametrize("lags", [1, 2])
+def test_first_codes_of_an_earlier_item(lags):
+    """Items that share them are read alike; others, and one that has ended, are not."""
+    spec = AddressSpec.cross_item(SIZES, heads=2, table_rows=5000)
+    how = {"memory_init_std": 1.0, "output_init_std": 1.0}
+    one = PrefixMem(PrefixMemConfig(spec, 6, HIDDEN, lags=lags, earlier_codes=2, **how))
+    whole = PrefixMem(PrefixMemConfig(spec, 6, HIDDEN, lags=lags, **how))
+    whole.memory, whole.out_proj = one.memory, one.out_proj
+    new = [1, 4, 3]
+    m, other_last, other_second, first_of_all, ended = one(
+        torch.tensor([[[3, 1, 5], new], [[3, 1, 4], new], [[3, 3, 5], new], [[3, 1, 0], new], [[3, 1, -1], new]])
+    )[:, 1]
+    assert m[:2].all()
+    assert torch.equal(m[:2], other_last[:2])  # of the last token the window begins in the item itself
+    assert torch.equal(m[:2], first_of_all[:2])
+    assert not (m[:2] == other_second[:2]).any()
+    assert not ended[:2].any()
+    zero = torch.tensor([[3, 1, 0], new])
+    torch.testing.assert_close(whole(zero)[1, :2], m[:2])
+    codes = histories(3, 4)
+    torch.testing.assert_close(one.encode_tokens(tokens_of(codes), vocabulary()).view(3, 4, 3, -1), one(codes))
 
 
 @pytest.mark.parametrize("make", [cross_item_encoder, lagged_encoder])
@@ -225,9 +248,8 @@ def test_files_copies_and_quantized_tables(tmp_path, make):
     assert torch.equal(copy.deepcopy(one)(codes), m)
     wider = PrefixMem.from_pretrained(tmp_path / "one", hidden_size=48)
     assert wider(codes).shape == (2, 5, 3, 48)
-    last = wider.cross_item.cross_item or wider.cross_item
-    assert last.out_proj.weight.shape == (48, 6)
-    assert head is None or last.head_proj.weight.shape == (48, 6)
+    assert wider.cross_item.cross_item.out_proj.weight.shape[0] == 48
+    assert head is None or wider.cross_item.head_proj.weight.shape == (48, 6)
     assert torch.equal(wider.cross_item.memory.weight, one.cross_item.memory.weight)
     small = one.quantize("int8")
     assert not torch.equal(small(codes), m)
@@ -250,7 +272,7 @@ def test_gathers_ahead_are_taken(make):
     one.prefetch(codes)
     one.prefetch_tokens(tokens_of(codes), vocabulary())
     memories = [module for module in one.modules() if isinstance(module, PrefixMemory)]
-    assert [len(memory._reader._gathers) for memory in memories] == [2] * (3 if make is cross_item_encoder else 2)
+    assert [len(memory._reader._gathers) for memory in memories] == [2, 2, 2]
     assert torch.equal(one(codes), expected[0])
     assert torch.equal(one.encode_tokens(tokens_of(codes), vocabulary()), expected[1])
     assert not any(memory._reader._gathers for memory in memories)
@@ -278,7 +300,7 @@ def test_one_step_of_every_gradient(backend, make):
         for table, expected in zip(tables, ends["dense", "codes"], strict=True):
             torch.testing.assert_close(table, expected, rtol=1e-4, atol=1e-5, msg=str(key))
         assert not torch.equal(tables[1], dict(fresh.named_parameters())["cross_item.memory.weight"])
-    assert len(tables) == (3 if make is cross_item_encoder else 2)
+    assert len(tables) == 3
 
 
 BAD = [
@@ -298,6 +320,8 @@ BAD = [
     (lambda c: cross_item_encoder()(torch.zeros(2, 4, dtype=torch.int64)), r"codes has shape \(2, 4\)"),
     (lambda c: replace(c, lags=2), "lags = 2 with a spec of history = 0"),
     (lambda c: replace(c, lags=0), "lags = 0"),
+    (lambda c: replace(c, earlier_codes=1), "earlier_codes = 1; leave it out"),
+    (lambda c: replace(lagged_encoder().config.cross_item, earlier_codes=3), r"earlier_codes = 3; give 1\.\.2"),
     (lambda c: replace(lagged_encoder().config.cross_item, lags=2**20), "lags = 1048576 from history = 1 on"),
     (lambda c: DecodingState(cross_item_encoder(), SIDVocabulary.from_table({}, (4, 5)), 1), "codebook_sizes"),
 ]
@@ -318,6 +342,6 @@ def test_the_config_says_how_far_it_looks_back():
     assert PrefixMemConfig.from_dict(lagged.to_dict()) == lagged
     within = PrefixMemConfig(AddressSpec(SIZES), 8, HIDDEN)
     assert (within.history, within.lookback) == (0, 2)
-    assert not {"cross_item", "lags", "output_slot"} & within.to_dict().keys()
+    assert not {"cross_item", "lags", "earlier_codes", "output_slot"} & within.to_dict().keys()
     last_token = PrefixMemConfig(AddressSpec.cross_item(SIZES, active_levels=(0,)), 8, HIDDEN)
     assert (last_token.history, last_token.lookback) == (1, 2)

@@ -112,12 +112,16 @@ def cross_item_encoder(std: float = 1.0, history: int = 2, **options) -> PrefixM
     return PrefixMem(PrefixMemConfig(within, 8, **starts, cross_item=config), **options)
 
 
-def lagged_encoder(lags: int = 3, first: int = 1, **options) -> PrefixMem:
-    """Of orders within an item, and of cross-item rows that several items share, also at the output layer."""
+def lagged_encoder(lags: int = 3, first: int = 1, codes: int | None = 2, **options) -> PrefixMem:
+    """Of orders within an item, and of cross-item rows that several items share, also at the output layer.
+
+    Within them such rows of the first `codes` of an earlier item, unless None.
+    """
     torch.manual_seed(1)
     starts = {"hidden_size": HIDDEN, "output_init_std": 1.0, "memory_init_std": 1.0}
     spec = AddressSpec.cross_item(SIZES, history=first, heads=2, table_rows=50)
-    across = PrefixMemConfig(spec, 6, **starts, lags=lags, output_slot=True)
+    short = None if codes is None else PrefixMemConfig(spec, 4, **starts, lags=2, earlier_codes=codes)
+    across = PrefixMemConfig(spec, 6, **starts, lags=lags, output_slot=True, cross_item=short)
     within = AddressSpec(SIZES, table_rows=50, heads=2, max_order=2, active_levels=(1, 2))
     return PrefixMem(PrefixMemConfig(within, 8, **starts, cross_item=across), **options)
 

@@ -92,17 +92,28 @@ def build_encoder(
 
 
 def _cross_item(config: RunConfig, codebook_sizes: tuple[int, ...], hidden_size: int) -> PrefixMemConfig | None:
-    """Tables that are read for the item before, the one before it, and so on."""
-    if not config.history:
-        return None
-    spec = AddressSpec.cross_item(
-        codebook_sizes,
-        heads=config.history_heads,
-        table_rows=config.history_rows,
-        seed=config.address_seed + 1,  # other primes than those of the prefixes
-    )
-    how = {"lags": config.history, "output_slot": config.history_output}
-    return PrefixMemConfig(spec, config.history_dim, hidden_size, **how, **_CROSS_ITEM_START)
+    """Tables that are read for the item before, the one before it, and so on; for each number of its codes some."""
+    levels, made = len(codebook_sizes), None
+    for count in (config.history_codes or [levels]) if config.history else []:
+        if count > levels:
+            raise ValueError(f"history_codes = {config.history_codes}, and a Semantic ID has {levels} codes")
+        spec = AddressSpec.cross_item(
+            codebook_sizes,
+            heads=config.history_heads,
+            table_rows=config.history_rows,
+            seed=config.address_seed + count,  # other primes than those of the prefixes
+        )
+        made = PrefixMemConfig(
+            spec,
+            config.history_dim,
+            hidden_size,
+            lags=config.history,
+            earlier_codes=None if count == levels else count,
+            output_slot=config.history_output,
+            cross_item=made,
+            **_CROSS_ITEM_START,
+        )
+    return made
 
 
 def add_arm(model: nn.Module, config: RunConfig, vocabulary: SIDVocabulary) -> None:

@@ -85,6 +85,10 @@ class RunConfig:
     addressing: str = option("auto", "exact rows where they fit, or all hashed", ADDRESSING)
     address_seed: int = option(0, "seed of the primes")
     history: int = option(0, "cross-item orders: how many of the items before are read; with arm=cross-item at least 1")
+    history_codes: list[int] | None = option(
+        None,
+        "first codes of an earlier item that its rows are keyed by, tables for each number; the whole SID unless given",
+    )
     history_rows: int = option(200_000, "rows of a table of cross-item orders")
     history_dim: int = option(64, "columns of the memory of cross-item orders")
     history_heads: int = option(2, "tables of a cross-item order")
@@ -188,6 +192,11 @@ class RunConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}; give {most} or less")
         if self.active_levels is not None and min(self.active_levels) < 1:
             raise ValueError(f"active_levels = {self.active_levels}; levels count from 1")
+        if self.history_codes is not None and (min(self.history_codes, default=0) < 1 or not self.history):
+            raise ValueError(
+                f"history_codes = {self.history_codes} with history = {self.history}; give numbers of 1 or more, and "
+                "history = 1 or more"
+            )
         if self.muon_lr is not None:
             _at_least(self, "muon_lr", 0)
         if self.history_lr is not None:
