@@ -65,12 +65,13 @@ SETS = {
 EPOCHS, EPOCHS_A_VALIDATION = 10, 2
 RECIPE: dict[str, Any] = {
     "model": "decoder",
-    "model_options": {"n_inner": 512, "embd_pdrop": 0.1, "resid_pdrop": 0.1},
+    "model_options": {"n_inner": 512, "embd_pdrop": 0.05, "resid_pdrop": 0.05},
     "codebook_sizes": [256] * 4,
     "table_rows": 32_768,
     "heads": 2,
     "max_order": 3,
     "memory_dim": 32,
+    "history_codes": [3, 4],
     "history_rows": 2_097_143,
     "history_heads": 2,
     "history_dim": 64,
@@ -106,6 +107,9 @@ ARMS = {
     "cross-item-permuted": Arm("control: the same of exchanged items before", {"history": 4}, permuted=True),
     "cross-item-alone": Arm("cross-item orders alone", {"arm": "cross-item", "history": 4}),
     "cross-item-1": Arm("PrefixMem + cross-item orders of the item before alone", {"history": 1}),
+    "cross-item-whole": Arm(
+        "PrefixMem + cross-item orders of whole items alone", {"history": 4, "history_codes": None}
+    ),
     "cross-item-input": Arm(
         "PrefixMem + cross-item orders, not added to the last hidden states", {"history": 4, "history_output": False}
     ),

@@ -17,7 +17,15 @@ from prefixmem_fast.recommender.training.backbone import make_tokenizer
 from prefixmem_fast.recommender.training.run import load_data, prepare
 from tests.helpers.runs import write_real_files
 
-SMALL = {"table_rows": 40, "history_rows": 40, "heads": 2, "max_order": 2, "memory_dim": 8, "history_dim": 8}
+SMALL = {
+    "table_rows": 40,
+    "history_codes": [2, 3],
+    "history_rows": 40,
+    "heads": 2,
+    "max_order": 2,
+    "memory_dim": 8,
+    "history_dim": 8,
+}
 
 
 def save_llama(folder, tied):

@@ -26,6 +26,7 @@ SMALL = {
     "heads": 2,
     "max_order": 2,
     "memory_dim": 8,
+    "history_codes": [2, 3],
     "history_rows": 60,
     "history_dim": 8,
     "batch_size": 40,

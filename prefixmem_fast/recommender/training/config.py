@@ -192,11 +192,8 @@ class RunConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}; give {most} or less")
         if self.active_levels is not None and min(self.active_levels) < 1:
             raise ValueError(f"active_levels = {self.active_levels}; levels count from 1")
-        if self.history_codes is not None and (min(self.history_codes, default=0) < 1 or not self.history):
-            raise ValueError(
-                f"history_codes = {self.history_codes} with history = {self.history}; give numbers of 1 or more, and "
-                "history = 1 or more"
-            )
+        if self.history_codes is not None and min(self.history_codes, default=0) < 1:
+            raise ValueError(f"history_codes = {self.history_codes}; give numbers of 1 or more, L for the whole SID")
         if self.muon_lr is not None:
             _at_least(self, "muon_lr", 0)
         if self.history_lr is not None:
