@@ -65,14 +65,14 @@ SETS = {
 EPOCHS, EPOCHS_A_VALIDATION = 10, 2
 RECIPE: dict[str, Any] = {
     "model": "decoder",
-    "model_options": {"n_inner": 512, "embd_pdrop": 0.05, "resid_pdrop": 0.05},
+    "model_options": {"n_inner": 512, "embd_pdrop": 0.1, "resid_pdrop": 0.1},
     "codebook_sizes": [256] * 4,
     "table_rows": 32_768,
     "heads": 2,
     "max_order": 3,
     "memory_dim": 32,
     "history_codes": [3, 4],
-    "history_rows": 2_097_143,
+    "history_rows": 1_048_573,
     "history_heads": 2,
     "history_dim": 64,
     "grad": "fused",
