@@ -73,6 +73,7 @@ def test_other_sources_are_another_library(cache, tmp_path, monkeypatch):
     assert _native.folder() != before
 
 
+@pytest.mark.slow
 def test_several_processes_build_once(cache):
     runs = cache("sleep 1")
     code = "from prefixmem_fast._native import native_problem; assert native_problem() is None"

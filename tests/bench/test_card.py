@@ -69,6 +69,7 @@ def test_nothing_begins_after_its_minutes(small, tmp_path, capsys):
     assert cli.main(["gpu", "--minutes", "0"]) == 2
 
 
+@pytest.mark.slow
 def test_a_mismatch_is_told_and_is_no_success(small, tmp_path, capsys, monkeypatch):
     forward = parity.prefix_memory
     wrong = lambda *given, backend, **more: forward(*given, backend=backend, **more) * (1 + (backend == "cpu"))  # noqa: E731
@@ -80,6 +81,7 @@ def test_a_mismatch_is_told_and_is_no_success(small, tmp_path, capsys, monkeypat
     assert any("cpu sums" in example for example in found["examples"])
 
 
+@pytest.mark.slow
 def test_a_kernel_that_does_not_compile_leaves_the_other_rows(small, tmp_path, capsys, monkeypatch):
     def broken(*given):
         raise RuntimeError("no such instruction")
@@ -98,6 +100,7 @@ def test_tables_leave_room_for_their_training(free_gib, rows):
     assert card._table_rows(int(free_gib * GIB)) == rows
 
 
+@pytest.mark.slow
 def test_a_card_without_bfloat16_measures_float16(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(card, "device", lambda: card.Device("cpu", False, GIB))
     assert cli.main(["gpu", "--minutes", "2", "--out", "rows.jsonl"]) == 0
@@ -115,6 +118,7 @@ def test_which_cards_have_bfloat16(monkeypatch, capability, expected):
     assert card.device() == card.Device("cuda", expected, GIB)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_is_one_line():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

@@ -198,6 +198,7 @@ def test_what_had_no_time_is_said_and_not_stored(tmp_path, monkeypatch, capsys):
     assert "torch.compile of one fused table" not in names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["bench", "prefixmem_fast.cli bench"])
 @pytest.mark.parametrize("action", ["list", "scale --items 1e6"])
 def test_a_reader_that_goes_away_ends_it_quietly(module, action):

@@ -69,6 +69,7 @@ SORTING = {"pack_codes_kernel", "prefixes_kernel", "mark_sorted_kernel", "sum_pr
 CLAIMING = {"mark_claims_kernel", "merge_rows_kernel"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "crowded"),
     mostly_slow(lambda mode, crowded: mode == "prefix" and not crowded, ["prefix", "suffix", "full"], [False, True]),

@@ -138,6 +138,7 @@ for target in ("sm_90", "gfx942"):
 """
 
 
+@pytest.mark.slow
 def test_kernels_over_quantized_tables():
     """Of 64 numbers 16 are loaded at once, or 8 by a program of 256 lanes, and no product is fused with its sum: the
     bits are the reference's."""

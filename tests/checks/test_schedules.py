@@ -156,6 +156,7 @@ def test_limits_tell_what_is_broken(name, met, missed):
     assert words.startswith("some: ")
 
 
+@pytest.mark.slow
 def test_loads_stay_in_flight():
     """The kernels that decide speed, by the command that users run."""
     found = report("--targets", "sm_90", "--dtypes", "bfloat16", "--launchers", ",".join(MOST_LAUNCHES))

@@ -61,6 +61,7 @@ def test_verify_of_several_batches(capsys):
     assert (code, report["cases"], report["batches"], report["mismatches"]) == (0, 2, 6, [])
 
 
+@pytest.mark.slow
 def test_verify_of_shapes(capsys):
     code, report = run_json(
         capsys, "verify", "--shapes", "all", "--batches", "2", "--largest", "31", "--backend", "cpu"
@@ -129,6 +130,7 @@ def _off_by_one(function):
     return wrong
 
 
+@pytest.mark.slow
 def test_verify_finds_planted_faults(capsys, monkeypatch):
     """In one run, as each is named by itself."""
     faults = {

@@ -103,6 +103,7 @@ def opens_soon(gate):
 # Another device
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not AVAILABLE, reason="this torch has no devices in Python")
 def test_on_a_second_device():
     """In a process of its own, see `tests/helpers/second_device.py`."""
@@ -685,6 +686,7 @@ def fork_and_train():
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
+@pytest.mark.slow
 def test_a_forked_process_trains_on():
     """From a process of its own: other tests leave threads of autograd behind, and torch refuses to fork with them."""
     process = multiprocessing.get_context("spawn").Process(target=fork_and_train)

@@ -363,6 +363,7 @@ def test_malformed_vocabularies(tmp_path, rows, message):
         SIDVocabulary.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_os_error(tmp_path):
     code = (
         "import resource, sys\nfrom tests.helpers.models import encoder\n"

@@ -78,6 +78,7 @@ def test_initialisation():
     assert encoder.out_proj.weight.abs().max() < 0.1
 
 
+@pytest.mark.slow
 def test_compile_functional_call_and_autocast():
     torch.compiler.reset()  # other tests of this process compile the same forward for their modules
     encoder = PrefixMem(CONFIG)

@@ -124,7 +124,7 @@ def test_cross_item_orders_change_what_a_model_says():
 def test_memory_below_the_output_layer(family):
     """Logits are those of the last hidden states with W_head S added, wherever they are asked for; detach ends it."""
     model, inputs = tiny_model(family), call(family)
-    plain, one = logits(model, **inputs), lagged_encoder()
+    plain, one = logits(model, **inputs), lagged_encoder(codes=None)
     torch.nn.init.zeros_(one.out_proj.weight)
     torch.nn.init.zeros_(one.cross_item.out_proj.weight)  # so that it reaches the model there alone
     attach(model, one, vocabulary())
@@ -313,6 +313,7 @@ def test_padding_cut_and_malformed_sids():
     assert (m[0].abs().sum(-1) > 0).tolist() == [False, False, False, True, False, True, True, True]
 
 
+@pytest.mark.slow
 def test_training_options_agree():
     """Gradient checkpointing, torch.compile and bfloat16 give the gradients of the plain step."""
     input_ids = prompts()["input_ids"]

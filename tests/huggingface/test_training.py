@@ -113,6 +113,7 @@ assert alone.prefixmem.memory.weight.grad.any()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_one_of_them_without_a_sid(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [

@@ -135,6 +135,7 @@ print(json.dumps(Counter(made)))
 """
 
 
+@pytest.mark.slow
 def test_launches_of_a_kind_have_one_kernel():
     """Every launcher in every mode and dtype, with tensors that are not aligned and sizes beyond 2^31."""
     made = python(KINDS)

@@ -77,6 +77,7 @@ def updated(spec, codes, grad, dtype):
     return weight.detach(), torch.cat(update.squares).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_an_update_has_the_same_bits_in_any_order_of_the_programs(dtype, few, request):
     few(5)

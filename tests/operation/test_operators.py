@@ -40,7 +40,7 @@ def test_opcheck(backend, deterministic):
         torch.library.opcheck(operators.token_memory_backward, (token_grad, IDS, TABLE, segments, *options))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_whole_graph(backend):
     w = weight()
 

@@ -88,6 +88,7 @@ def _train_in_child(config, out, resume):
     train(config, out, quiet=True, resume=resume)
 
 
+@pytest.mark.slow
 def test_five_kills_at_random_moments_change_nothing(tmp_path):
     across = {"history": 1, "history_rows": 60, "history_dim": 8, "history_lr": 0.1, "restart_rows": 3}
     config = options(tmp_path, steps=150, eval_every=3, eval_users=20, memory_dropout=0.5, **across)
