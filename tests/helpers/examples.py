@@ -8,7 +8,7 @@ import torch
 from prefixmem_fast import Catalogue, attach
 from prefixmem_fast.encoder import SIDTransformer, SIDTransformerConfig
 from prefixmem_fast.recommender.data import Examples, Tokens
-from tests.helpers.models import HIDDEN, SIZES, cross_item_encoder, encoder, tiny_model, vocabulary
+from tests.helpers.models import HIDDEN, SIZES, cross_item_encoder, encoder, lagged_encoder, tiny_model, vocabulary
 
 # Eight items; 1 and 7 share a SID.
 CODES = torch.tensor([[1, 3, 4], [0, 1, 5], [3, 3, 3], [1, 3, 0], [1, 0, 1], [3, 0, 0], [3, 4, 5], [0, 1, 5]])
@@ -44,6 +44,7 @@ ENCODERS = {
     "bare": None,
     "prefixmem": encoder,
     "cross-item": cross_item_encoder,
+    "lagged": lagged_encoder,
     "sid-transformer": sid_transformer,
 }
 

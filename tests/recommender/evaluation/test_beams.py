@@ -67,7 +67,7 @@ SIDS = {tuple(row) for row in vocabulary().encode(catalogue().codes).tolist()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["bare", "prefixmem", "cross-item"])
+@pytest.mark.parametrize("kind", ["bare", "prefixmem", "cross-item", "lagged"])
 def test_the_search_is_a_plain_beam_search(family, kind):
     model = made_model(family, kind)
     for num_beams in (3, 10):  # 10 are more than the seven SIDs
