@@ -45,7 +45,7 @@ ARMS = [
     {"arm": "prefixmem", "grad": "dense"},
     {"arm": "prefixmem", "grad": "fused", "max_grad_norm": 0.0, "row_optimizer": "lazy-adam"},
     {"arm": "prefixmem", "memory_dropout": 0.5, "row_weight_decay": 0.1, "muon_lr": 0.02, "precision": "bfloat16"},
-    {"history": 2, "history_rows": 60, "history_dim": 8, "history_lr": 0.1, "restart_rows": 2},
+    {"history": 2, "history_codes": [2, 3], "history_rows": 60, "history_dim": 8, "history_lr": 0.1, "restart_rows": 2},
     {
         "arm": "cross-item",
         "grad": "fused",
@@ -446,5 +446,9 @@ def test_the_rate_of_rows_stays_where_the_others_fall(tmp_path, monkeypatch):
     assert max(last) < 0.1 * max(first + rates[2])
     with pytest.raises(ValueError, match=r"history_lr = 0\.3 with grad = 'dense'"):
         config.replace(grad="dense")
+    with pytest.raises(ValueError, match=r"history_codes = \[0\]; give numbers of 1 or more"):
+        config.replace(history_codes=[0])
+    with pytest.raises(ValueError, match=r"history_codes = \[2, 4\], and a Semantic ID has 3 codes"):
+        train(config.replace(history_codes=[2, 4]), tmp_path / "other", quiet=True)
     with pytest.raises(ValueError, match="eval_every = 4 is no multiple of restart_rows = 3"):
         config.replace(restart_rows=3)
