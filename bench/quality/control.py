@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixmem_fast import PrefixMem, SIDVocabulary, attach
-from prefixmem_fast.addressing import TokenStream, first_codes, lagged_windows, window_codes
+from prefixmem_fast.addressing import TokenStream, first_codes, lagged_windows, token_codes
 from prefixmem_fast.recommender.data import Histories
 from prefixmem_fast.recommender.training.arms import build_encoder
 from prefixmem_fast.recommender.training.config import RunConfig
@@ -25,29 +25,8 @@ class _Permuted(PrefixMem):
     def __init__(self, encoder: PrefixMem) -> None:
         nn.Module.__init__(self)
         self.config, self.dropout = encoder.config, encoder.dropout
-        self._windows_first = encoder._windows_first
         for name in ("memory", "lag_weights", "out_proj", "head_proj", "cross_item"):
             setattr(self, name, getattr(encoder, name))
-
-    def read_tokens(
-        self,
-        input_ids: Tensor,
-        vocabulary: SIDVocabulary,
-        segment_ids: Tensor | None = None,
-        *,
-        new_tokens: int | None = None,
-    ) -> Tensor:
-        spec = self.config.spec
-        stream = TokenStream(input_ids, vocabulary.token_table(input_ids.device), segment_ids)
-        codes, level = window_codes(stream, spec)
-        if new_tokens is not None:
-            codes, level = codes[:, codes.shape[1] - new_tokens :], level[:, level.shape[1] - new_tokens :]
-        places = [(level == active).flatten().nonzero().squeeze(1) for active in spec.active_levels]
-        codes = codes.flatten(0, 1)
-        read = torch.cat([self.exchange(codes[p], a) for p, a in zip(places, spec.active_levels, strict=True)])
-        slot = torch.cat([torch.full_like(p, a) for a, p in enumerate(places)])
-        S = self.memory(read)[torch.arange(len(read)), slot]  # one reading of the table, as fused updates need
-        return S.new_zeros(level.numel(), S.shape[1]).index_copy(0, torch.cat(places), S).view(*level.shape, -1)
 
 
 class PermutedPrefixMem(_Permuted):
@@ -60,6 +39,26 @@ class PermutedPrefixMem(_Permuted):
     def __init__(self, encoder: PrefixMem, catalogue_codes: Tensor) -> None:
         super().__init__(encoder)
         self._prefixes = [_by_last_code(catalogue_codes[:, : l + 1]) for l in range(self.config.levels)]
+
+    def read_tokens(
+        self,
+        input_ids: Tensor,
+        vocabulary: SIDVocabulary,
+        segment_ids: Tensor | None = None,
+        *,
+        new_tokens: int | None = None,
+    ) -> Tensor:
+        spec = self.config.spec
+        stream = TokenStream(input_ids, vocabulary.token_table(input_ids.device), segment_ids)
+        codes, level = token_codes(stream, spec.levels)
+        if new_tokens is not None:
+            codes, level = codes[:, codes.shape[1] - new_tokens :], level[:, level.shape[1] - new_tokens :]
+        places = [(level == active).flatten().nonzero().squeeze(1) for active in spec.active_levels]
+        codes = codes.flatten(0, 1)
+        read = torch.cat([self.exchange(codes[p], a) for p, a in zip(places, spec.active_levels, strict=True)])
+        slot = torch.cat([torch.full_like(p, a) for a, p in enumerate(places)])
+        S = self.memory(read)[torch.arange(len(read)), slot]  # one reading of the table, as fused updates need
+        return S.new_zeros(level.numel(), S.shape[1]).index_copy(0, torch.cat(places), S).view(*level.shape, -1)
 
     def exchange(self, codes: Tensor, level: int) -> Tensor:
         prefixes, first, count = self._prefixes[level - 1]
@@ -92,8 +91,6 @@ class PermutedCrossItem(_Permuted):
         *,
         new_tokens: int | None = None,
     ) -> Tensor:
-        if not self._windows_first:
-            return super().read_tokens(input_ids, vocabulary, segment_ids, new_tokens=new_tokens)
         stream = TokenStream(input_ids, vocabulary.token_table(input_ids.device), segment_ids)
         windows, place = lagged_windows(stream, self.config.spec, self.config.lags, new_tokens)
         active = self.config.spec.active_levels

@@ -73,10 +73,10 @@ def first_codes(windows: Tensor, spec: AddressSpec, count: int | None) -> Tensor
     """Windows ``[..., 2L]`` of `count` first codes of the earlier item: 0 for the others, which adds no hash."""
     if count is None:
         return windows
-    sizes = torch.tensor(spec.codebook_sizes[count:], device=windows.device)
-    own = windows[..., count : spec.item_levels]
-    left_out = torch.where((own >= 0) & (own.long() < sizes), 0, own)
-    return torch.cat([windows[..., :count], left_out, windows[..., spec.item_levels :]], -1)
+    codes = list(windows.unbind(-1))
+    for l, size in enumerate(spec.codebook_sizes[count:], start=count):
+        codes[l] = torch.where((codes[l] >= 0) & (codes[l].long() < size), 0, codes[l])
+    return torch.stack(codes, -1)
 
 
 def prefix_length(codes: Tensor, codebook_sizes: tuple[int, ...]) -> Tensor:

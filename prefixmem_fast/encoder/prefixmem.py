@@ -68,7 +68,6 @@ class PrefixMem(nn.Module):
         kind = PrefixMemory if config.quantization is None else QuantizedMemory
         options = {"backend": backend, "grad": grad, "deterministic": deterministic}
         self.memory = kind(config, **options, tables=tables, overlap=overlap, device=device, dtype=dtype)
-        self._windows_first = config.lags > 1 or config.earlier_codes is not None  # made before they are read
         self.lag_weights = None
         if config.lags > 1:
             lags = torch.arange(config.lags, device=device, dtype=dtype or torch.get_default_dtype())
@@ -81,6 +80,11 @@ class PrefixMem(nn.Module):
             self.cross_item = PrefixMem(config.cross_item, **options, device=device, dtype=dtype)
         if config.quantization is not None:
             self.requires_grad_(False)
+
+    @property
+    def _windows_first(self) -> bool:
+        """Whether windows are made in PyTorch and then read, where no kernel finds them in the tokens."""
+        return self.config.lags > 1 or self.config.earlier_codes is not None
 
     def reset_output(self) -> None:
         """Start W_out and W_head afresh, near zero: what a pre-trained memory needs when it meets a new model."""
@@ -231,10 +235,10 @@ class PrefixMem(nn.Module):
         Raises:
             TypeError, ValueError: an argument is not as stated, or tables="device".
         """
-        if not self._windows_first:
-            self.memory.prefetch_tokens(input_ids, vocabulary, segment_ids, stale=stale)
-        else:
+        if self._windows_first:
             self.memory.prefetch(self._token_windows(input_ids, vocabulary, segment_ids).codes, stale=stale)
+        else:
+            self.memory.prefetch_tokens(input_ids, vocabulary, segment_ids, stale=stale)
         if self.cross_item is not None:
             self.cross_item.prefetch_tokens(input_ids, vocabulary, segment_ids, stale=stale)
 

@@ -176,16 +176,9 @@ class SIDTransformer(nn.Module):
         out = out.view(*level.shape, self.config.hidden_size)
         return out if new_tokens is None else last_tokens(out, new_tokens)
 
-    def encode_stream(
-        self,
-        input_ids: Tensor,
-        vocabulary: SIDVocabulary,
-        segment_ids: Tensor | None = None,
-        *,
-        new_tokens: int | None = None,
-    ) -> Encoded:
-        """As `PrefixMem.encode_stream`: it adds nothing to the last hidden states."""
-        return Encoded(self.encode_tokens(input_ids, vocabulary, segment_ids, new_tokens=new_tokens))
+    def encode_stream(self, *stream: Any, **options: Any) -> Encoded:
+        """`encode_tokens` as `PrefixMem.encode_stream` returns it: nothing is added to the last hidden states."""
+        return Encoded(self.encode_tokens(*stream, **options))
 
     def save_pretrained(
         self, path: str | Path, vocabulary: SIDVocabulary | None = None, *, max_shard_size: int | str = "2GB"

@@ -144,15 +144,14 @@ class Attachment:
             segments = _segments_of(position_ids=arguments.get("position_ids"))
         tokens = outer.tokens if cache is not None and cache is outer.cache else []
         takes_tokens = any(arguments.get(name) is not None for name in _TOKENS)
-        embeds = arguments.get("inputs_embeds")
-        if module is self.model and embeds is None:
-            self._calls_of.head = None
-        calls.append(_Call(cache, segments, tokens, takes_tokens, embeds))
+        calls.append(_Call(cache, segments, tokens, takes_tokens, arguments.get("inputs_embeds")))
         return args, kwargs
 
     def end_call(self, module: nn.Module, args: tuple, output: Any) -> None:
         """After it: a cache that the module has made begins to keep the tokens."""
         call = self._calls.pop() if self._calls else None
+        if module is self.model:
+            self._calls_of.head = None  # of a call that failed on its way
         if call is None or output is None:
             return
         if module is self.model and call.takes_tokens and not self._calls_of.added:
@@ -220,21 +219,22 @@ class Attachment:
         head, self._calls_of.head = getattr(self._calls_of, "head", None), None
         if head is None:
             return output
-        hidden = output
-        if isinstance(output, (tuple, dict)):
-            hidden = output[0] if isinstance(output, tuple) else next(iter(output.values()))
-        if hidden.numel() != head.numel():
-            raise RuntimeError(
-                f"the last hidden states of {type(module).__name__} are {tuple(hidden.shape)} and the memory of the "
-                f"tokens that were embedded last is {tuple(head.shape)}; attach an encoder without output_slot"
-            )
-        hidden = hidden + head.view_as(hidden).to(hidden.dtype)
+
+        def added(hidden: Tensor) -> Tensor:
+            if hidden.numel() != head.numel():
+                raise RuntimeError(
+                    f"the last hidden states of {type(module).__name__} are {tuple(hidden.shape)} and the memory of "
+                    f"the tokens that were embedded last is {tuple(head.shape)}; attach an encoder without output_slot"
+                )
+            return hidden + head.view_as(hidden).to(hidden.dtype)
+
         if isinstance(output, tuple):
-            return (hidden, *output[1:])
+            return (added(output[0]), *output[1:])
         if isinstance(output, dict):  # ModelOutput is one
-            output[next(iter(output))] = hidden
+            first = next(iter(output))
+            output[first] = added(output[first])
             return output
-        return hidden
+        return added(output)
 
     @property
     def _window(self) -> int:

@@ -124,7 +124,7 @@ def test_cross_item_orders_change_what_a_model_says():
 def test_memory_below_the_output_layer(family):
     """Logits are those of the last hidden states with W_head S added, wherever they are asked for; detach ends it."""
     model, inputs = tiny_model(family), call(family)
-    plain, one = logits(model, **inputs), lagged_encoder(codes=None)
+    one = lagged_encoder(codes=None)
     torch.nn.init.zeros_(one.out_proj.weight)
     torch.nn.init.zeros_(one.cross_item.out_proj.weight)  # so that it reaches the model there alone
     attach(model, one, vocabulary())
@@ -139,10 +139,24 @@ def test_memory_below_the_output_layer(family):
     given = detach(model)
     assert given is one
     before = logits(model, **inputs)
-    scale = HIDDEN**-0.5 if getattr(model.config, "scale_decoder_outputs", model.config.model_type == "t5") else 1.0
+    scale = HIDDEN**-0.5 if model.config.model_type == "t5" else 1.0
     layer = model.get_output_embeddings().weight
     torch.testing.assert_close(found - before, scale * head @ layer.T, rtol=1e-4, atol=1e-4)
-    assert plain.isfinite().all()
+
+
+def test_memory_of_a_failed_call_does_not_reach_the_next(monkeypatch):
+    model, ids = attach(tiny_model(), lagged_encoder(), vocabulary()), torch.tensor([[*sid(1, 3, 4), *sid(0, 1, 5)]])
+    embeds = torch.randn(1, 6, HIDDEN, generator=torch.Generator().manual_seed(0))
+    expected = logits(model, inputs_embeds=embeds)
+
+    def fails(*given, **named):
+        raise OSError("on its way")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model.model.norm, "forward", fails)
+        with pytest.raises(OSError, match="on its way"):
+            model(ids)
+    assert torch.equal(logits(model, inputs_embeds=embeds), expected)
 
 
 def assert_a_cache_changes_nothing(model, inputs, search):

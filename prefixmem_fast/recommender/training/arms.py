@@ -93,8 +93,10 @@ def build_encoder(
 
 def _cross_item(config: RunConfig, codebook_sizes: tuple[int, ...], hidden_size: int) -> PrefixMemConfig | None:
     """Tables that are read for the item before, the one before it, and so on; for each number of its codes some."""
+    if not config.history:
+        return None
     levels, made = len(codebook_sizes), None
-    for count in (config.history_codes or [levels]) if config.history else []:
+    for count in config.history_codes or [levels]:
         if count > levels:
             raise ValueError(f"history_codes = {config.history_codes}, and a Semantic ID has {levels} codes")
         spec = AddressSpec.cross_item(

@@ -420,9 +420,10 @@ def test_cross_item_tables_start_anew_and_the_others_stay(tmp_path, monkeypatch)
     monkeypatch.setattr(trainer._RestartRows, "on_step_begin", watched)
     filled = {}
     for name, every in (("kept", 0), ("restarted", 4)):
-        train(config.replace(restart_rows=every), tmp_path / name, quiet=True)
+        report = train(config.replace(restart_rows=every), tmp_path / name, quiet=True)
         found = PrefixMem.from_pretrained(tmp_path / name / runs.MODEL)
         assert (found.config.cross_item.lags, found.cross_item.cross_item) == (2, None)
+        assert report["parameters"]["encoder"] == sum(p.numel() for p in found.parameters())
         filled[name] = [int(one.memory.weight.any(1).sum()) for one in (found, found.cross_item)]
     assert filled["restarted"][0] == filled["kept"][0]  # of random numbers at the start, all of them
     assert 0 < filled["restarted"][1] < 0.8 * filled["kept"][1]  # half of the steps
