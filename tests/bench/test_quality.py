@@ -11,13 +11,15 @@ import torch
 from bench import real_data
 from bench.cli import main as bench
 from bench.quality import arms, pace, report
-from bench.quality.control import PermutedCrossItem, PermutedPrefixMem
+from bench.quality.control import PermutedCrossItem, PermutedPrefixMem, add_permuted
 from bench.quality.hits import bootstrap_interval, packed, unpacked
 from bench.quality.run import widened
 from bench.rows import append_rows, read_rows
 from prefixmem_fast import AddressSpec, PrefixMem, PrefixMemConfig, SIDVocabulary, prefix_rows
 from prefixmem_fast.recommender.data import Histories
+from prefixmem_fast.recommender.training.config import RunConfig
 from prefixmem_fast.recommender.training.run import load_data
+from tests.helpers.models import tiny_model, vocabulary
 from tests.helpers.runs import TINY, write_real_files
 
 SMALL = {
@@ -227,7 +229,8 @@ def test_the_control_reads_real_prefixes_that_end_in_the_same_code():
     assert {tuple(prefix) for prefix in drawn[:, :2].tolist()} <= known
 
 
-def test_the_control_of_cross_item_orders_reads_rows_of_real_transitions_to_the_same_prefix():
+@pytest.mark.parametrize(("lags", "earlier_codes"), [(1, None), (2, None), (2, 2)])
+def test_the_control_of_cross_item_orders_reads_rows_of_real_transitions_to_the_same_prefix(lags, earlier_codes):
     torch.manual_seed(0)
     sizes = (4, 5, 6)
     catalogue = torch.stack([torch.randint(0, size, (40,)) for size in sizes], 1).unique(dim=0)
@@ -235,7 +238,9 @@ def test_the_control_of_cross_item_orders_reads_rows_of_real_transitions_to_the_
     items = [rng.integers(len(catalogue), size=9) for _ in range(30)]
     train = Histories([str(user) for user in range(30)], items)
     spec = AddressSpec.cross_item(sizes, table_rows=5000, heads=2)
-    encoder = PrefixMem(PrefixMemConfig(spec, memory_dim=8, hidden_size=16, output_init_std=1.0), grad="dense")
+    shared = {"lags": lags, "earlier_codes": earlier_codes}
+    config = PrefixMemConfig(spec, memory_dim=8, hidden_size=16, output_init_std=1.0, **shared)
+    encoder = PrefixMem(config, grad="dense")
     control = PermutedCrossItem(encoder, catalogue, train)
     pairs = torch.cat([torch.cat([catalogue[i[:-1]], catalogue[i[1:]]], 1) for i in items])
     for level in (3, 4, 5):
@@ -246,10 +251,27 @@ def test_the_control_of_cross_item_orders_reads_rows_of_real_transitions_to_the_
         assert (drawn[:, :3] != pairs[:, :3]).any(1).float().mean() > 0.2
     tokens = {1 + 10 * l + c: (l + 1, c) for l, size in enumerate(sizes) for c in range(size)}
     vocabulary = SIDVocabulary.from_table(tokens, sizes)
+    read = []
+    control.memory.register_forward_pre_hook(lambda _, given: read.append(given[0]))
     m = control.encode_tokens(vocabulary.encode(catalogue[items[0]]).flatten()[None].repeat(20, 1), vocabulary)
     assert m[:, 2:].any(-1).all()
     assert not m[:, :2].any()  # nothing stands before the first item
     assert (m[:, 2:] != m[:1, 2:]).any()
+    (windows,) = read  # one reading of the table, as fused updates need
+    assert windows[..., :2].any()
+    assert windows[..., 2].any() == (earlier_codes is None)
+
+
+def test_the_control_exchanges_the_items_of_every_table():
+    known, codes = vocabulary(), torch.tensor([[1, 3, 4], [0, 1, 5], [3, 0, 1]])
+    train = Histories(["one"], [np.array([0, 1, 2, 0])])
+    config = RunConfig(synthetic=True, history=2, history_codes=[2, 3], history_rows=50)
+    model = tiny_model()
+    add_permuted(model, config, known, codes, train)
+    across = model.prefixmem.cross_item
+    assert isinstance(across, PermutedCrossItem)
+    assert isinstance(across.cross_item, PermutedCrossItem)
+    assert across.cross_item.cross_item is None
 
 
 def test_hits_are_kept_a_bit_each_and_compared_user_by_user():

@@ -250,6 +250,12 @@ def test_files_copies_and_quantized_tables(tmp_path, make):
     assert wider(codes).shape == (2, 5, 3, 48)
     assert wider.cross_item.cross_item.out_proj.weight.shape[0] == 48
     assert head is None or wider.cross_item.head_proj.weight.shape == (48, 6)
+    projections = [p for name, p in wider.named_parameters() if name.endswith("proj.weight")]
+    assert len(projections) == (3 if head is None else 4)
+    for weight in projections:  # afresh, whatever stood there
+        weight.data.zero_()
+    wider.reset_output()
+    assert all(0.5 < weight.std() < 2 for weight in projections)
     assert torch.equal(wider.cross_item.memory.weight, one.cross_item.memory.weight)
     small = one.quantize("int8")
     assert not torch.equal(small(codes), m)

@@ -161,6 +161,19 @@ def test_a_quantized_encoder_is_not_trained(tmp_path):
         build_encoder(options(tmp_path, encoder=str(tmp_path / "small"), grad="dense"), (6, 6), 16)
 
 
+@pytest.mark.parametrize("output", [False, True])
+def test_tables_of_cross_item_orders(output, tmp_path):
+    """For each number of codes tables of their own, which are read for every item back."""
+    config = options(tmp_path, history=3, history_codes=[1, 2], history_rows=70, history_dim=8, history_output=output)
+    whole = build_encoder(config, (6, 6), 16).config.cross_item
+    assert (whole.lags, whole.earlier_codes, whole.output_slot, whole.memory_dim) == (3, None, output, 8)
+    first = whole.cross_item
+    assert (first.lags, first.earlier_codes, first.output_slot, first.memory_dim) == (3, 1, output, 8)
+    assert first.cross_item is None
+    assert first.spec.multipliers != whole.spec.multipliers
+    assert build_encoder(config.replace(history=0), (6, 6), 16).config.cross_item is None
+
+
 class TestOneLevel:
     @pytest.fixture
     def one_level(self, tmp_path):
