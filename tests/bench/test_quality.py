@@ -258,6 +258,7 @@ def test_the_control_of_cross_item_orders_reads_rows_of_real_transitions_to_the_
     assert not m[:, :2].any()  # nothing stands before the first item
     assert (m[:, 2:] != m[:1, 2:]).any()
     (windows,) = read  # one reading of the table, as fused updates need
+    assert len(windows) == 20 * (9 if lags == 1 else 9 + 8)  # of nine items, and of the eight before the last
     assert windows[..., :2].any()
     assert windows[..., 2].any() == (earlier_codes is None)
 
