@@ -13,6 +13,7 @@ from prefixmem_fast.recommender.evaluation.plots import plot_curves, rows_at
 from ..rows import Row, read_rows
 from .arms import ARMS, PACE, SETS, recipe
 from .hits import bootstrap_interval, unpacked
+from .picture import plot_recall
 
 
 def report(folder: Path) -> int:
@@ -26,12 +27,15 @@ def report(folder: Path) -> int:
         models = {arm: [row["validation"] for row in rows] for arm, rows in runs.items() if arm in _DRAWN}
         plot_curves(models, folder / f"{name}.png", f"{name}, validation")
         lines += [f"![learning curves of {name}]({name}.png)", ""]
+    plot_recall(studied, folder / "recall.png", _BARS)
+    lines += ["![Recall@10 of each arm and of the counts](recall.png)", ""]
     text = "\n".join(lines)
     (folder / "summary.md").write_text(text, encoding="utf-8")
     print(text)
     return 0
 
 
+_BARS = ("plain", "permuted", "prefixmem", "cross-item-permuted", "cross-item-alone", "cross-item")
 _DRAWN = ("plain", "prefixmem", "cross-item", "cross-item-permuted", "sid-transformer")
 _METHOD = """Mean ± standard deviation over seeds. TF-l is the teacher-forced accuracy of level l. Recall (R) and NDCG
 (N) are of beams constrained by the trie; the hit rate is that of unconstrained beams. Arms share data, order, steps,
@@ -94,8 +98,9 @@ def _of_set(name: str, runs: dict[str, list[Row]], pace: dict[str, float]) -> li
         figures += [f"{test['transitions'][group][f'{floor}_recall@10']:.4f}" for group in ("seen", "new")]
         lines.append(f"| {floor} | | " + " | ".join([*[""] * len(tf), *figures, *[""] * len(more)]) + " |")
     lines += _differences(runs, test["examples"])
-    if SETS[name].published:
-        lines += ["", f"On all test users: {SETS[name].published}."]
+    if published := SETS[name].published:
+        known = ", ".join(f"{model} {recall:.4f} / {ndcg:.4f}" for model, (recall, ndcg) in published.items())
+        lines += ["", f"Published R@10 / N@10, on all test users: {known}."]
 
     deepest = f"accuracy_{levels[-1]}"
     columns = [

@@ -10,7 +10,7 @@ import torch
 
 from bench import real_data
 from bench.cli import main as bench
-from bench.quality import arms, pace, report
+from bench.quality import arms, pace, picture, report
 from bench.quality.control import PermutedCrossItem, PermutedPrefixMem, add_permuted
 from bench.quality.hits import bootstrap_interval, packed, unpacked
 from bench.quality.run import widened
@@ -42,7 +42,7 @@ def small_study(tmp_path, monkeypatch):
     """One small set and a recipe of seconds; returns the arguments that every command needs."""
     files = write_real_files(tmp_path, monkeypatch)
     monkeypatch.setattr(arms, "SETS", {"small": arms.DataSet(*files, 2)})
-    for module in ("bench.quality.cli", "bench.quality.report"):
+    for module in ("bench.quality.cli", "bench.quality.picture", "bench.quality.report"):
         monkeypatch.setattr(f"{module}.SETS", arms.SETS)
     monkeypatch.setattr(arms, "EPOCHS", 3)
     monkeypatch.setattr(arms, "EPOCHS_A_VALIDATION", 1)
@@ -112,7 +112,26 @@ def test_runs_are_done_once_and_reported(tmp_path, small_study, capsys):
     assert "after the 2 s that the plain model's steps take" in text  # 6 steps
     validation = [line for line in text.splitlines() if line.startswith("| token embeddings alone")][1]
     assert validation.split("|")[8].strip() == "250"  # ms a step
-    assert (tmp_path / "out" / "small.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("small.png", "recall.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_parts_of_a_recall_add_up_to_it():
+    found = {"seen": {"recall@10": 0.5}, "new": {"recall@10": 0.1}}
+    counted = {
+        "seen": {"examples": 20, "markov_recall@10": 0.75},
+        "new": {"examples": 80, "markov_recall@10": 0.0},
+    }
+    test = {
+        "examples": 100,
+        "searches": {"constrained": {"by_transition": found, "recall@10": 0.18}},
+        "transitions": counted,
+        "floors": {"markov": {"recall@10": 0.15}},
+    }
+    row = {"test": test}
+    assert picture.parts_of(row) == pytest.approx([0.1, 0.08])
+    assert sum(picture.parts_of(row)) == pytest.approx(test["searches"]["constrained"]["recall@10"])
+    assert picture.parts_of(row, "markov") == pytest.approx([0.15, 0.0])
 
 
 def test_equal_time_is_counted_with_the_pace_of_steps(tmp_path, small_study, monkeypatch, capsys):

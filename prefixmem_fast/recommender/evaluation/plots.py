@@ -9,7 +9,7 @@ from typing import Any
 from ..._files import write_file
 
 # Colours that stay apart in print and for colour-blind eyes (Okabe and Ito), and lines that do so without colour.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
 
 
@@ -36,10 +36,10 @@ def plot_curves(
 
     first = next(iter(models.values()))[0][0]
     levels = sorted(int(name[9:]) for name in first if name.startswith("accuracy_"))
-    figure = _figure(3.1 * len(levels), 3.4)
+    figure = new_figure(3.1 * len(levels), 3.4)
     panels = figure.subplots(1, len(levels), squeeze=False)[0]
     for panel, level in zip(panels, levels, strict=True):
-        for (name, runs), colour, line in zip(models.items(), _COLOURS, _LINES, strict=False):
+        for (name, runs), colour, line in zip(models.items(), COLOURS, _LINES, strict=False):
             count = min(map(len, runs))
             steps = [row["step"] for row in runs[0][:count]]
             values = np.array([[row[f"accuracy_{level}"] for row in run[:count]] for run in runs])
@@ -57,10 +57,10 @@ def plot_curves(
     named = panels[0].get_legend_handles_labels()
     figure.legend(*named, fontsize=8, frameon=False, loc="outside lower center", ncols=len(named[1]))
     figure.suptitle(title, fontsize=11)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """A figure of so many inches."""
     try:
         from matplotlib.figure import Figure
@@ -69,7 +69,7 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, file: str | Path) -> None:
+def save_figure(figure: Any, file: str | Path) -> None:
     kind = Path(file).suffix.lstrip(".").lower() or "png"
     write_file(Path(file), lambda temporary: figure.savefig(temporary, format=kind, dpi=150))
 
@@ -90,13 +90,13 @@ def plot_catalogue(report: Mapping[str, Any], file: str | Path) -> None:
         ValueError: matplotlib is not installed.
     """
     draw = [_codes, _prefixes, _shared_rows] + ([_hot] if "hot" in report else [])
-    figure = _figure(3.6 * len(draw), 3.5)
+    figure = new_figure(3.6 * len(draw), 3.5)
     for panel, draw_panel in zip(figure.subplots(1, len(draw)), draw, strict=True):
         draw_panel(panel, report)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{Path(report['index']).name}: {report['items']:,} items", fontsize=11)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def _codes(panel: Any, report: Mapping[str, Any]) -> None:
@@ -104,8 +104,8 @@ def _codes(panel: Any, report: Mapping[str, Any]) -> None:
     levels = report["levels"]
     places = range(len(levels))
     panel.bar(places, [level["size"] for level in levels], color="0.88", label="codebook")
-    panel.bar(places, [level["used"] for level in levels], width=0.55, color=_COLOURS[5], label="codes used")
-    panel.bar(places, [level["perplexity"] for level in levels], width=0.25, color=_COLOURS[0], label="perplexity")
+    panel.bar(places, [level["used"] for level in levels], width=0.55, color=COLOURS[5], label="codes used")
+    panel.bar(places, [level["perplexity"] for level in levels], width=0.25, color=COLOURS[0], label="perplexity")
     _name(panel, "codes of each level", "level", [level["level"] for level in levels])
     panel.set_ylim(top=1.35 * max(level["size"] for level in levels))  # room for the legend
     panel.legend(fontsize=8, frameon=False, ncols=2, loc="upper left")
@@ -131,10 +131,10 @@ def _prefixes(panel: Any, report: Mapping[str, Any]) -> None:
     """Distinct prefixes of each order beside the rows of a head's table."""
     orders = _all_orders(report)
     places = range(len(orders))
-    panel.bar(places, [order["prefixes"] for _, order in orders], color=_COLOURS[0], label="distinct prefixes")
+    panel.bar(places, [order["prefixes"] for _, order in orders], color=COLOURS[0], label="distinct prefixes")
     for place, (_, order) in zip(places, orders, strict=True):
         label = "rows of a table" if place == 0 else None
-        panel.plot([place - 0.45, place + 0.45], [order["table_rows"]] * 2, color=_COLOURS[1], linewidth=2, label=label)
+        panel.plot([place - 0.45, place + 0.45], [order["table_rows"]] * 2, color=COLOURS[1], linewidth=2, label=label)
     panel.set_yscale("log")
     heights = [order[name] for _, order in orders for name in ("prefixes", "table_rows")]
     panel.set_ylim(max(min(heights) / 4, 0.5), 30 * max(heights))  # the top is room for the legend
@@ -151,7 +151,7 @@ def _shared_rows(panel: Any, report: Mapping[str, Any]) -> None:
         [mean - min(heads) for mean, heads in zip(means, shares, strict=True)],
         [max(heads) - mean for mean, heads in zip(means, shares, strict=True)],
     ]
-    colours = [_COLOURS[2] if order["exact"] else _COLOURS[1] for _, order in orders]
+    colours = [COLOURS[2] if order["exact"] else COLOURS[1] for _, order in orders]
     panel.bar(range(len(orders)), means, yerr=spread, capsize=2, color=colours)
     for place, ((_, order), heads) in enumerate(zip(orders, shares, strict=True)):
         text = "exact" if order["exact"] else f"{means[place]:.1f}"
@@ -164,7 +164,7 @@ def _hot(panel: Any, report: Mapping[str, Any]) -> None:
     """The share of interactions that the most frequent prefixes of each length have."""
     tops = list(report["hot"][0]["top"])
     width = 0.8 / len(tops)
-    for i, (top, colour) in enumerate(zip(tops, (_COLOURS[0], _COLOURS[5], "0.8"), strict=True)):
+    for i, (top, colour) in enumerate(zip(tops, (COLOURS[0], COLOURS[5], "0.8"), strict=True)):
         places = [row + (i - (len(tops) - 1) / 2) * width for row in range(len(report["hot"]))]
         panel.bar(
             places, [100 * row["top"][top] for row in report["hot"]], width=width, color=colour, label=f"top {top}"
