@@ -82,18 +82,11 @@ def build_backbone(
             model_config = AutoConfig.for_model(kind, **description)
             check_past(config, model_config)
             model = _class_of(model_config).from_config(model_config)
-            if config.embedding_std is not None:
-                nn.init.normal_(model.get_input_embeddings().weight, std=config.embedding_std)
         except NotImplementedError:
             raise
         except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
             raise ValueError(f"model = {config.model!r}: transformers refuses its configuration: {error}") from None
     else:
-        if config.embedding_std is not None:
-            raise ValueError(
-                f"embedding_std = {config.embedding_std} with model = {config.model!r}, whose embeddings are trained; "
-                "leave it out"
-            )
         model_config = AutoConfig.from_pretrained(pretrained, **(config.model_options or {}))
         check_entries(config, model_config.model_type)
         check_past(config, model_config)

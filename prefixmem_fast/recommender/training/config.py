@@ -70,10 +70,6 @@ class RunConfig:
     # model
     model: str | dict = option("decoder", "decoder, tiger, a folder or name of a pre-trained model, or a config.json")
     model_options: dict | None = option(None, "entries of the model's configuration to change, as JSON")
-    embedding_std: float | None = option(
-        None,
-        "standard deviation of the token embeddings at the start of a model of random weights; the model's own else",
-    )
     tokenizer: str | None = option(None, "folder or name of a tokenizer; the model's, or one made from the text")
     arm: str = option("prefixmem", "what is added to the embeddings of SIDs", ARMS)
     # encoder
@@ -198,9 +194,8 @@ class RunConfig:
             raise ValueError(f"active_levels = {self.active_levels}; levels count from 1")
         if self.history_codes is not None and min(self.history_codes, default=0) < 1:
             raise ValueError(f"history_codes = {self.history_codes}; give numbers of 1 or more, L for the whole SID")
-        for name in ("muon_lr", "embedding_std"):
-            if getattr(self, name) is not None:
-                _at_least(self, name, 0)
+        if self.muon_lr is not None:
+            _at_least(self, "muon_lr", 0)
         if self.history_lr is not None:
             _at_least(self, "history_lr", 0)
             if self.grad == "dense":

@@ -61,31 +61,6 @@ class TestCausality:
         build(options(tmp_path, model_options={**TINY, "n_positions": 4}))
 
 
-@pytest.mark.parametrize("changes", [{}, {"model": "tiger", "model_options": TINY_T5}])
-def test_the_start_of_token_embeddings(changes, tmp_path):
-    usual, wide = (build(options(tmp_path, embedding_std=std, **changes))[0] for std in (None, 0.5))
-    assert float(usual.get_input_embeddings().weight.detach().std()) != pytest.approx(0.5, rel=0.1)
-    assert float(wide.get_input_embeddings().weight.detach().std()) == pytest.approx(0.5, rel=0.1)
-    assert wide.get_output_embeddings().weight is wide.get_input_embeddings().weight
-    left = [model.state_dict() for model in (usual, wide)]
-    sizes = {name: len(weight) for name, weight in left[0].items() if weight.dim() == 2}
-    others = [name for name, size in sizes.items() if size != usual.config.vocab_size]
-    assert others
-    for name in others:
-        assert float(left[1][name].std()) == pytest.approx(float(left[0][name].std()), rel=0.5)
-
-
-def test_a_trained_model_keeps_its_embeddings(tmp_path):
-    model = build(options(tmp_path))[0]
-    model.save_pretrained(tmp_path / "model")
-    make_tokenizer(["text"]).save_pretrained(tmp_path / "model")
-    config = options(tmp_path, model=str(tmp_path / "model"), model_options=None, embedding_std=0.5)
-    with pytest.raises(ValueError, match=r"embedding_std = 0\.5 with model = .*, whose embeddings are trained"):
-        build(config)
-    with pytest.raises(ValueError, match="embedding_std = -1"):
-        options(tmp_path, embedding_std=-1)
-
-
 @pytest.mark.parametrize("entries", [{"n_embd": -1}, {"n_head": 0}, {"n_head": 3}])
 def test_sizes_that_no_model_has(tmp_path, entries):
     with pytest.raises(ValueError, match=r"model = 'decoder': transformers refuses its configuration"):
