@@ -12,8 +12,7 @@ from prefixmem_fast.recommender.evaluation.plots import COLOURS, new_figure, sav
 from ..rows import Row
 from .arms import ARMS, SETS
 
-GROUPS = ("seen", "new")
-_GROUP = {
+_GROUPS = {
     "seen": "targets that followed the last item somewhere in training",
     "new": "other targets",
 }
@@ -40,9 +39,9 @@ def parts_of(row: Row, floor: str | None = None) -> list[float]:
     """What each group of transitions adds to the Recall@10 of all examples, of the arm or of a count beside it."""
     test = row["test"]
     found = test["searches"]["constrained"]["by_transition"]
-    share = {group: test["transitions"][group]["examples"] / test["examples"] for group in GROUPS}
-    recall = {g: test["transitions"][g][f"{floor}_recall@10"] if floor else found[g]["recall@10"] for g in GROUPS}
-    return [share[group] * recall[group] for group in GROUPS]
+    share = {group: test["transitions"][group]["examples"] / test["examples"] for group in _GROUPS}
+    recall = {g: test["transitions"][g][f"{floor}_recall@10"] if floor else found[g]["recall@10"] for g in _GROUPS}
+    return [share[group] * recall[group] for group in _GROUPS]
 
 
 def _draw_set(panel: Any, name: str, runs: Mapping[str, Sequence[Row]]) -> None:
@@ -50,9 +49,9 @@ def _draw_set(panel: Any, name: str, runs: Mapping[str, Sequence[Row]]) -> None:
     first = next(iter(runs.values()))[0]
     bars += [(label, [parts_of(first, floor)]) for floor, label in _COUNTS.items()]
     left = [0.0] * len(bars)
-    for i, (group, colour) in enumerate(zip(GROUPS, (COLOURS[0], COLOURS[5]), strict=True)):
+    for i, (label, colour) in enumerate(zip(_GROUPS.values(), (COLOURS[0], COLOURS[5]), strict=True)):
         widths = [statistics.mean(parts[i] for parts in seeds) for _, seeds in bars]
-        panel.barh(range(len(bars)), widths, left=left, color=colour, label=_GROUP[group])
+        panel.barh(range(len(bars)), widths, left=left, color=colour, label=label)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     spreads = [statistics.stdev(map(sum, seeds)) if len(seeds) > 1 else 0.0 for _, seeds in bars]
     panel.errorbar(left, range(len(bars)), xerr=spreads, fmt="none", color="black", linewidth=0.8, capsize=2)

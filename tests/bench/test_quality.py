@@ -41,7 +41,7 @@ SMALL = {
 def small_study(tmp_path, monkeypatch):
     """One small set and a recipe of seconds; returns the arguments that every command needs."""
     files = write_real_files(tmp_path, monkeypatch)
-    monkeypatch.setattr(arms, "SETS", {"small": arms.DataSet(*files, 2)})
+    monkeypatch.setattr(arms, "SETS", {"small": arms.DataSet(*files, 2, {"Theirs": (0.5, 0.25)})})
     for module in ("bench.quality.cli", "bench.quality.picture", "bench.quality.report"):
         monkeypatch.setattr(f"{module}.SETS", arms.SETS)
     monkeypatch.setattr(arms, "EPOCHS", 3)
@@ -104,6 +104,7 @@ def test_runs_are_done_once_and_reported(tmp_path, small_study, capsys):
     line = next(line for line in text.splitlines() if line.startswith("| token embeddings alone | 1 |"))
     assert float(line.split("|")[3]) == pytest.approx(accuracy, abs=1e-3)
     assert "count table" in text
+    assert "on all test users: Theirs 0.5000 / 0.2500." in text
     assert "markov" in text
     timed = {"set": "small", "arm": "plain", "seconds_per_step": 0.25}
     append_rows(tmp_path / "out" / arms.PACE, {"run": "1", "machine": {}}, [timed])
