@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         from .report import report
 
         return report(options.out)
-    todo = [(s, a, seed) for seed in seeds for a in arms for s in sets if not _done(options.out, s, a, seed)]
+    todo = [(s, a, seed) for seed in seeds for a in arms for s in sets if not _done(options, s, a, seed)]
     if options.action == "list":
         for s, a, seed in todo:
             print(f"to do  {s:<24}{a:<18}{seed}  {ARMS[a].what}")
@@ -148,10 +148,13 @@ def _all(todo: list[tuple[str, str, int]], options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _done(out: Path, data_set: str, arm: str, seed: int) -> bool:
-    file = out / f"{data_set}.jsonl"
-    rows = read_rows(file, ("arm", "seed", "recipe")) if file.is_file() else ()
-    return any((r["arm"], r["seed"], r["recipe"]) == (arm, seed, recipe(arm, data_set)) for r in rows)
+def _done(options: argparse.Namespace, data_set: str, arm: str, seed: int) -> bool:
+    """Whether a row is there of this recipe, and of as many test users and beams."""
+    file = options.out / f"{data_set}.jsonl"
+    rows = read_rows(file, ("arm", "seed", "recipe", "test")) if file.is_file() else ()
+    own = [row for row in rows if (row["arm"], row["seed"], row["recipe"]) == (arm, seed, recipe(arm, data_set))]
+    fullness = options.examples or SETS[data_set].users, options.beams
+    return any((row["test"]["examples"], row["test"]["beams"]) == fullness for row in own)
 
 
 def _chosen(name: str, given: str, known: dict) -> list[str]:

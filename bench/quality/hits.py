@@ -14,8 +14,14 @@ def packed(hits: np.ndarray) -> str:
 
 
 def unpacked(text: str, examples: int) -> np.ndarray:
-    """What `packed` was given."""
+    """What `packed` was given.
+
+    Raises:
+        ValueError: that were not as many.
+    """
     bits = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8)
+    if len(bits) != -(-examples // 8):
+        raise ValueError(f"{len(bits)} bytes of hits, and {examples} examples have {-(-examples // 8)}")
     return np.unpackbits(bits, count=examples).astype(bool)
 
 

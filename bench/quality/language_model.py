@@ -29,7 +29,7 @@ from prefixmem_fast._progress import say
 
 from ..real_data import SOURCE, VARIABLE, checked_folder
 from ..rows import append_rows, read_rows
-from .arms import ARMS, RECIPE, SETS
+from .arms import ARMS, RECIPE, SETS, read_options
 
 MODEL_VARIABLE, DATA_SET, TEXT = "PREFIXMEM_GGUF", "scientific-rqvae_zcr", "scientific/items.json"
 RESULTS, RUNS = Path("bench/results/quality/language_model.jsonl"), Path("runs/language_model")
@@ -134,23 +134,22 @@ def config_of(arm: str, model: Path, options: argparse.Namespace, steps: int = 1
     from prefixmem_fast.recommender.training.config import RunConfig
 
     files, every = SETS[DATA_SET], max(steps // VALIDATIONS, 1)
-    return RunConfig(
-        **{
-            **RECIPE,
-            **CHANGES,
-            **ARMS[arm].options,
-            "items": str(options.data / files.items),
-            "interactions": [str(options.data / files.interactions)],
-            "text": str(options.data / TEXT),
-            "model": str(model),
-            "precision": options.precision,
-            "seed": options.seed,
-            "steps": steps,
-            "warmup_steps": max(steps // 20, 1),
-            "log_every": every,
-            "eval_every": every,
-        }
-    )
+    values = {
+        **RECIPE,
+        **CHANGES,
+        **ARMS[arm].options,
+        "items": str(options.data / files.items),
+        "interactions": [str(options.data / files.interactions)],
+        "text": str(options.data / TEXT),
+        "model": str(model),
+        "precision": options.precision,
+        "seed": options.seed,
+        "steps": steps,
+        "warmup_steps": max(steps // 20, 1),
+        "log_every": every,
+        "eval_every": every,
+    }
+    return RunConfig(**read_options(values))
 
 
 def add_adapters(model: Any, config: Any, vocabulary: Any) -> Any:

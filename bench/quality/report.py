@@ -46,20 +46,25 @@ where the target directly followed the last item of its history somewhere in tra
 
 
 def read_runs(folder: Path, data_set: str) -> dict[str, list[Row]]:
-    """Rows of each arm by seed, the last one where a run was repeated; rows of other recipes are left out."""
+    """Rows of each arm by seed, the last one where a run was repeated.
+
+    Rows of other recipes are left out, and those of fewer test users or beams than the fullest test.
+    """
     file = folder / f"{data_set}.jsonl"
-    rows = read_rows(file, ("arm", "seed", "recipe")) if file.is_file() else []
-    kept = {
-        (row["arm"], row["seed"]): row
-        for row in rows
-        if row["arm"] in ARMS and row["recipe"] == recipe(row["arm"], data_set)
-    }
+    rows = read_rows(file, ("arm", "seed", "recipe", "test")) if file.is_file() else []
+    rows = [row for row in rows if row["arm"] in ARMS and row["recipe"] == recipe(row["arm"], data_set)]
+    fullest = max((_fullness(row) for row in rows), default=None)
+    kept = {(row["arm"], row["seed"]): row for row in rows if _fullness(row) == fullest}
     runs: dict[str, list[Row]] = {}
     for arm in ARMS:
         own = [row for (name, _), row in sorted(kept.items()) if name == arm]
         if own:
             runs[arm] = own
     return runs
+
+
+def _fullness(row: Row) -> tuple[int, int]:
+    return row["test"]["examples"], row["test"]["beams"]
 
 
 def read_pace(folder: Path, data_set: str) -> dict[str, float]:

@@ -41,7 +41,7 @@ SMALL = {
 def small_study(tmp_path, monkeypatch):
     """One small set and a recipe of seconds; returns the arguments that every command needs."""
     files = write_real_files(tmp_path, monkeypatch)
-    monkeypatch.setattr(arms, "SETS", {"small": arms.DataSet(*files, 2, {"Theirs": (0.5, 0.25)})})
+    monkeypatch.setattr(arms, "SETS", {"small": arms.DataSet(*files, 2, 60, {"Theirs": (0.5, 0.25)})})
     for module in ("bench.quality.cli", "bench.quality.picture", "bench.quality.report"):
         monkeypatch.setattr(f"{module}.SETS", arms.SETS)
     monkeypatch.setattr(arms, "EPOCHS", 3)
@@ -83,13 +83,17 @@ def test_runs_are_done_once_and_reported(tmp_path, small_study, capsys):
     assert str(tmp_path) not in file.read_text()  # rows name no place on a machine
 
     capsys.readouterr()
-    assert main(["list", *small_study, "--arms", "plain,permuted,prefixmem", "--seeds", "0,1"]) == 0
+    tested = ["--beams", "10", "--examples", "30"]
+    assert main(["list", *small_study, "--arms", "plain,permuted,prefixmem", "--seeds", "0,1", *tested]) == 0
     listed = capsys.readouterr().out
     assert listed.endswith("4 runs to do of 6\n")
     assert "plain             0" not in listed
     before = file.read_text()
-    assert main(["run-here", *small_study, "--arms", "plain", "--seeds", "0"]) == 0
+    assert main(["run-here", *small_study, "--arms", "plain", "--seeds", "0", *tested]) == 0
     assert file.read_text() == before
+    for others in ([], ["--beams", "10"], ["--beams", "9", "--examples", "30"]):
+        assert main(["list", *small_study, "--arms", "plain", "--seeds", "0", *others]) == 0
+        assert "1 runs to do of 1" in capsys.readouterr().out
 
     for row in rows:  # beams of 10 give no figure at 100
         for floor in row["test"]["floors"].values():
@@ -177,6 +181,15 @@ def test_rows_of_another_recipe_do_not_count(tmp_path, small_study, monkeypatch)
     assert report.read_runs(tmp_path / "out", "small")["plain"]
     monkeypatch.setitem(arms.RECIPE, "learning_rate", 0.5)
     assert not report.read_runs(tmp_path / "out", "small")
+
+
+def test_rows_of_fewer_test_users_or_beams_are_not_joined_with_others(tmp_path, small_study):
+    file = tmp_path / "out" / "small.jsonl"
+    record = {"run": "1", "machine": {}}
+    row = {"arm": "plain", "recipe": arms.recipe("plain", "small")}
+    for seed, examples, beams in ((0, 60, 100), (1, 60, 50), (2, 30, 100), (3, 60, 100)):
+        append_rows(file, record, [{**row, "seed": seed, "test": {"examples": examples, "beams": beams}}])
+    assert [row["seed"] for row in report.read_runs(tmp_path / "out", "small")["plain"]] == [0, 3]
 
 
 def test_missing_and_other_data_are_refused(tmp_path, small_study, monkeypatch, capsys):
@@ -298,6 +311,9 @@ def test_the_control_exchanges_the_items_of_every_table():
 def test_hits_are_kept_a_bit_each_and_compared_user_by_user():
     hits = np.random.default_rng(0).random(1003) < 0.07
     assert (unpacked(packed(hits), 1003) == hits).all()
+    for examples in (30, 900, 1010):
+        with pytest.raises(ValueError, match="126 bytes of hits, and"):
+            unpacked(packed(hits), examples)
     other = hits.copy()
     other[:200] = True
     low, high = bootstrap_interval(other.astype(float) - hits)
