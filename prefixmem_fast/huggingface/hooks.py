@@ -23,6 +23,7 @@ from .token_history import begin_history, history_of
 
 NAME = "prefixmem"  # the encoder's name among the model's modules
 _TOKENS = ("input_ids", "decoder_input_ids")
+_HEAD = "_prefixmem_head"  # on embeddings, what belongs to their tokens' last hidden states
 
 
 class _Call(NamedTuple):
@@ -60,6 +61,7 @@ class Attachment:
         self._calls_of = threading.local()
         self._embeddings: list[InputEmbedding] = []
         self._warned_of_freezing = hasattr(model, "peft_config")
+        self._warned_of_embeds = False
 
     def __getstate__(self) -> dict[str, Any]:
         left_out = ("_model", "_calls_of", "_embeddings")
@@ -96,6 +98,8 @@ class Attachment:
         embeddings = dict.fromkeys(embedding.module() for embedding in self._embeddings)  # each once
         for embedding in embeddings:
             embedding.register_forward_hook(self.add_memory)
+        if self._has_head:  # before end_call, which may be on the same module
+            below_the_output_layer(self.model).register_forward_hook(self.add_to_hidden)
         # An encoder is called with tokens of its own, in a call that may carry the decoder's cache.
         encoder_decoder = getattr(self.model.config, "is_encoder_decoder", False)
         token_encoder = self.model.get_encoder() if encoder_decoder and hasattr(self.model, "get_encoder") else None
@@ -104,9 +108,6 @@ class Attachment:
             if around and (cache_argument(module) is not None or module is token_encoder):
                 module.register_forward_pre_hook(self.begin_call, with_kwargs=True)
                 module.register_forward_hook(self.end_call, always_call=True)
-
-        if any(getattr(module, "head_proj", None) is not None for module in self.encoder.modules()):
-            below_the_output_layer(self.model).register_forward_hook(self.add_to_hidden)
 
     def remove_hooks(self) -> None:
         for module in self.model.modules():  # PEFT copies modules with their hooks, so no list of handles is complete
@@ -144,13 +145,28 @@ class Attachment:
             segments = _segments_of(position_ids=arguments.get("position_ids"))
         tokens = outer.tokens if cache is not None and cache is outer.cache else []
         takes_tokens = any(arguments.get(name) is not None for name in _TOKENS)
-        calls.append(_Call(cache, segments, tokens, takes_tokens, arguments.get("inputs_embeds")))
+        embeds = arguments.get("inputs_embeds")
+        if not outer.tokens:  # else a module around has embedded its tokens, and hands them on
+            self._take_head(embeds)
+        calls.append(_Call(cache, segments, tokens, takes_tokens, embeds))
         return args, kwargs
+
+    def _take_head(self, embeds: Tensor | None) -> None:
+        """What goes to the last hidden states of a call that begins: nothing yet, or what its embeddings came with."""
+        head = self._calls_of.head = None if embeds is None else getattr(embeds, _HEAD, None)
+        if embeds is None or head is not None or not self._has_head or self._warned_of_embeds:
+            return
+        self._warned_of_embeds = True
+        warnings.warn(
+            "inputs_embeds are not a tensor that the model's embedding has returned, so nothing is added to the last "
+            "hidden states, where this encoder's tables with output_slot belong too; give input_ids",
+            stacklevel=2,
+        )
 
     def end_call(self, module: nn.Module, args: tuple, output: Any) -> None:
         """After it: a cache that the module has made begins to keep the tokens."""
         call = self._calls.pop() if self._calls else None
-        if module is self.model:
+        if not self._calls:
             self._calls_of.head = None  # of a call that failed on its way
         if call is None or output is None:
             return
@@ -194,25 +210,27 @@ class Attachment:
             context = torch.cat([past.to(tokens.dtype), tokens], 1)
             if segments is not None:
                 context_segments = torch.cat([segments.new_zeros(past.shape), segments], 1)
-        m, self._calls_of.head = self.encoder.encode_stream(context, self.vocabulary, context_segments, new_tokens=new)
+        m, head = self.encoder.encode_stream(context, self.vocabulary, context_segments, new_tokens=new)
         if segments is not None:  # what comes next goes on with the last sequence alone
             tokens = torch.where(segments == segments[:, -1:], tokens, -1)
         call.tokens.append(tokens)
         if call.cache is not None:
             history_of(call.cache).remember(tokens)
-        return output + m.view_as(output).to(output.dtype)
+        embedded = output + m.view_as(output).to(output.dtype)
+        if not self._calls or call.before is not None:  # called by itself; what is given the result finds head there
+            return _with_head(embedded, head)
+        self._calls_of.head = head
+        return embedded
 
-    def embed(self, tokens: Tensor, new_tokens: int) -> Tensor:
-        """Input embeddings of the last tokens of rows ``[B, T]``, for the next call of the model, as inputs_embeds.
-
-        What goes to the last hidden states is kept for that call.
-        """
-        before, new = tokens.tensor_split([tokens.shape[1] - new_tokens], 1)
+    def embed_beams(self, tokens: Tensor) -> Tensor:
+        """Input embeddings ``[B, K, d]`` of the last tokens of beams ``[B, K, T]``, to be given as inputs_embeds."""
+        before, new = tokens.flatten(0, 1).tensor_split([tokens.shape[-1] - 1], 1)
         self._calls.append(_NO_CALL._replace(tokens=[], before=before))
         try:
-            return self.model.get_input_embeddings()(new)
+            embedded = self.model.get_input_embeddings()(new)
         finally:
             self._calls.pop()
+        return _with_head(embedded.view(*tokens.shape[:2], -1), getattr(embedded, _HEAD, None))
 
     def add_to_hidden(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """After the module below the output layer: add what tables with `output_slot` have for its tokens."""
@@ -224,7 +242,7 @@ class Attachment:
             if hidden.numel() != head.numel():
                 raise RuntimeError(
                     f"the last hidden states of {type(module).__name__} are {tuple(hidden.shape)} and the memory of "
-                    f"the tokens that were embedded last is {tuple(head.shape)}; attach an encoder without output_slot"
+                    f"its tokens is {tuple(head.shape)}; attach an encoder without output_slot"
                 )
             return hidden + head.view_as(hidden).to(hidden.dtype)
 
@@ -235,6 +253,10 @@ class Attachment:
             output[first] = added(output[first])
             return output
         return added(output)
+
+    @property
+    def _has_head(self) -> bool:
+        return any(getattr(module, "head_proj", None) is not None for module in self.encoder.modules())
 
     @property
     def _window(self) -> int:
@@ -275,6 +297,12 @@ class Attachment:
                     "modules_to_save",
                     stacklevel=2,
                 )
+
+
+def _with_head(embedded: Tensor, head: Tensor | None) -> Tensor:
+    if head is not None:
+        setattr(embedded, _HEAD, head)
+    return embedded
 
 
 def unwrapped(encoder: nn.Module) -> PrefixMem:

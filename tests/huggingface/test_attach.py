@@ -159,6 +159,58 @@ def test_memory_of_a_failed_call_does_not_reach_the_next(monkeypatch):
     assert torch.equal(logits(model, inputs_embeds=embeds), expected)
 
 
+def test_memory_of_the_last_hidden_states_goes_with_the_embeddings_of_its_tokens():
+    """Embeddings that the model's embedding returned, in any order; others get none and the user is told once."""
+    model, first = attach(tiny_model(), lagged_encoder(), vocabulary()), torch.tensor([[*sid(1, 3, 4), *sid(0, 1, 5)]])
+    second = first.roll(3, 1)
+    embed = model.get_input_embeddings()
+    with torch.no_grad():
+        embeds = [embed(ids) for ids in (first, second)]
+        inner = model.model(inputs_embeds=embeds[0]).last_hidden_state
+    assert torch.equal(model.lm_head(inner), logits(model, input_ids=first))
+    assert torch.equal(logits(model, inputs_embeds=embeds[0]), logits(model, input_ids=first))
+    assert torch.equal(logits(model, inputs_embeds=embeds[1]), logits(model, input_ids=second))
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(logits(compiled, inputs_embeds=embeds[1]), logits(model, input_ids=second))
+
+    embed(first)
+    with pytest.warns(UserWarning, match="nothing is added to the last hidden states"):
+        found = logits(model, inputs_embeds=embeds[0].clone())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prompt = torch.cat([torch.zeros(1, 3, HIDDEN), embed(second)], 1)
+        assert logits(model, inputs_embeds=prompt).shape == (1, 9, TOKENS)
+    detach(model)
+    assert torch.equal(found, logits(model, inputs_embeds=embeds[0]))
+
+
+def test_memory_of_an_encoders_tokens_does_not_reach_the_decoder():
+    model = attach(tiny_model("t5"), lagged_encoder(), vocabulary())
+    ids = torch.tensor([[*sid(1, 3, 4), *sid(0, 1, 5)]])
+    embeds = torch.randn(1, 6, HIDDEN, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        seen = model.get_encoder()(ids)
+        found = model(encoder_outputs=seen, decoder_inputs_embeds=embeds).logits
+        assert torch.equal(model(input_ids=ids, decoder_inputs_embeds=embeds).logits, found)
+        known = model.get_decoder().get_input_embeddings()(ids)
+        expected = model(encoder_outputs=seen, decoder_input_ids=ids).logits
+        assert torch.equal(model(input_ids=ids, decoder_inputs_embeds=known).logits, expected)
+    detach(model)
+    assert torch.equal(logits(model, encoder_outputs=seen, decoder_inputs_embeds=embeds), found)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_memory_of_the_last_hidden_states_of_a_model_without_an_output_layer(family):
+    whole, ids = tiny_model(family), torch.tensor([[*sid(1, 3, 4), *sid(0, 1, 5)]])
+    body, one = copy.deepcopy(whole.base_model), lagged_encoder()
+    attach(whole, one, vocabulary())
+    attach(body, copy.deepcopy(one), vocabulary())
+    with torch.no_grad():
+        found = body(ids).last_hidden_state
+        assert torch.equal(whole.get_output_embeddings()(found), whole(ids).logits)
+        assert not torch.equal(found, body(inputs_embeds=body.get_input_embeddings()(ids).clone()).last_hidden_state)
+
+
 def assert_a_cache_changes_nothing(model, inputs, search):
     found = []
     for use_cache in (True, False):

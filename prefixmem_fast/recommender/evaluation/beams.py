@@ -86,10 +86,10 @@ def _embed(model: nn.Module, tokens: Tensor, before: Tensor) -> Tensor:
     Args:
         before: the last tokens of each history, ``[B, W]``: as many as cross-item orders may need, else none.
     """
-    seen = torch.cat([before[:, None].expand(-1, tokens.shape[1], -1), tokens], -1).flatten(0, 1)
     attachment = getattr(model, "prefixmem_attachment", None)
-    embedded = model.get_input_embeddings()(seen[:, -1:]) if attachment is None else attachment.embed(seen, 1)
-    return embedded.view(*tokens.shape[:2], -1)
+    if attachment is None:
+        return model.get_input_embeddings()(tokens[..., -1])
+    return attachment.embed_beams(torch.cat([before[:, None].expand(-1, tokens.shape[1], -1), tokens], -1))
 
 
 def _mask(sees: Tensor, length: int, like: Tensor) -> Tensor:
