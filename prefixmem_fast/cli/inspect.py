@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .._choices import LAYOUTS
+from .._choices import LAYOUTS, MOST_HISTORY
 
 _ROWS, _HEADS, _ORDER, _DIM = 2_000_000, 4, 4, 256  # of the paper
 
@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-dim", type=int, default=_DIM, help="d_mem (default: %(default)s)")
     parser.add_argument("--interactions", nargs="+", metavar="FILE", help="histories: which prefixes are hot")
     parser.add_argument(
-        "--history", type=int, default=0, help="how many items back cross-item orders begin; needs --interactions"
+        "--history",
+        type=int,
+        default=0,
+        help="as of train: how many of the items before are read; needs --interactions",
     )
     parser.add_argument("--picture", metavar="FILE", help="draw the figures, as .png or any other format of matplotlib")
 
@@ -35,6 +38,8 @@ def run(options: argparse.Namespace) -> int:
 
     if options.history < 0:
         raise ValueError(f"--history = {options.history}; give 1 for the item before, more, or 0 for none")
+    if options.history > MOST_HISTORY:
+        raise ValueError(f"--history = {options.history}; give {MOST_HISTORY} or less")
     if options.history and not options.interactions:
         raise ValueError("--history needs --interactions: cross-item orders are those of histories")
     if options.picture is not None:
@@ -89,10 +94,8 @@ def report_of(options: argparse.Namespace) -> dict[str, Any]:
         report["users"], report["interactions"] = len(histories), histories.interactions
         report["hot"] = statistics.hot_prefixes(codes, sizes, histories.items)
         if options.history:
-            spec = AddressSpec.cross_item(
-                sizes, history=options.history, heads=options.heads, table_rows=options.table_rows
-            )
-            windows = statistics.transition_windows(codes, spec, histories.items)
+            spec = AddressSpec.cross_item(sizes, heads=options.heads, table_rows=options.table_rows)
+            windows = statistics.transition_windows(codes, spec, histories.items, options.history)
             report["cross_item"] = {
                 "history": options.history,
                 "transitions": len(windows),
@@ -148,7 +151,9 @@ def _summary(report: dict[str, Any], options: argparse.Namespace) -> str:
             lines.append(f"{row['length']:>6}{row['prefixes']:>12,}{top}{row['half']:>16,}")
     if "cross_item" in report:
         found = report["cross_item"]
-        lines.append(f"\ncross-item orders, {found['history']} back: {found['transitions']:,} transitions")
+        lines.append(
+            f"\ncross-item orders of {_items_before(found['history'])}: {found['transitions']:,} pairs of items"
+        )
         if found["orders"]:
             lines += _orders(found["orders"], len(report["prefixes"]))
         lines.append(_memory(found["memory"], report["memory_dim"]))
@@ -170,6 +175,10 @@ def _orders(orders: list[dict[str, Any]], levels: int = 0) -> list[str]:
         )
     lines.append("share a row: prefixes of the fullest head whose row another prefix has too")
     return lines
+
+
+def _items_before(count: int) -> str:
+    return "the item before" if count == 1 else f"the {count} items before"
 
 
 def _between(values: list[int]) -> str:

@@ -6,6 +6,7 @@ All of it is counted, over the items or over the interactions of a data set; not
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -176,17 +177,23 @@ def hot_prefixes(codes: Tensor, sizes: Sequence[int], histories: Sequence[np.nda
     return found
 
 
-def transition_windows(codes: Tensor, spec: AddressSpec, histories: Sequence[np.ndarray]) -> Tensor:
-    """The windows of cross-item orders that histories have: each item that has one `spec.history` items before it.
+def transition_windows(codes: Tensor, spec: AddressSpec, histories: Sequence[np.ndarray], lags: int = 1) -> Tensor:
+    """The windows of cross-item orders that histories have: each item with one that stands `spec.history` before it.
 
     Args:
         codes: int64 ``[items, L]``.
         spec: of `AddressSpec.cross_item`.
         histories: see `hot_prefixes`.
+        lags: how many items are read in this way, the one `spec.history` back, the one before it, and so on.
 
     Returns:
         int64 ``[transitions, 2L]``. The item that is to come after a history counts for none.
     """
+    specs = [replace(spec, history=spec.history + lag) for lag in range(lags)]
+    return torch.cat([_windows_of(codes, each, histories) for each in specs])
+
+
+def _windows_of(codes: Tensor, spec: AddressSpec, histories: Sequence[np.ndarray]) -> Tensor:
     rows = torch.from_numpy(np.concatenate(histories))
     place = torch.from_numpy(np.concatenate([np.arange(len(history)) for history in histories]))
     # All users' items in one row of items; a window that begins in another user's history is left out.

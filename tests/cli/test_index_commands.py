@@ -177,7 +177,7 @@ def test_inspect(capsys, tmp_path):
     assert report["interactions"] == sum(map(len, histories.values()))
     assert report["hot"][0]["top"]["10"] == 1.0
     across = report["cross_item"]
-    pairs = [pair for items in histories.values() for pair in zip(items, items[2:], strict=False)]
+    pairs = [pair for items in histories.values() for back in (1, 2) for pair in zip(items, items[back:], strict=False)]
     assert (across["history"], across["transitions"]) == (2, len(pairs))
     assert [order["order"] for order in across["orders"]] == [3, 4, 5]
     # L + 0 reads the item before alone; no two of these items share their SID.
@@ -216,11 +216,11 @@ def test_inspect_of_a_square(capsys, tmp_path):
 
 def test_histories_too_short_for_cross_item_orders(capsys, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"p": [0, 1], "q": [2, 2]}))
-    (tmp_path / "h.json").write_text(json.dumps({"u": ["p", "q"]}))
+    (tmp_path / "h.json").write_text(json.dumps({"u": ["p"], "v": ["q"]}))
     arguments = ["inspect", tmp_path / "a.json", "--interactions", tmp_path / "h.json", "--history", "2"]
     assert run_json(capsys, *arguments)["cross_item"]["transitions"] == 0
     assert main([*map(str, arguments), "--picture", str(tmp_path / "a.png")]) == 0
-    assert "0 transitions" in capsys.readouterr().out
+    assert "0 pairs of items" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -142,6 +143,9 @@ def test_windows_of_real_transitions(codes, histories, back):
     assert found.tolist() == expected
     used = held_against_python(table_use(found, spec), found, spec)
     assert [order["order"] for order in used] == [3, 4, 5]
+    next_back = replace(spec, history=back + 1)
+    both = [*expected, *transition_windows(codes, next_back, histories).tolist()]
+    assert transition_windows(codes, spec, histories, lags=2).tolist() == both
 
 
 def test_no_transition(codes):

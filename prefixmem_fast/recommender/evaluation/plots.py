@@ -124,7 +124,7 @@ def _below(report: Mapping[str, Any]) -> str:
     if "cross_item" not in report:
         return "order"
     back = report["cross_item"]["history"]
-    return f"order (L+l: the item {back} back, and l codes)"
+    return f"order (L+l: {'the item' if back == 1 else f'one of the {back} items'} before, and l codes)"
 
 
 def _prefixes(panel: Any, report: Mapping[str, Any]) -> None:
