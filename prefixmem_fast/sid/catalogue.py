@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks
 from .._inputs import check_unique, clipped, input_file, shown
 from .formats import TokenFormat, recognise
-from .index_files import SUFFIXES, check_levels, read_index, split_tokens
+from .index_files import SUFFIXES, check_levels, read_index, split_tokens, without_ends
 
 
 class Catalogue:
@@ -110,6 +110,8 @@ class Catalogue:
         for item, tokens in index.items():
             if not isinstance(tokens, Sequence):
                 raise TypeError(f"item {shown(item)} has {shown(tokens)}; give a list of tokens, one a level")
+        index = {item: without_ends(tokens) for item, tokens in index.items()}
+        for item, tokens in index.items():
             check_levels(item, index)
             for level, token in enumerate(tokens, start=1):
                 if not isinstance(token, str):

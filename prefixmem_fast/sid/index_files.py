@@ -113,7 +113,7 @@ def check_levels(item: str, index: Mapping[str, Sequence[Any]]) -> None:
 
 
 def split_tokens(sid: str) -> list[str]:
-    """The tokens of a SID that is one string, such as ``<a_1><b_2>``; tokens around a whole SID are left out.
+    """The tokens of a SID that is one string, such as ``<a_1><b_2>``.
 
     Raises:
         ValueError: there is something beside tokens in angle brackets.
@@ -121,6 +121,11 @@ def split_tokens(sid: str) -> list[str]:
     tokens = re.findall(r"<[^<>]*>", sid)
     if not tokens or "".join(tokens) != re.sub(r"\s+", "", sid):
         raise ValueError(f"{shown(sid)} is no Semantic ID; a list of tokens, or <a_1><b_2>..., was expected")
+    return tokens
+
+
+def without_ends(tokens: Sequence[Any]) -> list[Any]:
+    """The tokens of a SID without those around a whole one."""
     return [token for token in tokens if token not in _AROUND]
 
 

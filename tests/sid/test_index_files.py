@@ -97,8 +97,12 @@ def test_whole_numbers_that_are_floating(tmp_path):
         (CODES, pyarrow.list_(pyarrow.int32(), 3)),
         ([[f"<s_{'abc'[l]}_{code}>" for l, code in enumerate(row)] for row in CODES], None),
         (["<|sid_begin|><s_a_{}><s_b_{}><s_c_{}><|sid_end|>".format(*row) for row in CODES], None),
+        (
+            [["<|sid_begin|>", *(f"<s_{'abc'[l]}_{c}>" for l, c in enumerate(row)), "<|sid_end|>"] for row in CODES],
+            None,
+        ),
     ],
-    ids=["lists", "lists of one size", "tokens", "a string"],
+    ids=["lists", "lists of one size", "tokens", "a string", "tokens between two others"],
 )
 def test_parquet_of_items_and_sids(tmp_path, sid, kind):
     """OpenOneRec's pid and sid, whose tokens stand between two others in its prompts."""
