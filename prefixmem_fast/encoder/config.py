@@ -117,7 +117,9 @@ class PrefixMemConfig:
         return replace(self, quantization=quantization, cross_item=cross_item)
 
     def with_active_levels(self, active_levels: Sequence[int]) -> PrefixMemConfig:
-        """The same tables, read at other levels; those of `cross_item` at the same as before."""
+        """The same tables, read at other prefix lengths; those of `cross_item` at the same as before."""
+        if self.spec.history:  # levels of a window count the earlier item's codes
+            active_levels = [self.spec.item_levels + level for level in active_levels]
         return replace(self, spec=replace(self.spec, active_levels=active_levels))
 
     @property

@@ -36,7 +36,8 @@ class PrefixMemory(nn.Module):
             reads the table or the optimizer's state next waits for it, and raises what it raised; see
             `OverlappedTable`. The optimizer's step waits for nothing.
 
-    The state_dict carries the spec as JSON bytes (a uint8 tensor, so that safetensors takes it). Loading a checkpoint
+    The state_dict carries the spec, and `earlier_codes` where the config has it, as JSON bytes (a uint8 tensor, so that
+    safetensors takes it). Loading a checkpoint
     whose spec differs raises RuntimeError with both specs before anything of this module is changed; one without a
     spec gives a warning (strict=False) or an error.
     """
@@ -177,7 +178,16 @@ class PrefixMemory(nn.Module):
         )
 
     def get_extra_state(self) -> Tensor:
-        return torch.frombuffer(bytearray(self.config.spec.key, "utf-8"), dtype=torch.uint8)
+        key = json.dumps(self._address, sort_keys=True, separators=(",", ":"))
+        return torch.frombuffer(bytearray(key, "utf-8"), dtype=torch.uint8)
+
+    @property
+    def _address(self) -> dict[str, Any]:
+        """All that says which row a prefix has."""
+        address = self.config.spec.to_dict()
+        if self.config.earlier_codes is not None:
+            address["earlier_codes"] = self.config.earlier_codes
+        return address
 
     def set_extra_state(self, state: Tensor) -> None:
         """The spec is fixed when the module is made; `_load_from_state_dict` has compared the two."""
@@ -211,7 +221,7 @@ class PrefixMemory(nn.Module):
             missing_keys.remove(key)
 
     def _spec_difference(self, stored: Any) -> str | None:
-        own = self.config.spec.to_dict()
+        own = self._address
         try:
             if stored.dtype != torch.uint8 or stored.is_meta:
                 return f"the checkpoint's address spec is {stored.dtype} on {stored.device}; load it as it was saved"

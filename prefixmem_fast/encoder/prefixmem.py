@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .. import _checks
+from .._dtypes import CODE_DTYPES
 from ..addressing import TokenStream, first_codes, item_windows, lagged_item_windows, lagged_windows
 from ..addressing.token_stream import LaggedWindows
 from ..operation.functions import check_stream
@@ -93,6 +95,22 @@ class PrefixMem(nn.Module):
             self.head_proj.reset_parameters()
         if self.cross_item is not None:
             self.cross_item.reset_output()
+
+    def add_cross_item(self, config: PrefixMemConfig) -> None:
+        """Put tables of cross-item orders beside this encoder's own, which stay as they are.
+
+        Args:
+            config: as `PrefixMemConfig.cross_item`.
+
+        Raises:
+            TypeError, ValueError: it is not as stated, or such tables are there already.
+        """
+        if self.config.cross_item is not None:
+            raise ValueError("the encoder has tables of cross-item orders already; make one with those of both")
+        self.config = replace(self.config, cross_item=config)
+        memory, out = self.memory, self.out_proj.weight
+        options = {**memory.options(), "dropout": self.dropout, "tables": memory.tables, "overlap": memory.overlap}
+        self.cross_item = PrefixMem(self.config.cross_item, **options, device=out.device, dtype=out.dtype)
 
     def quantize(self, kind: str) -> PrefixMem:
         """A copy for serving, with tables of 8 bits a number and a scale a row.
@@ -312,8 +330,7 @@ class PrefixMem(nn.Module):
 
     def _check_items(self, codes: Tensor) -> Tensor:
         levels = self.config.levels
-        if not isinstance(codes, Tensor):
-            raise TypeError(f"codes is a {type(codes).__name__}; give an integer tensor [..., items, {levels}]")
+        _checks.tensor("codes", codes, CODE_DTYPES, None, f"[..., items, {levels}]")
         if codes.dim() < 2 or codes.shape[-1] != levels:
             raise ValueError(
                 f"codes has shape {tuple(codes.shape)}; with cross-item orders give [..., items, {levels}], the items "

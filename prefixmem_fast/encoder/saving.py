@@ -177,11 +177,10 @@ def load_weights(encoder: Encoder, path: str | Path) -> bool:
         for module in encoder.modules():
             if hasattr(module, "before_write"):
                 module.before_write()
-        own = encoder.config.to_dict()
-        compared = [name for name in dict.fromkeys((*own, *stored["encoder"])) if name not in _HOW_WEIGHTS_STARTED]
-        names = [name for name in compared if stored["encoder"].get(name) != own.get(name)]
+        own, saved = same_weights(encoder.config.to_dict()), same_weights(stored["encoder"])
+        names = [name for name in dict.fromkeys((*own, *saved)) if saved.get(name) != own.get(name)]
         if names:
-            values = json.dumps({name: stored["encoder"].get(name) for name in names})[:4000]
+            values = json.dumps({name: saved.get(name) for name in names})[:4000]
             raise CheckpointError(
                 f"{folder / CONFIG} is of another encoder: it differs in {', '.join(names)}\n"
                 f"  checkpoint: {values}\n  encoder:    {json.dumps({name: own.get(name) for name in names})[:4000]}"
@@ -189,6 +188,15 @@ def load_weights(encoder: Encoder, path: str | Path) -> bool:
         return checkpoint.copy_tensors(_tensors_of(encoder), folder, stored)
 
     return checkpoint.read_with(path, load)
+
+
+def same_weights(config: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a config, and of those within it, that weights have to agree in."""
+    return {
+        name: same_weights(value) if name == "cross_item" and isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in _HOW_WEIGHTS_STARTED
+    }
 
 
 def _tensors_of(encoder: Encoder) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from prefixmem_fast import (
 )
 from prefixmem_fast._files import write_file
 from prefixmem_fast.encoder import saving
-from tests.helpers.models import encoder, vocabulary
+from tests.helpers.models import encoder, lagged_encoder, vocabulary
 from tests.helpers.tokenizers import tokenizer
 
 
@@ -83,6 +84,19 @@ def test_reading_says_whether_anything_was_another(tmp_path, name):
             one.get_parameter(name)[0] += 1
     assert saving.load_weights(one, tmp_path) == bool(name)
     assert not saving.load_weights(one, tmp_path)
+
+
+def test_how_weights_started_is_not_compared(tmp_path):
+    one = lagged_encoder()
+    one.save_pretrained(tmp_path)
+    short = replace(one.config.cross_item.cross_item, output_init_std=0.25)
+    across = replace(one.config.cross_item, memory_init_std=0.5, cross_item=short)
+    other = PrefixMem(replace(one.config, output_init_std=0.125, cross_item=across))
+    assert saving.load_weights(other, tmp_path)
+    assert all(torch.equal(p, one.get_parameter(name)) for name, p in other.named_parameters())
+    fewer = PrefixMem(replace(one.config, cross_item=replace(across, lags=2)))
+    with pytest.raises(CheckpointError, match="differs in cross_item"):
+        saving.load_weights(fewer, tmp_path)
 
 
 def test_a_new_width_starts_w_out_afresh(tmp_path):

@@ -271,6 +271,31 @@ def test_files_copies_and_quantized_tables(tmp_path, make):
     assert torch.equal(fewer.cross_item(codes), one.cross_item(codes))
 
 
+def test_prefix_lengths_of_cross_item_orders_alone_are_those_of_the_item(tmp_path):
+    one, codes = cross_item_encoder(history=1).cross_item, histories(2, 5)
+    one.save_pretrained(tmp_path)
+    fewer = PrefixMem.from_pretrained(tmp_path, active_levels=(0, 1))
+    assert fewer.config.spec.active_levels == (3, 4)
+    expected = one(codes)
+    assert expected[..., 1, :].any()
+    expected[..., 1, :] = 0.0  # the token of c_2; that of c_3 is where l = 0
+    assert torch.equal(fewer(codes), expected)
+
+
+def test_rows_of_first_codes_are_not_loaded_as_those_of_others():
+    """A state_dict says what the rows are keyed by, as files do."""
+
+    def keyed_by(codes):
+        spec = AddressSpec.cross_item(SIZES, heads=2, table_rows=50)
+        return PrefixMem(PrefixMemConfig(spec, 4, HIDDEN, lags=2, earlier_codes=codes))
+
+    state = keyed_by(2).state_dict()
+    for codes in (1, None):
+        with pytest.raises(RuntimeError, match="the checkpoint's address spec differs in earlier_codes"):
+            keyed_by(codes).load_state_dict(state)
+    keyed_by(2).load_state_dict(state)
+
+
 @pytest.mark.parametrize("make", [cross_item_encoder, lagged_encoder])
 def test_gathers_ahead_are_taken(make):
     one, codes = make(tables="host"), histories(2, 5)
@@ -337,6 +362,14 @@ BAD = [
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make(PrefixMemConfig(AddressSpec(SIZES), 8, HIDDEN))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.uint8])
+@pytest.mark.parametrize("make", [cross_item_encoder, lagged_encoder])
+def test_codes_of_other_dtypes_are_refused(make, dtype):
+    for one in (make(), make().cross_item):
+        with pytest.raises(TypeError, match=f"codes has dtype {dtype}; allowed are torch.int16"):
+            one(torch.zeros(2, 3, 3, dtype=dtype))
 
 
 def test_the_config_says_how_far_it_looks_back():
