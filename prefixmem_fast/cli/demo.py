@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace) -> int:
     arms = {
         PLAIN: {"arm": "plain"},
         WITH: {"encoder": str(out / "pretraining" / "encoder")},
-        ACROSS: {"history": 1, "history_rows": 100_000},
+        ACROSS: {"encoder": str(out / "pretraining" / "encoder"), "history": 1, "history_rows": 100_000},
     }
     folders = dict(zip(arms, (out / "plain", out / "prefixmem", out / "cross-item"), strict=True))
     curves, reports = {}, {}

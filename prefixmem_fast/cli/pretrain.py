@@ -26,12 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..recommender.training.config import MEMORY_ARMS
     from ..recommender.training.folder import ENCODER
     from ..recommender.training.session import is_first_process
 
     config = config_of(options, **_DEFAULTS[options.method])
-    if config.arm != "prefixmem":
-        raise ValueError(f"arm = {config.arm!r} has no tables to pre-train; give arm = 'prefixmem'")
+    if config.arm not in MEMORY_ARMS:
+        raise ValueError(f"arm = {config.arm!r} has no tables to pre-train; give {' or '.join(MEMORY_ARMS)}")
     out, how = Path(options.out), {"resume": options.resume, "quiet": options.json}
     with quiet_transformers():
         if options.method == "classification":

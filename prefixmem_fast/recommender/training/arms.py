@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from ... import optim
 from ...addressing import AddressSpec
 from ...encoder import PrefixMem, PrefixMemConfig, SIDTransformer, SIDTransformerConfig
+from ...encoder.saving import same_weights
 from ...huggingface.attach import attach
 from ...sid import SIDVocabulary
 from .config import RunConfig
@@ -56,22 +59,10 @@ def build_encoder(
         )
     how = {"grad": config.grad, "dropout": config.memory_dropout}
     cross_item = _cross_item(config, codebook_sizes, hidden_size)
+    if config.encoder is not None:
+        return _pretrained(config, codebook_sizes, hidden_size, levels, cross_item, how)
     if config.arm == "cross-item":
         return PrefixMem(cross_item, **how)
-    if config.encoder is not None:
-        encoder = PrefixMem.from_pretrained(config.encoder, hidden_size=hidden_size, active_levels=levels, **how)
-        if encoder.config.codebook_sizes != codebook_sizes:
-            raise ValueError(
-                f"encoder {config.encoder} has codebook_sizes {encoder.config.codebook_sizes}, the index "
-                f"{codebook_sizes}; pre-train it on this index, or give the codebook_sizes it was trained with"
-            )
-        if encoder.config.quantization is not None:
-            raise ValueError(
-                f"encoder {config.encoder} is {encoder.config.quantization}, for serving, and cannot be trained; give "
-                "the one that it was made from"
-            )
-        encoder.reset_output()
-        return encoder
     order = min(config.max_order, max(levels) if config.mode != "full" else len(codebook_sizes))
     spec = AddressSpec(
         codebook_sizes,
@@ -91,10 +82,52 @@ def build_encoder(
     )
 
 
+def _pretrained(
+    config: RunConfig,
+    codebook_sizes: tuple[int, ...],
+    hidden_size: int,
+    levels: tuple[int, ...],
+    cross_item: PrefixMemConfig | None,
+    how: dict[str, Any],
+) -> PrefixMem:
+    """A pre-trained encoder, W_out afresh; with new tables of cross-item orders where the run has some and it none."""
+    alone, name = config.arm == "cross-item", f"encoder {config.encoder}"
+    encoder = PrefixMem.from_pretrained(
+        config.encoder, hidden_size=hidden_size, active_levels=None if alone else levels, **how
+    )
+    if encoder.config.codebook_sizes != codebook_sizes:
+        raise ValueError(
+            f"{name} has codebook_sizes {encoder.config.codebook_sizes}, the index {codebook_sizes}; pre-train it on "
+            "this index, or give the codebook_sizes it was trained with"
+        )
+    if encoder.config.quantization is not None:
+        raise ValueError(
+            f"{name} is {encoder.config.quantization}, for serving, and cannot be trained; give the one that it was "
+            "made from"
+        )
+    if alone != bool(encoder.config.spec.history):
+        held = "the paper's orders" if alone else "cross-item orders alone"
+        raise ValueError(f"{name} has {held}, and arm = {config.arm!r}; give the arm that it was pre-trained as")
+    stored = encoder.config if alone else encoder.config.cross_item
+    if stored is None and cross_item is not None:
+        encoder.add_cross_item(cross_item)
+    elif cross_item is not None and same_weights(stored.to_dict()) != same_weights(cross_item.to_dict()):
+        raise ValueError(
+            f"{name} has other tables of cross-item orders than the options starting with history ask for; give those "
+            f"that it was pre-trained with{'' if alone else ', or history = 0'}"
+        )
+    encoder.reset_output()
+    return encoder
+
+
 def _cross_item(config: RunConfig, codebook_sizes: tuple[int, ...], hidden_size: int) -> PrefixMemConfig | None:
     """Tables that are read for the item before, the one before it, and so on; for each number of its codes some."""
     if not config.history:
         return None
+    if config.history_dim % config.history_heads:
+        raise ValueError(
+            f"history_dim = {config.history_dim} is no multiple of history_heads = {config.history_heads}; give one"
+        )
     levels, made = len(codebook_sizes), None
     for count in config.history_codes or [levels]:
         if count > levels:

@@ -192,8 +192,9 @@ class RunConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}; give {most} or less")
         if self.active_levels is not None and min(self.active_levels) < 1:
             raise ValueError(f"active_levels = {self.active_levels}; levels count from 1")
-        if self.history_codes is not None and min(self.history_codes, default=0) < 1:
-            raise ValueError(f"history_codes = {self.history_codes}; give numbers of 1 or more, L for the whole SID")
+        counts = self.history_codes
+        if counts is not None and (min(counts, default=0) < 1 or len({*counts}) < len(counts)):
+            raise ValueError(f"history_codes = {counts}; give numbers of 1 or more, each once, L for the whole SID")
         if self.muon_lr is not None:
             _at_least(self, "muon_lr", 0)
         if self.history_lr is not None:
@@ -205,11 +206,20 @@ class RunConfig:
                 )
         if self.arm == "cross-item" and not self.history:
             object.__setattr__(self, "history", 1)
-        if self.restart_rows and self.eval_every % self.restart_rows:
-            raise ValueError(
-                f"eval_every = {self.eval_every} is no multiple of restart_rows = {self.restart_rows}; a model is "
-                "worth testing just before tables start anew; give one"
-            )
+        if self.encoder is not None and self.arm not in MEMORY_ARMS:
+            raise ValueError(f"encoder = {self.encoder!r} with arm = {self.arm!r}, which has none; leave it out")
+        if self.arm == "prefixmem" and not self.history and self.encoder is None:
+            for name in ("history_codes", "history_lr", "restart_rows"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} = {getattr(self, name)} is of cross-item orders, and history = 0; give history as well"
+                    )
+        for name in ("eval_every", "steps"):
+            if self.restart_rows and getattr(self, name) % self.restart_rows:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} is no multiple of restart_rows = {self.restart_rows}; tables are "
+                    "filled, and worth testing and keeping, just before they start anew; give one"
+                )
         if self.eval_users is not None:
             _at_least(self, "eval_users", 1)
         if not self.histories + self.interleaved + self.pairs:

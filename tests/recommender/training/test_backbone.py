@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from prefixmem_fast import Catalogue, SIDVocabulary
+from prefixmem_fast import Catalogue, PrefixMem, SIDVocabulary
 from prefixmem_fast.recommender.training import model_checks
 from prefixmem_fast.recommender.training.arms import build_encoder
 from prefixmem_fast.recommender.training.backbone import build_backbone, make_tokenizer
@@ -171,7 +171,59 @@ def test_tables_of_cross_item_orders(output, tmp_path):
     assert (first.lags, first.earlier_codes, first.output_slot, first.memory_dim) == (3, 1, output, 8)
     assert first.cross_item is None
     assert first.spec.multipliers != whole.spec.multipliers
-    assert build_encoder(config.replace(history=0), (6, 6), 16).config.cross_item is None
+    assert build_encoder(config.replace(history=0, history_codes=None), (6, 6), 16).config.cross_item is None
+
+
+def test_columns_of_cross_item_tables_that_heads_do_not_share_evenly(tmp_path):
+    with pytest.raises(ValueError, match="history_dim = 7 is no multiple of history_heads = 2; give one"):
+        build_encoder(options(tmp_path, history=1, history_dim=7), (6, 6), 16)
+
+
+ACROSS = {"history": 2, "history_rows": 70, "history_dim": 8}
+
+
+class TestAPretrainedEncoder:
+    """With options of cross-item orders: new tables where it has none, its own where they are those asked for."""
+
+    def saved(self, tmp_path, **changes):
+        torch.manual_seed(3)
+        encoder = build_encoder(options(tmp_path, **changes), (6, 6), 16)
+        encoder.save_pretrained(tmp_path / "saved")
+        return encoder, options(tmp_path, encoder=str(tmp_path / "saved"), **changes)
+
+    def test_new_tables_beside_those_of_the_paper(self, tmp_path):
+        one, config = self.saved(tmp_path)
+        config = config.replace(**ACROSS, grad="fused", max_grad_norm=0.0, memory_dropout=0.25)
+        found = build_encoder(config, (6, 6), 24)
+        assert torch.equal(found.memory.weight, one.memory.weight)
+        assert found.config == build_encoder(config.replace(encoder=None), (6, 6), 24).config
+        across = found.cross_item
+        assert (across.memory.grad, across.dropout, across.head_proj.out_features) == ("fused", 0.25, 24)
+        assert not across.memory.weight.any()
+        found.save_pretrained(tmp_path / "again")
+        assert PrefixMem.from_pretrained(tmp_path / "again").config == found.config
+
+    @pytest.mark.parametrize("arm", ["prefixmem", "cross-item"])
+    def test_its_own_tables(self, arm, tmp_path):
+        one, config = self.saved(tmp_path, arm=arm, **ACROSS)
+        found = build_encoder(config, (6, 6), 16)
+        tables = [name for name in one.state_dict() if name.endswith("memory.weight")]
+        assert len(tables) == (2 if arm == "prefixmem" else 1)
+        for name in tables:
+            assert torch.equal(found.state_dict()[name], one.state_dict()[name])
+        for changes in ({"history": 1}, {"history_rows": 90}, {"history_codes": [1]}, {"history_output": False}):
+            with pytest.raises(ValueError, match=r"encoder .*saved has other tables of cross-item orders than"):
+                build_encoder(config.replace(**changes), (6, 6), 16)
+        if arm == "prefixmem":
+            assert build_encoder(config.replace(history=0), (6, 6), 16).config == found.config
+
+    def test_of_another_arm(self, tmp_path):
+        _, config = self.saved(tmp_path)
+        with pytest.raises(ValueError, match="has the paper's orders, and arm = 'cross-item'; give the arm that it"):
+            build_encoder(config.replace(arm="cross-item"), (6, 6), 16)
+        _, config = self.saved(tmp_path, arm="cross-item", **ACROSS)
+        with pytest.raises(ValueError, match="has cross-item orders alone, and arm = 'prefixmem'; give the arm"):
+            build_encoder(config.replace(arm="prefixmem"), (6, 6), 16)
 
 
 class TestOneLevel:

@@ -46,14 +46,17 @@ def test_every_level_that_some_table_speaks_for_has_a_head():
         NextCode(PrefixMem(PrefixMemConfig(within, 8, 16)))
 
 
-def test_pre_trained_cross_item_tables_are_trained_on(tmp_path):
-    config = options(tmp_path, history=1, history_rows=300, history_dim=8, steps=40, batch_size=64, eval_every=20)
+@pytest.mark.parametrize("arm", ["prefixmem", "cross-item"])
+def test_pre_trained_cross_item_tables_are_trained_on(arm, tmp_path):
+    across = {"arm": arm, "history": 1, "history_rows": 300, "history_dim": 8}
+    config = options(tmp_path, **across, steps=40, batch_size=64, eval_every=20)
     report = pretrain(config, tmp_path / "pretraining", quiet=True)
     assert report["training"][-1]["loss"] < report["training"][0]["loss"] - 0.1
     assert {"accuracy_1", "accuracy_2", "accuracy_3"} <= set(report["validation"][-1])
     found = PrefixMem.from_pretrained(tmp_path / "pretraining" / "encoder")
-    assert found.cross_item.memory.weight.any()
+    table = "memory.weight" if arm == "cross-item" else "cross_item.memory.weight"
+    assert found.get_parameter(table).any()
     short = config.replace(steps=4, eval_every=4, encoder=str(tmp_path / "pretraining" / "encoder"), learning_rate=0.0)
     train(short, tmp_path / "run", quiet=True)
     again = PrefixMem.from_pretrained(tmp_path / "run" / "model")
-    assert torch.equal(again.cross_item.memory.weight, found.cross_item.memory.weight)
+    assert torch.equal(again.get_parameter(table), found.get_parameter(table))

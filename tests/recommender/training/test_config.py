@@ -300,6 +300,31 @@ class TestTypes:
 
 class TestValues:
     @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (
+                {"history_codes": [3, 4]},
+                r"history_codes = \[3, 4\] is of cross-item orders, and history = 0; give hist",
+            ),
+            ({"history_lr": 0.1}, "history_lr = 0.1 is of cross-item orders"),
+            ({"restart_rows": 200}, "restart_rows = 200 is of cross-item orders"),
+            (
+                {"history": 1, "history_codes": [2, 2]},
+                r"history_codes = \[2, 2\]; give numbers of 1 or more, each once",
+            ),
+            ({"history": 1, "restart_rows": 300}, "eval_every = 200 is no multiple of restart_rows = 300; tables are"),
+            ({"history": 1, "restart_rows": 200, "steps": 500}, "steps = 500 is no multiple of restart_rows = 200"),
+            ({"arm": "plain", "encoder": "x"}, "encoder = 'x' with arm = 'plain', which has none; leave it out"),
+            ({"arm": "sid-transformer", "encoder": "x"}, "encoder = 'x' with arm = 'sid-transformer'"),
+        ],
+    )
+    def test_options_that_would_do_nothing(self, changes, message):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            RunConfig(synthetic=True, eval_every=200, log_every=200, **changes)
+        of_a_pretrained_encoder = {"encoder": "x", "history_lr": 0.1, "restart_rows": 500, "eval_every": 500}
+        assert RunConfig(synthetic=True, **of_a_pretrained_encoder).history == 0
+
+    @pytest.mark.parametrize(
         ("name", "choices"),
         [
             ("split", SPLITS),
