@@ -20,7 +20,7 @@ class Arm:
 
     Attributes:
         options: of RunConfig.
-        pretraining: "classification" or "tiger": the encoder is pre-trained so first.
+        pretraining: of PRETRAINING, how the encoder is pre-trained first; None where it is not.
         permuted: whether prefixes are exchanged, see `control.py`.
         steps_of: the arm whose training steps are the same work, if it is another.
         what: a line for tables.
@@ -106,6 +106,7 @@ PRETRAINING: dict[str, dict[str, Any]] = {
         "restart_rows": 0,
     },
 }
+PRETRAINING["prefixes"] = {**PRETRAINING["classification"], "history": 0}
 
 ARMS = {
     "plain": Arm("token embeddings alone", {"arm": "plain"}),
@@ -127,6 +128,12 @@ ARMS = {
         "PrefixMem + cross-item orders, pre-trained by classification",
         {"history": 4, "restart_rows": 0},  # which would lose what was pre-trained
         pretraining="classification",
+        steps_of="cross-item",
+    ),
+    "pretrained-prefixes": Arm(
+        "PrefixMem pre-trained by classification + cross-item orders that are not",
+        {"history": 4},
+        pretraining="prefixes",
         steps_of="cross-item",
     ),
     "tiger": Arm("a T5 in place of the decoder, token embeddings alone", {"arm": "plain", "model": "tiger"}),

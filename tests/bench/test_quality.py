@@ -48,8 +48,9 @@ def small_study(tmp_path, monkeypatch):
     monkeypatch.setattr(arms, "EPOCHS_A_VALIDATION", 1)
     recipe = {**arms.RECIPE, **SMALL, "codebook_sizes": [6, 6, 6]}
     monkeypatch.setattr(arms, "RECIPE", recipe)
-    short = {**arms.PRETRAINING["classification"], "steps": 4, "eval_every": 2, "log_every": 2, "batch_size": 16}
-    monkeypatch.setitem(arms.PRETRAINING, "classification", short)
+    short = {"steps": 4, "eval_every": 2, "log_every": 2, "batch_size": 16}
+    for name, options in arms.PRETRAINING.items():
+        monkeypatch.setitem(arms.PRETRAINING, name, {**options, **short})
     torch.set_num_threads(1)
     places = {"data": tmp_path, "runs": tmp_path / "runs", "out": tmp_path / "out"}
     return ["--sets", "small", *(word for name, path in places.items() for word in (f"--{name}", str(path)))]
@@ -65,21 +66,23 @@ def test_every_arm_has_options_that_are_allowed():
         assert config.seed == 1
         assert config.steps == arms.EPOCHS * 280
         assert (config.arm == "plain") == (arm in ("plain", "wide", "tiger"))
-        assert bool(config.history) == (arm.startswith("cross-item") or arm == "pretrained")
+        assert bool(config.history) == arm.startswith(("cross-item", "pretrained"))
 
 
 def test_runs_are_done_once_and_reported(tmp_path, small_study, capsys):
-    for arm in ("plain", "permuted", "pretrained", "cross-item-permuted"):
+    for arm in ("plain", "permuted", "pretrained-prefixes", "cross-item-permuted"):
         assert main(["run-here", *small_study, "--arms", arm, "--seeds", "0", "--beams", "10", "--examples", "30"]) == 0
     file = tmp_path / "out" / "small.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     rows = [line for line in lines if "arm" in line]
-    assert [row["arm"] for row in rows] == ["plain", "permuted", "pretrained", "cross-item-permuted"]
+    assert [row["arm"] for row in rows] == ["plain", "permuted", "pretrained-prefixes", "cross-item-permuted"]
     assert "reachable" not in rows[0]["test"]
     for row in rows[1:]:
         groups = row["test"]["reachable"]
         assert groups["reachable"]["examples"] + groups["unreachable"]["examples"] == row["test"]["examples"] == 30
     assert rows[2]["pretraining"]["steps"] == 4
+    assert set(rows[2]["pretraining"]["validation"][-1]) >= {"accuracy_3"}
+    assert "accuracy_1" not in rows[2]["pretraining"]["validation"][-1]  # which cross-item orders would predict
     assert str(tmp_path) not in file.read_text()  # rows name no place on a machine
 
     capsys.readouterr()
