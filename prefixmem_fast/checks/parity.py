@@ -2,8 +2,8 @@
 
 Random configurations are small and of every kind. Fixed shapes are compiled once and run over batches of the sizes of
 training. Rows are compared bit for bit, sums within the bound that their summands give. `updates.py` holds the
-optimizers to the same cases, `decoding.py` single steps, `quantized.py` tables of 8 bits a number and `search.py`
-constrained search.
+optimizers to the same cases, `decoding.py` single steps, `quantized.py` tables of 8 bits a number, `lags.py` cross-item
+rows that several items share and `search.py` constrained search.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..operation import prefix_memory, prefix_rows, reference, token_memory
 from . import oracle
 from .cases import Case, another_batch, batches_of, random_case
 from .decoding import check_decoding
+from .lags import check_lags
 from .quantized import check_quantized
 from .report import Report, exact_sums, sum_bound
 from .search import check_search, check_trie
@@ -59,6 +60,7 @@ def verify(
             check_updates(report, case, backends, rng, settings)
             check_decoding(report, case, backends, rng)
             check_quantized(report, case, backends)
+            check_lags(report, case, backends, rng)
             report.batches += 1
         check_trie(report, case, rng)
         if number == 0 and installed_version("transformers") is not None:
