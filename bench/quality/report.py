@@ -163,6 +163,7 @@ _COMPARED = (
     ("cross-item", "cross-item-alone"),
     ("cross-item", "cross-item-1"),
     ("cross-item", "cross-item-input"),
+    ("cross-item", "pretrained-prefixes"),
 )
 
 
