@@ -51,7 +51,7 @@ def save_llama(folder, tied):
 def small_study(tmp_path, monkeypatch):
     """A tiny Llama of random weights and a small catalogue; returns the arguments of the command."""
     files = write_real_files(tmp_path, monkeypatch)
-    monkeypatch.setattr(study, "SETS", {study.DATA_SET: arms.DataSet(*files, 6)})
+    monkeypatch.setattr(study, "SETS", {study.DATA_SET: arms.DataSet(*files, 6, 60)})
     monkeypatch.setattr(study, "TEXT", "items.json")
     monkeypatch.setattr(study, "RECIPE", {**arms.RECIPE, **SMALL, "codebook_sizes": [6, 6, 6], "max_items": 5})
     monkeypatch.setattr(study, "CHANGES", {**study.CHANGES, "batch_size": 8, "eval_users": 20, "learning_rate": 1e-2})
