@@ -157,13 +157,18 @@ def config_of(arm: str, data_set: str, data: Path, seed: int, **changes: Any) ->
         "eval_every": EPOCHS_A_VALIDATION * files.epoch,
         "log_every": files.epoch,
     }
-    return RunConfig(**read_options({**places, "seed": seed, **times, **RECIPE, **ARMS[arm].options, **changes}))
+    return RunConfig(**without_unread({**places, "seed": seed, **times, **RECIPE, **ARMS[arm].options, **changes}))
 
 
-def read_options(options: dict[str, Any]) -> dict[str, Any]:
+def without_unread(options: dict[str, Any]) -> dict[str, Any]:
     """What an arm reads of the recipe: without cross-item orders nothing of theirs."""
     unread = () if options.get("history") else ("history_codes", "history_lr", "restart_rows")
     return {name: value for name, value in options.items() if name not in unread}
+
+
+def fullness(row: dict[str, Any]) -> tuple[int, int]:
+    """Test users and beams of a row: rows in which they differ are not compared."""
+    return row["test"]["examples"], row["test"]["beams"]
 
 
 def recipe(arm: str, data_set: str) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ..real_data import VARIABLE, checked_folder
 from ..rows import append_rows, read_rows
-from .arms import ARMS, FIRST, PACE, SETS, recipe
+from .arms import ARMS, FIRST, PACE, SETS, fullness, recipe
 
 RESULTS, RUNS = Path("bench/results/quality"), Path("runs/quality")
 
@@ -153,8 +153,8 @@ def _done(options: argparse.Namespace, data_set: str, arm: str, seed: int) -> bo
     file = options.out / f"{data_set}.jsonl"
     rows = read_rows(file, ("arm", "seed", "recipe", "test")) if file.is_file() else ()
     own = [row for row in rows if (row["arm"], row["seed"], row["recipe"]) == (arm, seed, recipe(arm, data_set))]
-    fullness = options.examples or SETS[data_set].users, options.beams
-    return any((row["test"]["examples"], row["test"]["beams"]) == fullness for row in own)
+    wanted = options.examples or SETS[data_set].users, options.beams
+    return any(fullness(row) == wanted for row in own)
 
 
 def _chosen(name: str, given: str, known: dict) -> list[str]:

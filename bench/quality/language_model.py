@@ -29,7 +29,7 @@ from prefixmem_fast._progress import say
 
 from ..real_data import SOURCE, VARIABLE, checked_folder
 from ..rows import append_rows, read_rows
-from .arms import ARMS, RECIPE, SETS, read_options
+from .arms import ARMS, RECIPE, SETS, without_unread
 
 MODEL_VARIABLE, DATA_SET, TEXT = "PREFIXMEM_GGUF", "scientific-rqvae_zcr", "scientific/items.json"
 RESULTS, RUNS = Path("bench/results/quality/language_model.jsonl"), Path("runs/language_model")
@@ -149,7 +149,7 @@ def config_of(arm: str, model: Path, options: argparse.Namespace, steps: int = 1
         "log_every": every,
         "eval_every": every,
     }
-    return RunConfig(**read_options(values))
+    return RunConfig(**without_unread(values))
 
 
 def add_adapters(model: Any, config: Any, vocabulary: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from prefixmem_fast.recommender.evaluation.plots import plot_curves, rows_at
 
 from ..rows import Row, read_rows
-from .arms import ARMS, PACE, SETS, recipe
+from .arms import ARMS, PACE, SETS, fullness, recipe
 from .hits import bootstrap_interval, unpacked
 from .picture import plot_recall
 
@@ -53,18 +53,14 @@ def read_runs(folder: Path, data_set: str) -> dict[str, list[Row]]:
     file = folder / f"{data_set}.jsonl"
     rows = read_rows(file, ("arm", "seed", "recipe", "test")) if file.is_file() else []
     rows = [row for row in rows if row["arm"] in ARMS and row["recipe"] == recipe(row["arm"], data_set)]
-    fullest = max((_fullness(row) for row in rows), default=None)
-    kept = {(row["arm"], row["seed"]): row for row in rows if _fullness(row) == fullest}
+    fullest = max(map(fullness, rows), default=None)
+    kept = {(row["arm"], row["seed"]): row for row in rows if fullness(row) == fullest}
     runs: dict[str, list[Row]] = {}
     for arm in ARMS:
         own = [row for (name, _), row in sorted(kept.items()) if name == arm]
         if own:
             runs[arm] = own
     return runs
-
-
-def _fullness(row: Row) -> tuple[int, int]:
-    return row["test"]["examples"], row["test"]["beams"]
 
 
 def read_pace(folder: Path, data_set: str) -> dict[str, float]:

@@ -15,12 +15,19 @@ from .cases import Case
 from .report import Report, exact_sums
 
 
+def vocabulary_of(case: Case) -> SIDVocabulary | None:
+    """Of the case's token table; None where no vocabulary has such codes."""
+    if max(case.spec.codebook_sizes) > 1 << 31:
+        return None
+    entries = {i: tuple(entry) for i, entry in enumerate(case.token_table.tolist()) if entry[0]}
+    return SIDVocabulary.from_table(entries, case.spec.codebook_sizes)
+
+
 def check_decoding(report: Report, case: Case, backends: tuple[str, ...], rng: random.Random) -> None:
     """A prompt, then tokens one by one while beams move; W_out is the identity, so m is S."""
-    if max(case.spec.codebook_sizes) > 1 << 31 or not case.input_ids.numel():
-        return  # no vocabulary has such codes
-    entries = {i: tuple(entry) for i, entry in enumerate(case.token_table.tolist()) if entry[0]}
-    vocabulary = SIDVocabulary.from_table(entries, case.spec.codebook_sizes)
+    vocabulary = vocabulary_of(case)
+    if vocabulary is None or not case.input_ids.numel():
+        return
     stream = TokenStream(case.input_ids, case.token_table, None)
     exact, bound = exact_sums(lambda weight: reference.forward(stream, weight, case.spec), case.weight)
     exact, bound = (t.view(*case.input_ids.shape, -1) for t in (exact, bound))

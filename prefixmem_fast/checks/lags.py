@@ -11,17 +11,18 @@ from torch import Tensor
 
 from ..encoder import PrefixMem, PrefixMemConfig
 from ..operation import reference
-from ..sid import SIDVocabulary
 from . import oracle
 from .cases import Case
+from .decoding import vocabulary_of
 from .report import Report, exact_sums
 
 
 def check_lags(report: Report, case: Case, backends: tuple[str, ...], rng: random.Random) -> None:
     """S of the case's tokens under lags and first codes that are drawn; see `PrefixMemConfig`."""
     spec = case.spec
-    if not spec.history or max(spec.codebook_sizes) > 1 << 31 or not case.input_ids.numel():
-        return  # no vocabulary has such codes
+    vocabulary = vocabulary_of(case) if spec.history else None
+    if vocabulary is None or not case.input_ids.numel():
+        return
     lags, first = rng.randint(1, 3), rng.choice((None, *range(1, spec.item_levels)))
     width, dtype = spec.heads * case.weight.shape[1], case.weight.dtype
     exact = bound = rounded = 0.0
@@ -31,8 +32,6 @@ def check_lags(report: Report, case: Case, backends: tuple[str, ...], rng: rando
         exact, bound = exact + share * sums, bound + share * error
         rounded = rounded + share * (sums.abs() + error)
     bound = bound + lags * torch.finfo(dtype).eps * rounded  # each item's sum is rounded before they are added
-    entries = {i: tuple(entry) for i, entry in enumerate(case.token_table.tolist()) if entry[0]}
-    vocabulary = SIDVocabulary.from_table(entries, spec.codebook_sizes)
     config = PrefixMemConfig(spec, width, width, lags=lags, earlier_codes=first)
     for backend in ("reference", *backends):
         encoder = PrefixMem(config, backend=backend, device=case.weight.device, dtype=dtype)

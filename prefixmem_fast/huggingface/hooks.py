@@ -154,7 +154,7 @@ class Attachment:
     def _take_head(self, embeds: Tensor | None) -> None:
         """What goes to the last hidden states of a call that begins: nothing yet, or what its embeddings came with."""
         head = self._calls_of.head = None if embeds is None else getattr(embeds, _HEAD, None)
-        if embeds is None or head is not None or not self._has_head or self._warned_of_embeds:
+        if embeds is None or head is not None or self._warned_of_embeds or not self._has_head:
             return
         self._warned_of_embeds = True
         warnings.warn(
