@@ -3,7 +3,6 @@ the oracle's windows, item by item."""
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import torch
@@ -11,20 +10,29 @@ from torch import Tensor
 
 from ..encoder import PrefixMem, PrefixMemConfig
 from ..operation import reference
+from ..sid import SIDVocabulary
 from . import oracle
 from .cases import Case
 from .decoding import vocabulary_of
 from .report import Report, exact_sums
 
 
-def check_lags(report: Report, case: Case, backends: tuple[str, ...], rng: random.Random) -> None:
-    """S of the case's tokens under lags and first codes that are drawn; see `PrefixMemConfig`."""
+def check_lags(report: Report, case: Case, backends: tuple[str, ...]) -> None:
+    """S of the case's tokens under several lags, of whole items and of their first codes; see `PrefixMemConfig`."""
     spec = case.spec
     vocabulary = vocabulary_of(case) if spec.history else None
     if vocabulary is None or not case.input_ids.numel():
         return
-    lags, first = rng.randint(1, 3), rng.choice((None, *range(1, spec.item_levels)))
-    width, dtype = spec.heads * case.weight.shape[1], case.weight.dtype
+    _check(report, case, backends, vocabulary, 2, None)
+    if spec.item_levels > 1:
+        _check(report, case, backends, vocabulary, 3, 1)
+        _check(report, case, backends, vocabulary, 1, spec.item_levels - 1)
+
+
+def _check(
+    report: Report, case: Case, backends: tuple[str, ...], vocabulary: SIDVocabulary, lags: int, first: int | None
+) -> None:
+    spec, width, dtype = case.spec, case.spec.heads * case.weight.shape[1], case.weight.dtype
     exact = bound = rounded = 0.0
     for lag in range(lags):
         sums, error = exact_sums(lambda weight, lag=lag: _at_tokens(case, weight, lag, first), case.weight)

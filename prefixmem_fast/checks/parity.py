@@ -60,7 +60,7 @@ def verify(
             check_updates(report, case, backends, rng, settings)
             check_decoding(report, case, backends, rng)
             check_quantized(report, case, backends)
-            check_lags(report, case, backends, rng)
+            check_lags(report, case, backends)
             report.batches += 1
         check_trie(report, case, rng)
         if number == 0 and installed_version("transformers") is not None:

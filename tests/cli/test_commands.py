@@ -188,6 +188,16 @@ FAULTS = {
         lambda read: lambda table, rows: read(table._replace(scales=table.scales * (1 + 2**-6)), rows),
         "reference int8 decoding step",
     ),
+    "lags": (
+        "encoder.prefixmem.PrefixMem._sum_lags",
+        lambda sum_lags: lambda self, S: sum_lags(self, S.flip(-3)),
+        "2 lags of all codes",
+    ),
+    "first codes": (
+        "encoder.prefixmem.first_codes",
+        lambda first_codes: lambda windows, spec, count: windows,
+        "3 lags of 1 codes",
+    ),
     "trie": (
         "sid.trie.SIDTrie.is_leaf",
         lambda leaf: lambda self, nodes: leaf(self, nodes + 1),
