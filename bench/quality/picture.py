@@ -53,13 +53,14 @@ def _draw_set(panel: Any, name: str, runs: Mapping[str, Sequence[Row]]) -> None:
         widths = [statistics.mean(parts[i] for parts in seeds) for _, seeds in bars]
         panel.barh(range(len(bars)), widths, left=left, color=colour, label=label)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    spreads = [statistics.stdev(map(sum, seeds)) if len(seeds) > 1 else 0.0 for _, seeds in bars]
-    panel.errorbar(left, range(len(bars)), xerr=spreads, fmt="none", color="black", linewidth=0.8, capsize=2)
+    spreads = {place: statistics.stdev(map(sum, seeds)) for place, (_, seeds) in enumerate(bars) if len(seeds) > 1}
+    measured = [left[place] for place in spreads]
+    panel.errorbar(measured, [*spreads], xerr=[*spreads.values()], fmt="none", color="black", linewidth=0.8, capsize=2)
     published = [(f"published: {model}", recall) for model, (recall, _) in SETS[name].published.items()]
     panel.barh(range(len(bars), len(bars) + len(published)), [recall for _, recall in published], color="0.8")
     labels = [label for label, _ in (*bars, *published)]
-    ends = [*map(sum, zip(left, spreads, strict=True)), *(recall for _, recall in published)]
     totals = [*left, *(recall for _, recall in published)]
+    ends = [total + spreads.get(place, 0.0) for place, total in enumerate(totals)]
     for place, (total, end) in enumerate(zip(totals, ends, strict=True)):
         panel.annotate(f"{total:.4f}", (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
     panel.set_xlim(0, 1.2 * max(ends))

@@ -148,6 +148,8 @@ def _attend_in_float32(model: nn.Module) -> None:
     def attend(module, query, key, value, attention_mask, **options):
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()
+        if options.get("position_bias") is not None:  # T5's, which is added to the scores
+            options["position_bias"] = options["position_bias"].float()
         with torch.autocast("cpu", enabled=False):
             out, weights = sdpa_attention_forward(
                 module, query.float(), key.float(), value.float(), attention_mask, **options

@@ -57,7 +57,7 @@ ARMS = [
     {"arm": "sid-transformer"},
     {"model": "tiger", "model_options": TINY_T5},
     {"pack": 3, "interleaved": 1.0, "pairs": 0.5},
-    {"model": "tiger", "model_options": TINY_T5, "interleaved": 1.0, "pairs": 1.0},
+    {"model": "tiger", "model_options": TINY_T5, "interleaved": 1.0, "pairs": 1.0, "precision": "bfloat16"},
 ]
 
 
