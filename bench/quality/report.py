@@ -35,7 +35,7 @@ def report(folder: Path) -> int:
     return 0
 
 
-_BARS = ("plain", "permuted", "prefixmem", "cross-item-permuted", "cross-item-alone", "cross-item")
+_BARS = ("plain", "wide", "permuted", "prefixmem", "cross-item-permuted", "cross-item-alone", "cross-item")
 _DRAWN = ("plain", "prefixmem", "cross-item", "cross-item-permuted", "sid-transformer")
 _METHOD = """Mean ± standard deviation over seeds. TF-l is the teacher-forced accuracy of level l. Recall (R) and NDCG
 (N) are of beams constrained by the trie; the hit rate is that of unconstrained beams. Arms share data, order, steps,
@@ -153,6 +153,7 @@ def _differences(runs: dict[str, list[Row]], examples: int) -> list[str]:
 
 _COMPARED = (
     ("prefixmem", "plain"),
+    ("prefixmem", "wide"),
     ("prefixmem", "permuted"),
     ("cross-item", "prefixmem"),
     ("cross-item", "cross-item-permuted"),
