@@ -37,12 +37,13 @@ def report(folder: Path) -> int:
 
 _BARS = ("plain", "wide", "permuted", "prefixmem", "cross-item-permuted", "cross-item-alone", "cross-item")
 _DRAWN = ("plain", "prefixmem", "cross-item", "cross-item-permuted", "sid-transformer")
-_METHOD = """Mean ± standard deviation over seeds. TF-l is the teacher-forced accuracy of level l. Recall (R) and NDCG
-(N) are of beams constrained by the trie; the hit rate is that of unconstrained beams. Arms share data, order, steps,
-learning rate and schedule; the checkpoint of the lowest validation loss is tested. The widened model has as many
-parameters as the plain one and the rows that PrefixMem reads for the catalogue's items, a part of its tables.
-Counting ranks items by what followed those of the history in training (evaluation/baselines.py). A transition is seen
-where the target directly followed the last item of its history somewhere in training."""
+_METHOD = """Mean ± standard deviation over seeds. TF-l is the teacher-forced accuracy of level l. Recall
+(R) and NDCG (N) are of beams constrained by the trie; the hit rate is that of unconstrained beams. Arms
+share data, order, steps, learning rate and schedule, but for a T5, which takes more steps; the checkpoint
+of the lowest validation loss is tested. The widened model has as many parameters as the plain one and the
+rows that PrefixMem reads for the catalogue's items, a part of its tables. Counting ranks items by what
+followed those of the history in training (evaluation/baselines.py). A transition is seen where the target
+directly followed the last item of its history somewhere in training."""
 
 
 def read_runs(folder: Path, data_set: str) -> dict[str, list[Row]]:
