@@ -65,7 +65,9 @@ def test_every_arm_has_options_that_are_allowed():
         config = arms.config_of(arm, "beauty-mql4grec", Path("data"), 1)
         assert config.seed == 1
         assert config.steps == (60 if arm.startswith("tiger") else arms.EPOCHS) * 280
+        assert config.steps == json.loads(arms.recipe(arm, "beauty-mql4grec"))[0] * 280
         assert config.steps // config.eval_every == 5
+        assert bool(config.model_options) == (config.model == "decoder")  # the recipe's are GPT-2's
         assert (config.arm == "plain") == (arm in ("plain", "wide", "tiger"))
         assert bool(config.history) == arm.startswith(("cross-item", "pretrained"))
 
