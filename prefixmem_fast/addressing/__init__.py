@@ -8,10 +8,11 @@ token_stream.py  tokens -> codes: which tokens form a Semantic ID
 
 from .addresses import first_codes, item_windows, lagged_item_windows, prefix_length, prefix_rows
 from .spec import AddressSpec
-from .token_stream import TokenStream, lagged_windows, token_codes, window_codes
+from .token_stream import StreamSIDs, TokenStream, lagged_windows, stream_sids, token_codes, window_codes
 
 __all__ = [
     "AddressSpec",
+    "StreamSIDs",
     "TokenStream",
     "first_codes",
     "item_windows",
@@ -19,6 +20,7 @@ __all__ = [
     "lagged_windows",
     "prefix_length",
     "prefix_rows",
+    "stream_sids",
     "token_codes",
     "window_codes",
 ]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -64,6 +64,7 @@ class AddressSpec:
         version: of the derivation of rows; None takes the lowest that has what is asked for: 2 with `history`, else 1.
         history: how many items back the window begins; 0, as in the paper, for windows of one item. More than 0 needs
             ``mode="full"``, and orders below L, which no level reads, hold no rows.
+        part: (first, of) where these heads are some of another spec's `of`, counted from 0; see `for_heads`.
 
     Derived attributes:
         levels: codes of a window: L, or 2L with `history`.
@@ -95,6 +96,7 @@ class AddressSpec:
     seed: int = 0
     version: int | None = None
     history: int = 0
+    part: Sequence[int] | None = None
 
     levels: int = field(init=False, repr=False, compare=False)
     item_levels: int = field(init=False, repr=False, compare=False)
@@ -132,10 +134,15 @@ class AddressSpec:
             )
         max_order = _checks.positive("max_order", self.max_order)
         heads = _checks.positive("heads", self.heads)
-        if max_order * heads > _MOST_PRIMES:
+        part = None if self.part is None else _checks.integers("part", self.part)
+        if part is not None and (len(part) != 2 or not 0 <= part[0] <= part[1] - heads):
             raise ValueError(
-                f"max_order = {max_order} times heads = {heads} is above {_MOST_PRIMES}, the most primes of a spec; "
-                "lower one of them"
+                f"part = {part} with heads = {heads}; give (first, of), with first + heads of `of` at most"
+            )
+        if max_order * (heads if part is None else part[1]) > _MOST_PRIMES:
+            raise ValueError(
+                f"max_order = {max_order} times heads = {heads if part is None else part[1]} is above {_MOST_PRIMES}, "
+                "the most primes of a spec; lower one of them"
             )
 
         rows = self.table_rows
@@ -176,6 +183,7 @@ class AddressSpec:
             seed=seed,
             version=version,
             history=history,
+            part=part,
         )
 
     def _derive(self) -> None:
@@ -206,15 +214,15 @@ class AddressSpec:
             total_rows=starts[-1],
         )
         low, high, bits = self._prime_range()
-        primes = draw_primes(orders * heads, low, high, self.seed)
-        self._set(
-            product_bits=bits, multipliers=tuple(tuple(primes[i * heads : (i + 1) * heads]) for i in range(orders))
-        )
+        first, of = self.part or (0, heads)
+        primes = draw_primes(orders * of, low, high, self.seed)
+        of_position = [primes[i * of : (i + 1) * of] for i in range(orders)]
+        self._set(product_bits=bits, multipliers=tuple(tuple(own[first : first + heads]) for own in of_position))
         self._set(key=json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":")))
 
     def _prime_range(self) -> tuple[int, int, int]:
         """Primes of the upper half of what the product width allows: the high bits of XOR are then all in use."""
-        count = self.max_order * self.heads
+        count = self.max_order * (self.part or (0, self.heads))[1]
         code_bits = (max(self.codebook_sizes) - 1).bit_length()
         for bits in (31, 63):
             high = 1 << max(bits - code_bits, 0)
@@ -278,6 +286,25 @@ class AddressSpec:
             history=history,
         )
 
+    def for_heads(self, start: int, stop: int) -> AddressSpec:
+        """The spec of some of the heads: the same rows within each table, in a fused table of theirs alone.
+
+        Columns ``start * w .. stop * w`` of S are what it reads. Parts by heads hold whole rows, so row-wise optimizers
+        update them as they update the whole.
+
+        Args:
+            start, stop: ``start <= h < stop``, heads counted from 0.
+
+        Raises:
+            TypeError, ValueError: they are not 0 <= start < stop <= H.
+        """
+        start, stop = _checks.integer("start", start), _checks.integer("stop", stop)
+        if not 0 <= start < stop <= self.heads:
+            raise ValueError(f"start = {start} and stop = {stop}; give 0 <= start < stop <= {self.heads}, the heads")
+        first, of = self.part or (0, self.heads)
+        part = None if stop - start == of else (first + start, of)
+        return replace(self, heads=stop - start, part=part)
+
     @property
     def _first_order(self) -> int:
         return self.item_levels if self.history else 1
@@ -314,6 +341,7 @@ class AddressSpec:
             "addressing": self.addressing,
             "active_levels": list(self.active_levels),
             "seed": self.seed,
+            **({"part": list(self.part)} if self.part else {}),
             "multipliers": [list(row) for row in self.multipliers],
             "exact_orders": list(self.exact_orders),
             "rows_per_order": list(self.rows_per_order),
@@ -336,6 +364,7 @@ class AddressSpec:
         needed = ["codebook_sizes"] if set(values) <= set(arguments) else arguments
         if values.get("version") == 1:
             needed = [name for name in needed if name != "history"]
+        needed = [name for name in needed if name != "part"]
         missing = [name for name in needed if name not in values]
         if missing:
             raise ValueError(f"the address spec lacks {', '.join(missing)}; it has {', '.join(map(str, values))}")

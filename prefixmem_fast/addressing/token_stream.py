@@ -91,6 +91,39 @@ def window_codes(stream: TokenStream, spec: AddressSpec) -> tuple[Tensor, Tensor
     return windows, place
 
 
+class StreamSIDs(NamedTuple):
+    """The SIDs of a token stream, one after another, so that text needs no place.
+
+    Attributes:
+        codes: int64 ``[M, spec.levels]``, each up to its deepest active level, then -1.
+        tokens: int64 ``[M, A]``, the token of each active level in ``[B * T]``; B * T where the stream has none.
+    """
+
+    codes: Tensor
+    tokens: Tensor
+
+
+def stream_sids(stream: TokenStream, spec: AddressSpec) -> StreamSIDs:
+    """The SIDs of a stream ``[B, T]`` that are read at an active level, in the stream's order.
+
+    `prefix_memory` of their codes, put at their tokens, is `token_memory` of the stream. How many they are the host has
+    to know, so a GPU is waited for.
+    """
+    codes, level = window_codes(stream, spec)
+    active = torch.tensor(spec.active_levels, device=level.device)
+    deepest = torch.zeros(spec.levels + 1, dtype=torch.int64)  # active level up to each level, 0 for none
+    for a in spec.active_levels:
+        deepest[a:] = a
+    deepest = deepest.to(level.device)
+    goes_on = torch.zeros_like(level, dtype=torch.bool)
+    goes_on[:, :-1] = (level[:, :-1] > 0) & (level[:, 1:] == level[:, :-1] + 1)
+    (last,) = ((deepest[level] > 0) & ~goes_on).flatten().nonzero(as_tuple=True)
+    level, codes = level.flatten()[last], codes.flatten(0, 1)[last]
+    within = torch.arange(spec.levels, device=level.device) < deepest[level][:, None]
+    tokens = last[:, None] - level[:, None] + active
+    return StreamSIDs(torch.where(within, codes, -1), torch.where(active <= level[:, None], tokens, goes_on.numel()))
+
+
 class LaggedWindows(NamedTuple):
     """Windows that end in the same codes and begin in the items `spec.history`, `spec.history` + 1, .. back.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,18 @@ from ..sid import SIDVocabulary
 from .config import PrefixMemConfig
 from .host_tables import HOST, HostReader, check_tables, device_of_table, staying_on_host
 from .table_worker import OverlappedTable
+
+
+class Division(Protocol):
+    """How the tables are divided over processes; see `prefixmem_fast.distributed.shard`."""
+
+    config: PrefixMemConfig  # of the whole tables
+
+    def read(self, memory: PrefixMemory, source: Tensor | TokenStream) -> Tensor:
+        """S of this process's codes or tokens, from the parts of all; collective."""
+
+    def part_of(self, table: Tensor) -> Tensor:
+        """The rows of this process, of the whole table or of what has a number a row."""
 
 
 class PrefixMemory(nn.Module):
@@ -43,6 +55,7 @@ class PrefixMemory(nn.Module):
     """
 
     _table = "weight"  # the name in a state_dict
+    division: Division | None = None  # set where processes hold a part of the tables each
 
     def __init__(
         self,
@@ -74,6 +87,16 @@ class PrefixMemory(nn.Module):
         self._keep_table()
         self.reset_parameters()
 
+    @property
+    def managed(self) -> bool:
+        """Whether the table is kept from what wraps the model: `weight` is then none of the module's parameters."""
+        return "weight" in self.__dict__
+
+    def hide_table(self) -> None:
+        """Make the table a managed one; see `prefixmem_fast.distributed.replicate`."""
+        if not self.managed:
+            self.__dict__["weight"] = self._parameters.pop("weight")
+
     def __getstate__(self) -> dict[str, Any]:
         if self.tables != "device":
             self._reader.worker.wait()  # pickling for another process may move the table
@@ -104,21 +127,37 @@ class PrefixMemory(nn.Module):
         weight = self.weight
         kind = OverlappedTable if self.overlap else nn.Parameter
         if weight.device not in (HOST, torch.device("meta")) or (self.overlap and not isinstance(weight, kind)):
-            self.weight = kind(weight.data.to(HOST if not weight.is_meta else "meta"), weight.requires_grad)
+            weight = kind(weight.data.to(HOST if not weight.is_meta else "meta"), weight.requires_grad)
+            if self.managed:
+                self.__dict__["weight"] = weight
+            else:
+                self.weight = weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrefixMemory:
         if self.tables != "device":
             self._reader.forget()
             fn = staying_on_host(fn, self.tables == "mapped")
         super()._apply(fn, recurse)
+        if self.managed:
+            moved = fn(self.weight.data)
+            if not moved.is_meta or self.weight.is_meta:  # a wrapper that loads anew moves the model there meanwhile
+                self.weight.data = moved
         self._keep_table()
         return self
 
     def forward(self, codes: Tensor) -> Tensor:
         """S of every active level: integer ``[..., L]`` to ``[..., A, memory_dim]``."""
+        return self.read_own(codes) if self.division is None else self.division.read(self, codes)
+
+    def read_own(self, source: Tensor | TokenStream) -> Tensor:
+        """S of the table that is here: the whole one, or a rank's part of a divided one."""
+        spec = self.config.spec
         if self.tables != "device":
-            return self._reader.read(self, codes)
-        return prefix_memory(codes, self.weight, self.config.spec, **self.options())
+            return self._reader.read(self, source)
+        if not isinstance(source, TokenStream):
+            return prefix_memory(source, self.weight, spec, **self.options())
+        tokens, table, segments = source
+        return token_memory(tokens, table, self.weight, spec, segment_ids=segments, **self.options())
 
     def prefetch(self, codes: Tensor, *, stale: bool = False) -> None:
         """Begin to gather S of a coming batch; see `PrefixMem.prefetch`."""
@@ -141,6 +180,8 @@ class PrefixMemory(nn.Module):
     def _check_prefetch(self) -> None:
         if self.tables == "device":
             raise ValueError('prefetch is for tables in the host\'s memory, and tables = "device"; give tables="host"')
+        if self.division is not None:
+            raise ValueError("prefetch of a divided table would need the codes of all ranks; leave it out")
 
     def read_tokens(self, input_ids: Tensor, vocabulary: SIDVocabulary, segment_ids: Tensor | None = None) -> Tensor:
         """S over a token stream: ``[B, T]`` to ``[B, T, memory_dim]``, zero at text; see `token_memory`.
@@ -148,10 +189,8 @@ class PrefixMemory(nn.Module):
         Raises:
             ValueError: the vocabulary's codebooks are not the spec's.
         """
-        table, spec = self.token_table(input_ids, vocabulary), self.config.spec
-        if self.tables != "device":
-            return self._reader.read(self, TokenStream(input_ids, table, segment_ids))
-        return token_memory(input_ids, table, self.weight, spec, segment_ids=segment_ids, **self.options())
+        stream = TokenStream(input_ids, self.token_table(input_ids, vocabulary), segment_ids)
+        return self.read_own(stream) if self.division is None else self.division.read(self, stream)
 
     def token_table(self, input_ids: Tensor, vocabulary: SIDVocabulary) -> Tensor:
         """The vocabulary's table where the tokens are read: on their device, or on the table's host."""
@@ -161,7 +200,8 @@ class PrefixMemory(nn.Module):
                 "give a tensor [B, T] and a SIDVocabulary"
             )
         vocabulary.check_codebooks(self.config.spec)
-        return vocabulary.token_table(input_ids.device if self.tables == "device" else HOST)
+        on_host = self.tables != "device" and self.division is None
+        return vocabulary.token_table(HOST if on_host else input_ids.device)
 
     def options(self) -> dict[str, Any]:
         return {"backend": self.backend, "grad": self.grad, "deterministic": self.deterministic}
@@ -184,7 +224,8 @@ class PrefixMemory(nn.Module):
     @property
     def _address(self) -> dict[str, Any]:
         """All that says which row a prefix has."""
-        address = self.config.spec.to_dict()
+        config = self.config if self.division is None else self.division.config
+        address = config.spec.to_dict()
         if self.config.earlier_codes is not None:
             address["earlier_codes"] = self.config.earlier_codes
         return address
@@ -194,6 +235,10 @@ class PrefixMemory(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.division is not None:  # a rank's part is of no use to another one
+            destination.pop(prefix + "_extra_state", None)
+        elif self.managed:
+            destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
         if self._is_sharded():  # what loads a sharded state_dict takes nothing but DTensors
             destination.pop(prefix + "_extra_state", None)
 
@@ -201,24 +246,49 @@ class PrefixMemory(nn.Module):
         return hasattr(self.weight, "device_mesh")
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        key = prefix + "_extra_state"
-        if prefix + "weight" in state_dict:
+        key, name = prefix + "_extra_state", prefix + self._table
+        if name in state_dict:
             self.before_write()
         if key in state_dict:
             difference = self._spec_difference(state_dict[key])
             if difference is not None:  # raised at once, not collected: later modules keep their weights too
                 raise RuntimeError(f"{prefix.rstrip('.') or type(self).__name__}: {difference}")
-        elif prefix + self._table in state_dict and not self._is_sharded():
+        elif name in state_dict and not self._is_sharded():
             warnings.warn(
-                f"the state_dict holds {prefix}{self._table} without {key}: its address spec could not be compared "
+                f"the state_dict holds {name} without {key}: its address spec could not be compared "
                 "with this module's, and under another spec the rows mean other prefixes; keep the entry in the "
                 "state_dict",
                 stacklevel=2,
             )
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._keep_table()
-        if key in missing_keys and self._is_sharded():
+        if self.managed:
+            self._load_managed(state_dict, prefix, strict, missing_keys, unexpected_keys, error_msgs)
+        if key in missing_keys and (self._is_sharded() or self.division is not None):
             missing_keys.remove(key)
+
+    def _load_managed(self, state_dict, prefix, strict, missing_keys, unexpected_keys, error_msgs) -> None:
+        """What torch does for parameters: copy the table out of a state_dict, or the rows of a rank's part."""
+        key, name = prefix + "_extra_state", prefix + "weight"
+        if name not in state_dict:
+            # Those of FSDP2 hold shards alone, and a divided table is in none.
+            if self.division is None and not any(hasattr(value, "device_mesh") for value in state_dict.values()):
+                missing_keys.extend([name] if strict else [])
+            elif key in missing_keys:
+                missing_keys.remove(key)
+            return
+        if name in unexpected_keys:
+            unexpected_keys.remove(name)
+        stored = state_dict[name]
+        spec = self.config.spec if self.division is None else self.division.config.spec
+        if tuple(stored.shape) != (spec.total_rows, self.config.row_width):
+            error_msgs.append(
+                f"size mismatch for {name}: {tuple(stored.shape)} in the checkpoint, {spec.total_rows} rows of "
+                f"{self.config.row_width} are needed"
+            )
+            return
+        with torch.no_grad():
+            self.weight.copy_(stored if self.division is None else self.division.part_of(stored))
 
     def _spec_difference(self, stored: Any) -> str | None:
         own = self._address

@@ -41,8 +41,8 @@ def read_memory(
             place until it has ended.
     """
     if weight.requires_grad and torch.is_grad_enabled():
-        _check_one_process(grad)
         state = table_state(weight)
+        _check_processes(weight, state, grad)
         if grad == "fused":
             _check_fusible(weight, state)
         else:
@@ -82,6 +82,10 @@ class _RowGradient(torch.autograd.Function):
         # The kernels read memory: torch may keep a sign apart, or no memory for zeros.
         grad = torch.zeros_like(grad) if grad._is_zerotensor() else grad.resolve_neg()
         no_gradients = [None] * (6 + len(tensors))
+        state = table_state(weight)
+        if state.exchange is not None:
+            # Before anything changes, so that an exchange that fails leaves table and optimizer as they were.
+            grad, source = state.exchange.gather(weight, grad, source, spec, mode)
         if mode == "fused":
             _check_accumulates(ctx.next_functions[0][0])
             update = _begin_update(weight)
@@ -92,19 +96,33 @@ class _RowGradient(torch.autograd.Function):
             torch.autograd.graph.increment_version(weight)
             weight.grad = FusedGradient(weight, update.squares, updates)
             return None, *no_gradients
+        state.unspent = True
         rows, sums, unique = functions.row_sums(grad, source, spec, weight.dtype)
         gradient = torch.sparse_coo_tensor(rows[None], sums, weight.shape, is_coalesced=unique, check_invariants=False)
         return gradient, *no_gradients
 
 
-def _check_one_process(grad: str) -> None:
+def _check_processes(weight: Tensor, state: TableState, grad: str) -> None:
+    if hasattr(weight, "ds_id"):
+        raise RuntimeError(
+            f'weight is divided by DeepSpeed ZeRO, and grad="{grad}" would train a copy that is thrown away; keep the '
+            "table out of it with prefixmem_fast.distributed.replicate(model, managed=True) before deepspeed.initialize"
+        )
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if (
+        state.exchange is None
+        and distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    ):
         reason = {
             "fused": "would update every process's table by its own batch alone",
             "sparse": "gives a sparse gradient, which DistributedDataParallel and FSDP do not reduce",
         }
-        raise RuntimeError(f'grad="{grad}" {reason[grad]}; use grad="dense" in several processes')
+        raise RuntimeError(
+            f'grad="{grad}" {reason[grad]}; call prefixmem_fast.distributed.replicate(model) before the model is '
+            'wrapped, or use grad="dense"'
+        )
 
 
 def _check_fusible(weight: Tensor, state: TableState) -> None:

@@ -1,5 +1,5 @@
-"""What is known of a table between calls: the backend that read it last, the optimizer of its backward pass, and an
-update that runs beside the caller."""
+"""What is known of a table between calls: the backend that read it last, the optimizer of its backward pass, an update
+that runs beside the caller, and how its gradient meets those of other processes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ..addressing import AddressSpec, TokenStream
     from .rules import RowUpdate
 
 _ATTRIBUTE = "prefixmem_table"
@@ -36,6 +37,15 @@ class Updates(Protocol):
         """Raise what an update that has ended raised, once; wait for nothing."""
 
 
+class Exchange(Protocol):
+    """What brings the gradients of all processes to each of them; see `prefixmem_fast.distributed`."""
+
+    def gather(
+        self, weight: Tensor, dS: Tensor, source: Tensor | TokenStream, spec: AddressSpec, grad: str
+    ) -> tuple[Tensor, Tensor | TokenStream]:
+        """The gradients and the sources of all processes as one, in the order of their ranks; collective."""
+
+
 class TableState:
     """Kept on the parameter. A copy or a pickle of the parameter starts with an empty one.
 
@@ -43,12 +53,18 @@ class TableState:
         backend: the chosen backend that read the table last with grad="sparse" or "fused"; None before that.
         updates: where updates of the table may be under way; None where each ends before its backward pass returns.
         read_ahead: rows may have been gathered before they are asked for, so that a change must be seen.
+        exchange: set where several processes train the table, which sparse and fused gradients need.
+        part: heads before those of a divided table, whose rounding draws other random bits than the parts before it.
+        unspent: a sparse gradient has been computed since the last step or zero_grad of the table's optimizer.
     """
 
     def __init__(self) -> None:
         self.backend: str | None = None
         self.updates: Updates | None = None
         self.read_ahead = False
+        self.exchange: Exchange | None = None
+        self.part = 0
+        self.unspent = False
         self._optimizer: weakref.ref | None = None
 
     def __reduce__(self) -> Any:

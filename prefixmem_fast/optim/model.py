@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,8 @@ def for_model(
             f"model, a {type(model).__name__}, holds a quantized encoder, which is not trained; train the one that it "
             "was made from, then quantize() that"
         )
-    tables = _trainable(memory.weight for memory in memories if memory.grad != "dense")
+    apart = _trainable(memory.weight for memory in memories if memory.managed)
+    tables = _trainable(memory.weight for memory in memories if memory.grad != "dense" and not memory.managed)
     across = _trainable(m.weight for m in memories if m.grad != "dense" and m.config.spec.history)
     encoders = [module for module in model.modules() if isinstance(module, (PrefixMem, PrefixMemory, SIDTransformer))]
     taken = {id(table) for table in tables}
@@ -82,16 +84,23 @@ def for_model(
         if (group := [p for p in parameters if (p.dim() >= 2) == decayed])
     ]
     optimizers: list[torch.optim.Optimizer] = []
+
+    def optimizer_of(tables: list[nn.Parameter]) -> RowOptimizer:
+        taken = {id(table) for table in across}
+        groups = [
+            {"params": [table for table in tables if id(table) not in taken]},
+            {"params": [table for table in tables if id(table) in taken], "lr": cross_item_lr},
+        ]
+        parameters = tables if cross_item_lr is None else [group for group in groups if group["params"]]
+        return rows(parameters, **{"lr": encoder_lr, **(row_options or {})})
+
     if tables:
-        own = [table for table in tables if all(table is not other for other in across)]
-        apart = [{"params": own}, {"params": across, "lr": cross_item_lr}]
-        parameters = tables if cross_item_lr is None else [group for group in apart if group["params"]]
-        optimizers.append(rows(parameters, **{"lr": encoder_lr, **(row_options or {})}))
+        optimizers.append(optimizer_of(tables))
     if groups:
         optimizers.append(torch.optim.AdamW(groups, lr, betas, eps))
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, muon_lr, weight_decay))
-    return ModelOptimizer(*optimizers)
+    return ModelOptimizer(*optimizers, apart=optimizer_of(apart) if apart else None)
 
 
 def _hidden_matrices(model: nn.Module, among: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -111,15 +120,19 @@ class ModelOptimizer(WaitsForUpdates, torch.optim.Optimizer):
 
     Args:
         optimizers: the optimizers, at least one.
+        apart: of tables that are none of the model's parameters (`distributed.replicate(managed=True)`). It steps with
+            the others and its learning rates go up and down with that of the first group, but its groups are not among
+            `param_groups`, which wrappers hold against the model's parameters.
     """
 
-    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
-        self._optimizers = list(optimizers)
+    def __init__(self, *optimizers: torch.optim.Optimizer, apart: RowOptimizer | None = None) -> None:
+        self._optimizers, self.apart = list(optimizers), apart
         if not self._optimizers:
             raise ValueError("the model has no parameter that requires a gradient")
         self._parts: list[int] = []  # which optimizer each group is of
         super().__init__([group for optimizer in self._optimizers for group in optimizer.param_groups], {})
         self._parts = [i for i, optimizer in enumerate(self._optimizers) for _ in optimizer.param_groups]
+        self._first_lr = float(self.param_groups[0]["lr"])
         self._share()
 
     def _share(self) -> None:
@@ -127,6 +140,8 @@ class ModelOptimizer(WaitsForUpdates, torch.optim.Optimizer):
         for i, optimizer in enumerate(self._optimizers):
             optimizer.param_groups = [g for g, part in zip(self.param_groups, self._parts, strict=True) if part == i]
             optimizer.state = self.state
+        if self.apart is not None:
+            self.apart.follows = _Schedule(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters, such as layers that were frozen: they go to AdamW, with its options unless given.
@@ -165,15 +180,31 @@ class ModelOptimizer(WaitsForUpdates, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for optimizer in self._optimizers:
+        for optimizer in self._all():
             optimizer.step()
         return loss
 
+    def _all(self) -> list[torch.optim.Optimizer]:
+        return [*self._optimizers, *([] if self.apart is None else [self.apart])]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for optimizer in self._all():
+            if isinstance(optimizer, RowOptimizer):
+                optimizer.zero_grad(set_to_none)
+
     def release(self) -> None:
         """Let go of the tables, see `RowOptimizer.release`."""
-        for optimizer in self._optimizers:
+        for optimizer in self._all():
             if isinstance(optimizer, RowOptimizer):
                 optimizer.release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every torch optimizer gives; with an entry "apart" where tables are apart."""
+        state = super().state_dict()
+        if self.apart is not None:
+            state["apart"] = self.apart.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every torch optimizer.
@@ -182,12 +213,28 @@ class ModelOptimizer(WaitsForUpdates, torch.optim.Optimizer):
             ValueError: the state is of another model's parameters or of another rule; nothing has been changed.
         """
         check_state(self, state_dict, [self._optimizers[part] for part in self._parts])
+        if self.apart is not None and "apart" in state_dict:
+            self.apart.load_state_dict(state_dict["apart"])
         super().load_state_dict(state_dict)
         restore_state(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_optimizers": self._optimizers, "_parts": self._parts}
+        own = {"_optimizers": self._optimizers, "_parts": self._parts, "apart": self.apart, "_first_lr": self._first_lr}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._share()
+
+
+class _Schedule:
+    """What a schedule has made of the learning rate of an optimizer's first group, as a factor."""
+
+    def __init__(self, optimizer: ModelOptimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+
+    def __call__(self) -> float:
+        optimizer = self._optimizer()
+        if optimizer is None or not optimizer._first_lr:
+            return 1.0
+        return float(optimizer.param_groups[0]["lr"]) / optimizer._first_lr

@@ -53,6 +53,7 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
     rule: str
 
     def __init__(self, params: Iterable, defaults: dict[str, Any]) -> None:
+        self.follows: Callable[[], float] = _as_given  # a factor of its learning rates; another schedule's, say
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -87,10 +88,16 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for weight in group["params"]:
-                grad = weight.grad
+                grad, state = weight.grad, table_state(weight)
                 if grad is None:
+                    if state.unspent and state.exchange is not None:
+                        raise RuntimeError(
+                            f"the gradient of the table of shape {tuple(weight.shape)} is gone, and this step would "
+                            "train nothing: what wraps the model (DeepSpeed does) or the training loop has cleared it "
+                            "since the backward pass; give replicate managed=True, and step before zero_grad"
+                        )
                     continue
-                if table_state(weight).optimizer is not self:
+                if state.optimizer is not self:
                     raise RuntimeError(
                         f"this {type(self).__name__} has let go of its table of shape {tuple(weight.shape)}; step with "
                         "the optimizer that holds it now"
@@ -101,10 +108,14 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
                         grad.updates.raise_failed()
                 else:
                     self._step_sparse(weight, grad)
+                    state.unspent = False
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As of every torch optimizer; after a fused step there is nothing to do, and torch's own takes its time."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                table_state(weight).unspent = False
         if any(weight.grad is not None for group in self.param_groups for weight in group["params"]):
             super().zero_grad(set_to_none)
 
@@ -131,15 +142,21 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
         state["step"] += 1
         lr = group["lr"]
         if not isinstance(lr, Tensor) or lr.device != weight.device:
-            lr = float(lr)  # a tensor on the CPU, as schedules leave it: nothing to wait for
+            lr = float(lr) * self.follows()  # a tensor on the CPU, as schedules leave it: nothing to wait for
         return RowUpdate(
             weight,
             self.rule,
             [state.get(name) for name in RULES[self.rule].state],
             state["step"],
             Hyper(lr, group["weight_decay"], group.get("eps", 0.0), *group.get("betas", ())),
-            group["seed"] if weight.dtype == torch.bfloat16 and group["stochastic_rounding"] else None,
+            _seed_of(weight, group) if weight.dtype == torch.bfloat16 and group["stochastic_rounding"] else None,
         )
+
+    def described(self, weight: Tensor) -> tuple:
+        """What has to be the same on all processes that train a table together; a rate on a GPU is not waited for."""
+        group = {name: value for name, value in self._group_of(weight).items() if name != "params"}
+        numbers = {name: None if isinstance(value, Tensor) else value for name, value in group.items()}
+        return self.rule, self.follows(), sorted(numbers.items())
 
     def _group_of(self, weight: Tensor) -> dict[str, Any]:
         for group in self.param_groups:
@@ -180,10 +197,19 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
         """A copy holds the copies of the tables that this one held; a loaded state changes no holder."""
         state = dict(state)
         held = state.pop("held", ())
+        self.follows = _as_given
         super().__setstate__(state)
         for weight in held:
             if table_state(weight).optimizer is None:
                 table_state(weight).optimizer = self
+
+
+def _as_given() -> float:
+    return 1.0
+
+
+def _seed_of(weight: Tensor, group: dict[str, Any]) -> int:
+    return (group["seed"] + 0x9E3779B97F4A7C15 * table_state(weight).part) % (1 << 63)
 
 
 def is_table(parameter: Any) -> bool:

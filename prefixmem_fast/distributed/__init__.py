@@ -1,0 +1,13 @@
+"""Tables on several processes, on torch.distributed and TorchRec.
+
+exchange.py    what crosses between ranks: codes, slices of S and of its gradient
+replicated.py  replicate: whole tables on every rank; the backward pass gathers (codes, gradient of S)
+sharded.py     shard: whole rows divided by heads; S and its gradient cross
+tables.py      the tables of a model, and keeping them from what wraps it
+"""
+
+from .exchange import ExchangeError
+from .replicated import replicate
+from .sharded import shard
+
+__all__ = ["ExchangeError", "replicate", "shard"]

@@ -1,0 +1,159 @@
+"""What crosses between processes: codes, slices of S and gradients of S, ragged and in the order of ranks.
+
+Every call is collective. Numbers are sent as bytes, since gloo knows neither int16 nor, everywhere, bfloat16. A header
+goes first: how many SIDs a rank has, and a digest of what has to be the same on all ranks, so that those that have got
+out of step are told apart from those that are slow.
+"""
+
+from __future__ import annotations
+
+import zlib
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..addressing import AddressSpec, StreamSIDs, TokenStream, prefix_length, stream_sids
+
+_MOST_INT16 = (1 << 15) - 1
+
+
+class ExchangeError(RuntimeError):
+    """Processes could not exchange what they had to. No table and no step count has been changed by this step."""
+
+
+class Exchange:
+    """Collective calls of one process group of its own, so that they never mix with those of a wrapper.
+
+    Args:
+        group: a group, or a list of ranks; None for all. The group that is made has the same ones.
+        backend: "gloo" where the tensors are in the host's memory whatever the default one is; None for the default.
+        timeout: how long a rank waits for another one; None for torch's default.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | list[int] | None = None,
+        *,
+        backend: str | None = None,
+        timeout: timedelta | None = None,
+    ) -> None:
+        ranks = list(range(dist.get_world_size())) if group is None else group
+        if not isinstance(ranks, list):
+            ranks = dist.get_process_group_ranks(ranks)
+        self.group = dist.new_group(ranks, timeout, backend, use_local_synchronization=True)
+        self.ranks, self.rank, self.size = ranks, ranks.index(dist.get_rank()), len(ranks)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a model whose tables are exchanged between processes is not copied; replicate the copy anew")
+
+    def header(self, count: int, same: Any, device: torch.device, call: str) -> list[int]:
+        """How many SIDs each rank has.
+
+        Args:
+            count: this rank's.
+            same: has to print the same on every rank.
+
+        Raises:
+            ExchangeError: it does not, or a rank is missing.
+        """
+        digest = zlib.crc32(repr(same).encode())
+        own = torch.tensor([count, digest], dtype=torch.int64, device=device)
+        headers = self.gather(own[None], [1] * self.size, call).tolist()
+        others = [rank for rank, (_, other) in zip(self.ranks, headers, strict=True) if other != digest]
+        if others:
+            raise ExchangeError(
+                f"{call}: ranks {others} read another table, or the same one under another spec, dtype, optimizer or "
+                f"learning rate than rank {dist.get_rank()}, which has {same!r}; build models and optimizers alike on "
+                "every rank, and run the encoder equally often on each"
+            )
+        return [count for count, _ in headers]
+
+    def gather(self, rows: Tensor, counts: list[int], call: str) -> Tensor:
+        """Rows ``[M, ...]`` of all ranks, ``[sum(counts), ...]``, in the order of ranks."""
+        most = max(counts)
+        if not most:
+            return rows
+        if len(rows) < most:  # a collective of equal parts, in place of one for each rank
+            rows = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+        gathered = rows.new_empty(self.size * most, *rows.shape[1:])
+        self._call(call, dist.all_gather_into_tensor, _bytes_of(gathered), _bytes_of(rows))
+        if min(counts) == most:
+            return gathered
+        return torch.cat([part[:count] for part, count in zip(gathered.split(most), counts, strict=True)])
+
+    def swap(self, parts: Tensor, sent: list[int], received: list[int], call: str) -> Tensor:
+        """Send ``sent[r]`` numbers of a flat tensor to each rank r; what comes from each, one after another."""
+        out, size = parts.new_empty(sum(received)), parts.element_size()
+        splits = [[count * size for count in counts] for counts in (received, sent)]
+        self._call(call, dist.all_to_all_single, _bytes_of(out), _bytes_of(parts), *splits)
+        return out
+
+    def broadcast(self, tensor: Tensor, call: str) -> None:
+        """The first rank's numbers, in place."""
+        self._call(call, dist.broadcast, _bytes_of(tensor), self.ranks[0])
+
+    def sum(self, tensor: Tensor, call: str) -> Tensor:
+        total = tensor.detach().clone()
+        self._call(call, dist.all_reduce, total)
+        return total
+
+    def _call(self, call: str, collective: Any, *args: Any) -> None:
+        try:
+            collective(*args, group=self.group)
+        except (RuntimeError, dist.DistBackendError) as error:
+            reason = str(error).strip().splitlines()[0][:300]
+            raise ExchangeError(
+                f"{call}: rank {dist.get_rank()} got no answer from the other {self.size - 1} of ranks {self.ranks} "
+                f"({reason}). A rank has died, or has run the encoder less often than the others: every rank has to "
+                "call it for every batch, also for one without Semantic IDs. This step has changed no table and no "
+                "step count here; restart all ranks from the last checkpoint"
+            ) from error
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+class SIDs:
+    """The SIDs of a source, one after another, and where their S belongs.
+
+    Attributes:
+        codes: ``[M, L]``, int16 where the codebooks allow it.
+    """
+
+    def __init__(self, source: Tensor | TokenStream, spec: AddressSpec) -> None:
+        self._spec, self._kept, self._stream = spec, None, None
+        if isinstance(source, TokenStream):
+            self._stream: StreamSIDs | None = stream_sids(source, spec)
+            self._shape: tuple[int, ...] = tuple(source.input_ids.shape)
+            codes = self._stream.codes
+        else:
+            self._shape, codes = tuple(source.shape[:-1]), source.reshape(-1, spec.levels)
+            if spec.history:  # most windows of short histories hold no row
+                self._kept = prefix_length(codes, spec.window_sizes) >= spec.item_levels
+                codes = codes[self._kept]
+        if max(spec.codebook_sizes) <= _MOST_INT16:
+            inside = (codes >= 0) & (codes < codes.new_tensor(spec.window_sizes))
+            codes = torch.where(inside, codes, -1).to(torch.int16)
+        self.codes = codes
+
+    def take(self, dS: Tensor) -> Tensor:
+        """The gradient ``[M, A, D]`` of the SIDs, from that of what `put` returned."""
+        if self._stream is not None:
+            tokens = torch.cat([dS.flatten(0, 1), dS.new_zeros(1, dS.shape[-1])])
+            return tokens[self._stream.tokens]
+        dS = dS.reshape(-1, *dS.shape[-2:])
+        return dS if self._kept is None else dS[self._kept]
+
+    def put(self, S: Tensor) -> Tensor:
+        """S ``[M, A, D]`` where it belongs: as `token_memory` or `prefix_memory` of the source has it."""
+        if self._stream is not None:
+            B, T = self._shape
+            tokens = S.new_zeros(B * T + 1, S.shape[-1]).index_copy(0, self._stream.tokens.flatten(), S.flatten(0, 1))
+            return tokens[: B * T].view(B, T, -1)
+        if self._kept is not None:
+            S = S.new_zeros(len(self._kept), *S.shape[1:]).index_copy(0, self._kept.nonzero()[:, 0], S)
+        return S.view(*self._shape, *S.shape[1:])

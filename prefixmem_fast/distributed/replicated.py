@@ -1,0 +1,138 @@
+"""`replicate`: whole tables on every rank.
+
+The forward pass reads this rank's copy, and nothing crosses. The backward pass gathers what the update of rows needs,
+the codes of every rank's SIDs and the gradient of their S, and each rank updates its copy by all of it: the same update
+of the same batch, so the copies stay equal to the bit, and equal to those of one process that sees the whole batch.
+
+    bytes that leave a rank, a SID of its own:   (W - 1) * (2 L + A * d_mem * b)       W ranks, b bytes a number of dS
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import _checks
+from .._dtypes import TABLE_DTYPES
+from ..addressing import AddressSpec, TokenStream
+from ..encoder import PrefixMemory
+from ..operation.table_state import table_state
+from .exchange import Exchange, SIDs
+from .tables import hide_from_ddp, process_group_is_needed, trained_by_rows
+
+REDUCTIONS = ("mean", "sum")
+
+
+def replicate(
+    model: nn.Module,
+    group: dist.ProcessGroup | None = None,
+    *,
+    comm_dtype: torch.dtype | None = None,
+    managed: bool = False,
+    reduce: str = "mean",
+    timeout: timedelta | None = None,
+) -> nn.Module:
+    """Train the tables of a model on several processes, each of which holds all of them. In place, on every rank.
+
+    Call it before DistributedDataParallel, FSDP2, accelerate or DeepSpeed wrap the model, and before its optimizer is
+    built. The first rank's tables are copied to all. With one process it changes nothing. The optimizer takes gradients
+    of the whole batch, so accumulation and clipping by the global norm see those too.
+
+    Args:
+        model: holds a `PrefixMem` with grad="sparse" or "fused" somewhere, or is one.
+        group: of the ranks; None for all.
+        comm_dtype: the gradient of S travels in it, such as torch.bfloat16; None for its own dtype, which alone gives
+            the bits of one process.
+        managed: the table is none of the model's parameters, so that what wraps the model does not see it: needed with
+            DeepSpeed, and with FSDP2 where it is not told to ignore the table. `optim.for_model` finds it all the same.
+        reduce: "mean" over ranks, as DistributedDataParallel and FSDP2 do with all other gradients, or "sum".
+        timeout: how long a rank waits for another one; None for torch's default.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated, or a table is not trained by rows.
+        ExchangeError: the ranks' tables are not of one spec and dtype, or a rank is missing.
+    """
+    check_options(comm_dtype, reduce)
+    _checks.boolean("managed", managed)
+    memories = trained_by_rows(model)
+    several = process_group_is_needed()
+    exchanges = exchanges_for(memories, group, timeout) if several else {}
+    for name, memory in memories.items():
+        if several:
+            exchange = exchanges[memory.tables != "device"]
+            table = ReplicatedTable(name or "the table", memory, exchange, reduce == "mean", comm_dtype)
+            table.begin_with(memory.weight)
+            table_state(memory.weight).exchange = table
+            hide_from_ddp(model, name)
+        if managed:
+            memory.hide_table()
+    return model
+
+
+def check_options(comm_dtype: torch.dtype | None, reduce: str) -> None:
+    _checks.choice("reduce", reduce, REDUCTIONS)
+    if comm_dtype not in (None, *TABLE_DTYPES):
+        raise ValueError(f"comm_dtype = {comm_dtype}; give one of {', '.join(map(str, TABLE_DTYPES))}, or None")
+
+
+def exchanges_for(
+    memories: dict[str, PrefixMemory], group: dist.ProcessGroup | None, timeout: timedelta | None
+) -> dict[bool, Exchange]:
+    """One for tables on the device and one for those in the host's memory, where there are such."""
+    places = sorted({memory.tables != "device" for memory in memories.values()})
+    return {on_host: Exchange(group, backend="gloo" if on_host else None, timeout=timeout) for on_host in places}
+
+
+class ReplicatedTable:
+    """The `operation.table_state.Exchange` of a table that its ranks hold alike.
+
+    Args:
+        name: for messages.
+        memory: whose table it is.
+        exchange: None where this rank alone holds it.
+        mean: divide the gradient by the number of ranks.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        memory: PrefixMemory,
+        exchange: Exchange | None,
+        mean: bool,
+        comm_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.name, self.exchange, self.mean, self.comm_dtype = name, exchange, mean, comm_dtype
+        self._key = memory.config.spec.key
+
+    def begin_with(self, weight: Tensor) -> None:
+        """Copy the first rank's table to all."""
+        if self.exchange is not None:
+            call = f"replicating {self.name}"
+            self.exchange.header(0, (self._key, weight.dtype, tuple(weight.shape)), weight.device, call)
+            self.exchange.broadcast(weight.detach(), call)
+
+    def gather(
+        self, weight: Tensor, dS: Tensor, source: Tensor | TokenStream, spec: AddressSpec, grad: str
+    ) -> tuple[Tensor, Tensor | TokenStream]:
+        if self.exchange is None:
+            return dS, source
+        call = f"gathering the gradient of {self.name}"
+        sids = SIDs(source, spec)
+        dS = sids.take(dS)
+        sent = dS / self.exchange.size if self.mean else dS
+        same = (self._key, weight.dtype, grad, self.mean, self.comm_dtype, _of_optimizer(weight))
+        counts = self.exchange.header(len(sids.codes), same, dS.device, call)
+        codes = self.exchange.gather(sids.codes, counts, call)
+        return self.exchange.gather(sent.to(self.comm_dtype or dS.dtype), counts, call).to(dS.dtype), codes
+
+
+def _of_optimizer(weight: Tensor) -> Any:
+    optimizer = table_state(weight).optimizer
+    return None if optimizer is None else optimizer.described(weight)

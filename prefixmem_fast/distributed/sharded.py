@@ -1,0 +1,199 @@
+"""`shard`: tables divided over ranks by heads, in whole rows.
+
+Each rank of a group holds some of the heads. All gather one another's codes, each reads its heads' columns of S for all
+of them, and an all-to-all brings every SID's columns together. The gradient of S goes the same way back, and each rank
+updates its own rows. Rows stay whole, so row-wise optimizers are what they are in one process, to the bit.
+
+    bytes that leave a rank, a SID of its own:   2 L (W - 1) + 2 A * d_mem * b * (W - 1) / W         W ranks
+
+With more ranks than heads the mesh has two dimensions. Groups of `shard` ranks hold the tables once each, and the ranks
+that hold the same heads gather the gradient of S from one another, as those of `replicate` do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .._pages import ask_for_huge_pages
+from ..addressing import AddressSpec, TokenStream
+from ..encoder import PrefixMemConfig, PrefixMemory
+from ..operation.table_state import table_state
+from .exchange import Exchange, SIDs
+from .replicated import ReplicatedTable, check_options
+from .tables import process_group_is_needed, trained_by_rows
+
+DIMENSIONS = ("replicate", "shard")
+
+
+def shard(
+    model: nn.Module,
+    mesh: DeviceMesh | None = None,
+    *,
+    comm_dtype: torch.dtype | None = None,
+    reduce: str = "mean",
+    timeout: timedelta | None = None,
+) -> nn.Module:
+    """Divide the tables of a model over processes by heads, in place, on every rank; each keeps its part of its own.
+
+    Call it as `replicate`. The forward pass is collective too: every rank has to read the encoder equally often, in
+    evaluation and generation as well. The tables are none of the model's parameters and in no state_dict:
+    `optim.for_model` finds them, `save_tables` and the encoder's `save_pretrained` write them, on every rank.
+
+    Args:
+        model: holds a `PrefixMem` with grad="sparse" or "fused" somewhere, or is one. All ranks have it whole at first,
+            and the first rank's tables count.
+        mesh: of one dimension, with at most as many ranks as the spec has heads, or of two, named "replicate" and
+            "shard". None takes all ranks, and the largest divisor of their number that has a head for each.
+        comm_dtype, reduce, timeout: as for `replicate`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as stated, or a table is not trained by rows.
+        ExchangeError: the ranks' tables are not of one spec and dtype, or a rank is missing.
+    """
+    check_options(comm_dtype, reduce)
+    memories = trained_by_rows(model)
+    if not process_group_is_needed():
+        if mesh is not None:
+            raise ValueError("mesh is given, and there is one process; start the script with torchrun")
+        return model
+    heads = min(memory.config.spec.heads for memory in memories.values())
+    inner, outer = _ranks_of(mesh, heads)
+    across = Exchange(inner, timeout=timeout)
+    alike: dict[bool, Exchange] = {}
+    for name, memory in memories.items():
+        name, on_host = name or "the table", memory.tables != "device"
+        if len(outer) > 1 and on_host not in alike:
+            alike[on_host] = Exchange(outer, backend="gloo" if on_host else None, timeout=timeout)
+        exchange = alike.get(on_host)
+        # dS has been divided by the number of all ranks before it comes here
+        ReplicatedTable(name, memory, across, False).begin_with(memory.weight)
+        if exchange is not None:
+            ReplicatedTable(name, memory, exchange, False).begin_with(memory.weight)
+        division = DividedTable(name, memory.config, across, len(outer) if reduce == "mean" else 0)
+        division.take_part(memory)
+        own = ReplicatedTable(name, memory, exchange, False, comm_dtype)
+        table_state(memory.weight).exchange = own
+        division.comm_dtype = comm_dtype
+    return model
+
+
+def _ranks_of(mesh: DeviceMesh | None, heads: int) -> tuple[list[int], list[int]]:
+    """The ranks that hold other heads than this one, and those that hold the same ones; this one is in both."""
+    if mesh is None:
+        world, rank = dist.get_world_size(), dist.get_rank()
+        size = max(n for n in range(1, min(world, heads) + 1) if world % n == 0)
+        first = rank - rank % size
+        return list(range(first, first + size)), list(range(rank % size, world, size))
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh is a {type(mesh).__name__}; give a DeviceMesh of init_device_mesh, or None")
+    names = mesh.mesh_dim_names
+    if (mesh.ndim == 2 and names != DIMENSIONS) or mesh.ndim > 2:
+        raise ValueError(
+            f'mesh has the dimensions {names or mesh.ndim}; give one, or two with mesh_dim_names=("replicate", "shard")'
+        )
+    inner = dist.get_process_group_ranks(mesh.get_group(mesh.ndim - 1))
+    if len(inner) > heads:
+        raise ValueError(
+            f"mesh divides the tables over {len(inner)} ranks, and a spec has {heads} heads, one a rank at most; give "
+            f'a mesh of two dimensions, mesh_dim_names=("replicate", "shard"), with at most {heads} ranks in the second'
+        )
+    return inner, dist.get_process_group_ranks(mesh.get_group(0)) if mesh.ndim == 2 else [dist.get_rank()]
+
+
+class DividedTable:
+    """The `encoder.memory.Division` of a table: this rank's heads, and how S of all heads comes together.
+
+    Attributes:
+        config: of the whole tables.
+        start, stop: this rank's heads.
+        exchange: with the ranks that hold the others.
+        copies: how many ranks hold the same ones; 0 where the gradient is summed over ranks, and not averaged.
+    """
+
+    def __init__(self, name: str, config: PrefixMemConfig, exchange: Exchange, copies: int) -> None:
+        self.name, self.config, self.exchange, self.copies = name, config, exchange, copies
+        self.bounds = [i * config.spec.heads // exchange.size for i in range(exchange.size + 1)]
+        self.start, self.stop = self.bounds[exchange.rank : exchange.rank + 2]
+        self.comm_dtype: torch.dtype | None = None
+
+    def take_part(self, memory: PrefixMemory) -> None:
+        """Put this rank's rows in the place of the whole table."""
+        part = self.part_of(memory.weight.detach())
+        ask_for_huge_pages(part)
+        spec, width = self.config.spec.for_heads(self.start, self.stop), self.config.row_width
+        memory.before_write()
+        memory.hide_table()
+        memory.division = self
+        memory.config = replace(self.config, spec=spec, memory_dim=spec.heads * width, cross_item=None)
+        memory.__dict__["weight"] = nn.Parameter(part, memory.weight.requires_grad)
+        memory._keep_table()
+        table_state(memory.weight).part = self.start
+
+    def widths(self) -> list[int]:
+        """Columns of S that each rank holds."""
+        return [(stop - start) * self.config.row_width for start, stop in pairwise(self.bounds)]
+
+    def blocks(self) -> list[tuple[int, int, slice, slice]]:
+        """(order, head, its rows here, its rows in the whole table), orders and heads counted from 0."""
+        whole, own = self.config.spec, self.config.spec.for_heads(self.start, self.stop)
+        return [
+            (n, h, _rows(own, n, h - self.start), _rows(whole, n, h))
+            for n in range(whole.max_order)
+            for h in range(self.start, self.stop)
+            if whole.rows_per_order[n]
+        ]
+
+    def part_of(self, table: Tensor) -> Tensor:
+        return torch.cat([table[rows] for *_, rows in self.blocks()])
+
+    def read(self, memory: PrefixMemory, source: Tensor | TokenStream) -> Tensor:
+        spec, call = self.config.spec, f"reading {self.name}"
+        sids = SIDs(source, spec)
+        dtype, device = memory.weight.dtype, sids.codes.device
+        counts = self.exchange.header(len(sids.codes), (spec.key, dtype, self.comm_dtype), device, call)
+        codes = self.exchange.gather(sids.codes, counts, call)
+        return sids.put(_Columns.apply(memory.read_own(codes), counts, self))
+
+
+class _Columns(torch.autograd.Function):
+    """This rank's columns of S for the SIDs of all ranks ``[sum M, A, h * w]``, to all columns of its own
+    ``[M, A, H * w]``, and of the gradient the other way."""
+
+    @staticmethod
+    def forward(ctx, S: Tensor, counts: list[int], table: DividedTable) -> Tensor:
+        ctx.counts, ctx.table = counts, table
+        own, (_, A, columns) = counts[table.exchange.rank], S.shape
+        widths = table.widths()
+        sent = [count * A * columns for count in counts]
+        received = [own * A * width for width in widths]
+        parts = table.exchange.swap(S.flatten(), sent, received, f"reading {table.name}").split(received)
+        return torch.cat([part.view(own, A, width) for part, width in zip(parts, widths, strict=True)], -1)
+
+    @staticmethod
+    def backward(ctx, dS: Tensor) -> tuple[Tensor | None, ...]:
+        counts, table = ctx.counts, ctx.table
+        exchange, dtype, widths, A = table.exchange, dS.dtype, table.widths(), dS.shape[1]
+        if table.copies:
+            dS = dS / (exchange.size * table.copies)
+        dS = dS.to(table.comm_dtype or dtype)
+        columns = widths[exchange.rank]
+        parts = torch.cat([part.flatten() for part in dS.split(widths, -1)])
+        sent = [len(dS) * A * width for width in widths]
+        received = [count * A * columns for count in counts]
+        call = f"returning the gradient of {table.name}"
+        return exchange.swap(parts, sent, received, call).view(-1, A, columns).to(dtype), None, None
+
+
+def _rows(spec: AddressSpec, order: int, head: int) -> slice:
+    start = spec.offsets[order][head]
+    return slice(start, start + spec.rows_per_order[order])
