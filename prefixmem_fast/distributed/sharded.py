@@ -143,18 +143,9 @@ class DividedTable:
         """Columns of S that each rank holds."""
         return [(stop - start) * self.config.row_width for start, stop in pairwise(self.bounds)]
 
-    def blocks(self) -> list[tuple[int, int, slice, slice]]:
-        """(order, head, its rows here, its rows in the whole table), orders and heads counted from 0."""
-        whole, own = self.config.spec, self.config.spec.for_heads(self.start, self.stop)
-        return [
-            (n, h, _rows(own, n, h - self.start), _rows(whole, n, h))
-            for n in range(whole.max_order)
-            for h in range(self.start, self.stop)
-            if whole.rows_per_order[n]
-        ]
-
     def part_of(self, table: Tensor) -> Tensor:
-        return torch.cat([table[rows] for *_, rows in self.blocks()])
+        own = self.config.spec.for_heads(self.start, self.stop)
+        return torch.cat([table[rows] for *_, rows in _blocks(self.config.spec, own)])
 
     def read(self, memory: PrefixMemory, source: Tensor | TokenStream) -> Tensor:
         spec, call = self.config.spec, f"reading {self.name}"
@@ -192,6 +183,22 @@ class _Columns(torch.autograd.Function):
         received = [count * A * columns for count in counts]
         call = f"returning the gradient of {table.name}"
         return exchange.swap(parts, sent, received, call).view(-1, A, columns).to(dtype), None, None
+
+
+def blocks_of(memory: PrefixMemory) -> list[tuple[int, int, slice, slice]]:
+    """(order, head, its rows here, its rows in the whole table) of the tables that are here, all counted from 0."""
+    own = memory.config.spec
+    return _blocks(own if memory.division is None else memory.division.config.spec, own)
+
+
+def _blocks(whole: AddressSpec, own: AddressSpec) -> list[tuple[int, int, slice, slice]]:
+    first, _ = own.part or (0, own.heads)
+    return [
+        (n, first + h, _rows(own, n, h), _rows(whole, n, first + h))
+        for n in range(own.max_order)
+        for h in range(own.heads)
+        if own.rows_per_order[n]
+    ]
 
 
 def _rows(spec: AddressSpec, order: int, head: int) -> slice:

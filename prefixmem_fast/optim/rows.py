@@ -134,9 +134,7 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
         """Count a step of `weight` and give what is needed to apply it. No host synchronisation."""
         finish_updates(weight)
         group = self._group_of(weight)
-        state = self.__dict__["state"][weight]  # of one table, and without the others' wait
-        if not state:
-            self._start(weight, group, state)
+        state = self.start(weight)
         if state["step"].device != weight.device:  # load_state_dict leaves it where the file had it
             state["step"] = state["step"].to(weight.device)
         state["step"] += 1
@@ -165,7 +163,11 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
                     return group
         raise KeyError("the table is in no group of the optimizer that holds it")
 
-    def _start(self, weight: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def start(self, weight: Tensor) -> dict[str, Any]:
+        """The state of a table, made here where there is none yet."""
+        group, state = self._group_of(weight), self.__dict__["state"][weight]  # without the other tables' wait
+        if state:
+            return state
         dtype = accumulator(weight.dtype)
         state["step"] = torch.zeros((), dtype=torch.int64, device=weight.device)
         for name, kind in RULES[self.rule].state.items():
@@ -178,6 +180,7 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
                 ask_for_huge_pages(state[name])
             if start:
                 state[name].fill_(start)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every torch optimizer, but float32 state of a bfloat16 table stays float32.

@@ -1,0 +1,234 @@
+"""Tables and their optimizer's state by torch.distributed.checkpoint: an entry for each order and head.
+
+However the tables are laid out, whole on one process, whole on many or divided, the entries are the same. So a
+checkpoint of 2 ranks is read by 3 or by 1, and a divided one by whole ones and the other way round.
+
+    tables.json   what the entries are of: spec, dtype, the optimizer's rule; and the SHA-256 of each other file
+    .metadata     of torch.distributed.checkpoint
+    *.distcp      of each rank
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from .._files import flush_folder, read_json, sha256_of, write_text
+from .._inputs import shown
+from .._version import __version__
+from .._weights import CheckpointError
+from ..encoder import PrefixMemory
+from ..operation.table_state import finish_updates, table_state
+from ..optim import RowOptimizer
+from .sharded import blocks_of
+from .tables import memories_of
+
+MANIFEST = "tables.json"
+_FORMAT, _VERSION = "prefixmem tables", 1
+
+
+def save_tables(model: nn.Module, folder: str | Path) -> None:
+    """Write the tables of a model, and the state of the optimizer that holds them, into a folder. Collective.
+
+    Every rank calls it, and reaches the folder. What was in the folder is replaced once the new files are whole.
+
+    Args:
+        model: holds a `PrefixMem`, or is one.
+        folder: a new one, or one that this function wrote.
+
+    Raises:
+        ValueError: something else is in the folder.
+        OSError, CheckpointException: it cannot be written; what was in it is left as it was.
+    """
+    folder, memories = Path(folder), memories_of(model)
+    _on_first(lambda: _check_replaceable(folder))
+    token = _from_first(secrets.token_hex(4))
+    new, old = (folder.parent / f".{folder.name}.{kind}-{token}" for kind in ("tmp", "old"))
+    try:
+        _on_first(lambda: new.mkdir(parents=True))
+        if not new.is_dir():
+            raise OSError(f"{folder.parent} is another folder on rank {_rank()}; give one that all ranks share")
+        entries: dict[str, Tensor] = {}
+        for name, memory in memories.items():
+            entries |= _entries(name, memory)
+        dcp.save(entries, checkpoint_id=new, no_dist=not _several())
+        digests = {path.name: sha256_of(path) for path in new.glob(f"__{_rank()}_*.distcp")}
+        digests = {name: digest for found in _gathered(digests) for name, digest in found.items()}
+
+        def finish() -> None:
+            files = {**digests, ".metadata": sha256_of(new / ".metadata")}
+            tables = {name: _described(memory) for name, memory in memories.items()}
+            values = {"format": _FORMAT, "version": _VERSION, "package_version": __version__}
+            write_text(new / MANIFEST, json.dumps({**values, "tables": tables, "files": files}, indent=1) + "\n")
+            flush_folder(new)
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(new, folder)
+            shutil.rmtree(old, ignore_errors=True)
+
+        _on_first(finish)
+    finally:
+        if _rank() == 0:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def load_tables(model: nn.Module, folder: str | Path, *, verify: bool = True) -> None:
+    """Read what `save_tables` wrote into the tables of a model and the optimizer that holds them. Collective.
+
+    The number of ranks and the layout may be others than those that it was written with.
+
+    Args:
+        model: holds the same tables under the same names.
+        folder: of `save_tables`.
+        verify: compare the SHA-256 of each file with the stored one; the ranks share the work.
+
+    Raises:
+        FileNotFoundError: no such checkpoint is there.
+        CheckpointError: it is damaged, or of other tables or another optimizer; nothing has been changed.
+    """
+    folder, memories = Path(folder), memories_of(model)
+    stored = _read_manifest(folder)
+    _on_all(lambda: _check_files(folder, stored["files"], verify))
+    _check_tables(folder, stored["tables"], memories)
+    entries: dict[str, Tensor] = {}
+    for name, memory in memories.items():
+        memory.before_write()
+        finish_updates(memory.weight)
+        optimizer = table_state(memory.weight).optimizer
+        if stored["tables"][name]["rule"] is not None and isinstance(optimizer, RowOptimizer):
+            optimizer.start(memory.weight)
+        entries |= _entries(name, memory)
+    known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    dcp.load(
+        {key: value for key, value in entries.items() if key in known}, checkpoint_id=folder, no_dist=not _several()
+    )
+    for memory in memories.values():
+        torch.autograd.graph.increment_version(memory.weight)
+
+
+def _entries(name: str, memory: PrefixMemory) -> dict[str, Tensor]:
+    """Views of the table and of its optimizer's state, by names that do not depend on the layout."""
+    weight = memory.weight.detach()
+    tensors = {"weight": weight}
+    optimizer = table_state(memory.weight).optimizer
+    state = dict(optimizer.state.get(memory.weight, {})) if isinstance(optimizer, RowOptimizer) else {}
+    entries = {f"{name}.step": state.pop("step")} if state else {}
+    tensors |= state
+    for order, head, rows, _ in blocks_of(memory):
+        for kind, tensor in tensors.items():
+            entries[f"{name}.order{order + 1}.head{head + 1}.{kind}"] = tensor[rows]
+    return entries
+
+
+def _described(memory: PrefixMemory) -> dict[str, Any]:
+    optimizer = table_state(memory.weight).optimizer
+    config = memory.config if memory.division is None else memory.division.config
+    started = isinstance(optimizer, RowOptimizer) and bool(optimizer.state.get(memory.weight))
+    return {
+        "spec": config.spec.to_dict(),
+        "earlier_codes": config.earlier_codes,
+        "row_width": config.row_width,
+        "dtype": str(memory.weight.dtype).removeprefix("torch."),
+        "rule": optimizer.rule if started else None,
+    }
+
+
+def _check_tables(folder: Path, stored: dict[str, Any], memories: dict[str, PrefixMemory]) -> None:
+    if stored.keys() != memories.keys():
+        raise CheckpointError(f"{folder} holds the tables {sorted(stored)}, the model {sorted(memories)}; give its own")
+    for name, memory in memories.items():
+        own, found = _described(memory), stored[name]
+        optimizer = table_state(memory.weight).optimizer
+        own["rule"] = optimizer.rule if isinstance(optimizer, RowOptimizer) else None
+        if own["rule"] is None or found["rule"] is None:  # the rows alone are read
+            own["rule"] = found["rule"] = None
+        differ = [key for key in own if found.get(key) != own[key]]
+        if differ:
+            raise CheckpointError(
+                f"{folder / MANIFEST}: {name} differs in {', '.join(differ)}: it has "
+                f"{shown({key: found.get(key) for key in differ})}, the model "
+                f"{shown({key: own[key] for key in differ})}"
+            )
+
+
+def _check_files(folder: Path, files: dict[str, str], verify: bool) -> None:
+    for i, (name, digest) in enumerate(sorted(files.items())):
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is not there, and {MANIFEST} names it; take another copy of the checkpoint")
+        if verify and i % _size() == _rank() and sha256_of(file) != digest:
+            raise CheckpointError(f"{file} is damaged: its SHA-256 is not the stored one; take another checkpoint")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no tables: {MANIFEST} is not there; give a folder of save_tables")
+    try:
+        stored = read_json(file)
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+    if not isinstance(stored, dict) or stored.get("format") != _FORMAT or stored.get("version") != _VERSION:
+        raise CheckpointError(f"{file} is not of format {_FORMAT!r}, version {_VERSION}; give a folder of save_tables")
+    files, tables = stored.get("files"), stored.get("tables")
+    if not isinstance(files, dict) or not isinstance(tables, dict) or any(Path(name).name != name for name in files):
+        raise CheckpointError(f"{file} is malformed; take another copy of the checkpoint")
+    return stored
+
+
+def _check_replaceable(folder: Path) -> None:
+    if os.path.lexists(folder) and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} holds something else than tables; give a new folder")
+
+
+# Among the ranks
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if _several() else 0
+
+
+def _size() -> int:
+    return dist.get_world_size() if _several() else 1
+
+
+def _gathered(value: Any) -> list[Any]:
+    if not _several():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def _from_first(value: Any) -> Any:
+    return _gathered(value)[0]
+
+
+def _on_all(call: Any) -> None:
+    """A call on every rank; what one of them raises, all of them raise."""
+    error: Exception | None = None
+    try:
+        call()
+    except Exception as raised:
+        error = raised
+    for other in _gathered(error):
+        if other is not None:
+            raise other
+
+
+def _on_first(call: Any) -> None:
+    """A call on the first rank, for which the others wait."""
+    _on_all(call if _rank() == 0 else lambda: None)
