@@ -188,12 +188,18 @@ class Rows:
             raise CheckpointError(f"{file} cannot be mapped ({error}); {SAVE_AGAIN}") from None
 
     def check(self) -> None:
-        digest = entry_of(self.chunks())["sha256"]
-        if digest != self.entry["sha256"]:
-            files = ", ".join(str(file) for file in dict.fromkeys(file for file, _ in self.parts))
+        if "sha256" in self.entry:
+            self._check(self.chunks(), self.entry["sha256"], [file for file, _ in self.parts])
+            return
+        for (file, key), part in zip(self.parts, self.entry["parts"], strict=True):
+            self._check(chunks_in(file, key), part["sha256"], [file])
+
+    def _check(self, chunks: Iterable[Tensor], stored: str, files: list[Path]) -> None:
+        digest = entry_of(chunks)["sha256"]
+        if digest != stored:
             raise CheckpointError(
-                f"{self.name} in {files} is damaged, or not the one that {CONFIG} was saved with: its SHA-256 is "
-                f"{digest}, stored is {self.entry['sha256']}"
+                f"{self.name} in {', '.join(map(str, dict.fromkeys(files)))} is damaged, or not the one that {CONFIG} "
+                f"was saved with: its SHA-256 is {digest}, stored is {stored}"
             )
 
 

@@ -1,7 +1,8 @@
 """Tensors and what describes them on disk: safetensors files, and a config.json that says what they are.
 
 config.json holds the encoder's config with its address spec, the vocabulary, and for each tensor its dtype, shape,
-SHA-256 and the files that hold its rows; a digest over all of it comes last. Weights files bear their content's digest
+SHA-256 and the files that hold its rows, each with its own where several processes have written them; a digest over all
+of it comes last. Weights files bear their content's digest
 in their names, so a new checkpoint never overwrites the files of the old one, and replacing config.json, one rename,
 makes the new one valid at once.
 
@@ -45,6 +46,8 @@ from ._weights import (
 
 FORMAT_VERSION = 1
 QUANTIZED_VERSION = 2  # of the config.json of a quantized encoder, which earlier releases refuse
+PARTS_VERSION = 3  # where parts have a SHA-256 each, in place of the whole
+_VERSIONS = (FORMAT_VERSION, QUANTIZED_VERSION, PARTS_VERSION)
 _VOCABULARY = "sid_vocabulary.json"
 _ENCODER, _TABLE = "prefixmem", "prefixmem vocabulary"  # the formats of config.json and sid_vocabulary.json
 _READS = 20  # of a folder that others save into meanwhile
@@ -80,7 +83,7 @@ def save(
             not fit a file.
         OSError: the folder cannot be written, or others hold it for too long; what was in it is left as it was.
     """
-    limit = _bytes_of(max_shard_size)
+    limit = bytes_of(max_shard_size)
     path.mkdir(parents=True, exist_ok=True)
     with locked(path) as alone:
         _save(path, config, vocabulary, tensors, limit, weights, alone)
@@ -95,10 +98,10 @@ def _save(
     weights: bool,
     alone: bool,
 ) -> None:
-    _check_replaceable(path / CONFIG, _ENCODER)
+    check_replaceable(path / CONFIG, _ENCODER)
     if alone:
         remove_leftovers(path, rf"{WEIGHTS}|config\.json")
-    before, replaced, old = _weights_in(path), _files_named(path), _identity(path / CONFIG)
+    before, replaced, old = weights_in(path), files_named(path), _identity(path / CONFIG)
     entries = None if weights else _entries_in_model(list(tensors), path.parent)
     written: list[Path] = []
     try:
@@ -106,11 +109,11 @@ def _save(
             entries = {name: entry_of(chunks_of(tensor)) for name, tensor in tensors.items()}
             for file, rows in _shards(tensors, entries, limit):
                 written.append(path / file)
-                _write_tensors(path / file, rows)
+                write_tensors(path / file, rows)
         values = {"encoder": config, "vocabulary": vocabulary, "tensors": entries}
         quantized = any(entry["dtype"] in QUANTIZED_DTYPES for entry in entries.values())
         version = QUANTIZED_VERSION if quantized else FORMAT_VERSION
-        _write_json(path / CONFIG, _ENCODER, {"package_version": __version__, **values}, version)
+        write_json(path / CONFIG, _ENCODER, {"package_version": __version__, **values}, version)
     except BaseException:
         if _identity(path / CONFIG) == old:  # a config.json that is new names the new files, however late the failure
             for file in written:
@@ -118,7 +121,7 @@ def _save(
                     file.unlink(missing_ok=True)
         raise
     # Where nobody else can be saving, a file that config.json does not name is one that a killed process has left.
-    for name in (_weights_in(path) if alone else replaced) - _parts_of(entries):
+    for name in (weights_in(path) if alone else replaced) - parts_of(entries):
         with suppress(OSError):  # the encoder is saved; the next save tries again
             (path / name).unlink()
 
@@ -217,8 +220,8 @@ def save_vocabulary(vocabulary: dict[str, Any], path: str | Path) -> None:
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    _check_replaceable(path / _VOCABULARY, _TABLE)
-    _write_json(path / _VOCABULARY, _TABLE, {"vocabulary": vocabulary})
+    check_replaceable(path / _VOCABULARY, _TABLE)
+    write_json(path / _VOCABULARY, _TABLE, {"vocabulary": vocabulary})
 
 
 def read_vocabulary(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -274,7 +277,7 @@ def _shards(
         yield file, {key: rows for _, key, rows in content}
 
 
-def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -284,7 +287,7 @@ def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(f"{file} cannot be written ({error}); is the disk full?") from None
 
 
-def _write_json(file: Path, kind: str, values: dict[str, Any], version: int = FORMAT_VERSION) -> None:
+def write_json(file: Path, kind: str, values: dict[str, Any], version: int = FORMAT_VERSION) -> None:
     values = {"format": kind, "format_version": version, **values}
     values = {**values, "digest": _digest(values)}
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
@@ -299,7 +302,7 @@ def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _bytes_of(size: int | str) -> int:
+def bytes_of(size: int | str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?B)", str(size).strip().upper())
     count = int(float(match[1]) * _UNITS[match[2]]) if match else size
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -307,7 +310,7 @@ def _bytes_of(size: int | str) -> int:
     return count
 
 
-def _weights_in(folder: Path) -> set[str]:
+def weights_in(folder: Path) -> set[str]:
     """The names of the weights files in a folder, by their pattern."""
     return {name for name in os.listdir(folder) if re.fullmatch(WEIGHTS, name)}
 
@@ -349,11 +352,11 @@ def _read_json(file: Path, kind: str) -> dict[str, Any]:
             "was the model saved with the encoder on it?"
         )
     version = stored.get("format_version")
-    if type(version) is not int or version not in (FORMAT_VERSION, QUANTIZED_VERSION):
+    if type(version) is not int or version not in _VERSIONS:
         raise CheckpointError(
             f"{file} has format version {_plain(version)}, written by prefixmem_fast "
             f"{_plain(stored.get('package_version'))}; prefixmem_fast {__version__} reads versions "
-            f"{FORMAT_VERSION} and {QUANTIZED_VERSION}"
+            f"{', '.join(map(str, _VERSIONS))}"
         )
     digest = stored.pop("digest", None)
     try:
@@ -395,11 +398,16 @@ def _check_stored(file: Path, stored: dict[str, Any]) -> None:
         shape = entry.get("shape")
         if not isinstance(shape, list) or not shape or not all(_is_count(n) for n in shape):
             refuse(f"{call}['shape']", shape, "a list of sizes")
-        if not re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))):
-            refuse(f"{call}['sha256']", entry.get("sha256"), "a digest of 64 hexadecimal digits")
         parts = entry.get("parts", [])
-        if not isinstance(parts, list):
+        if not isinstance(parts, list) or not (parts or stored["format_version"] != PARTS_VERSION):
             refuse(f"{call}['parts']", parts, "a list")
+        digests = {f"{call}['sha256']": entry.get("sha256")}
+        if stored["format_version"] == PARTS_VERSION:
+            found = [part.get("sha256") if isinstance(part, dict) else None for part in parts]
+            digests = {f"{call}['parts'][{i}]['sha256']": digest for i, digest in enumerate(found)}
+        for where, digest in digests.items():
+            if not re.fullmatch("[0-9a-f]{64}", str(digest)):
+                refuse(where, digest, "a digest of 64 hexadecimal digits")
         for part in parts:
             key = part.get("key") if isinstance(part, dict) else None
             if not isinstance(key, str) or not key.isprintable() or not _is_count(part.get("rows")):
@@ -412,7 +420,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _check_replaceable(file: Path, kind: str) -> None:
+def check_replaceable(file: Path, kind: str) -> None:
     """Refuse to write over a file that is not certainly of the package."""
     if os.path.lexists(file) and not _is_ours(file, kind):
         raise ValueError(
@@ -421,7 +429,7 @@ def _check_replaceable(file: Path, kind: str) -> None:
 
 
 def _is_ours(file: Path, kind: str) -> bool:
-    """Whether a file is one of `_write_json`, sound, or damaged behind its first line."""
+    """Whether a file is one of `write_json`, sound, or damaged behind its first line."""
     try:
         size_of(file)
     except (OSError, ValueError):
@@ -443,13 +451,13 @@ def _identity(file: Path) -> tuple[int, ...] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _files_named(folder: Path) -> set[str]:
+def files_named(folder: Path) -> set[str]:
     """The weights files that the config.json of a folder names; none where it is damaged."""
     try:
-        return _parts_of(_stored_in(folder)["tensors"])
+        return parts_of(_stored_in(folder)["tensors"])
     except (OSError, CheckpointError):
         return set()
 
 
-def _parts_of(entries: Mapping[str, Any]) -> set[str]:
+def parts_of(entries: Mapping[str, Any]) -> set[str]:
     return {part["file"] for entry in entries.values() for part in entry.get("parts", ())}

@@ -4,12 +4,15 @@ exchange.py    what crosses between ranks: codes, slices of S and of its gradien
 replicated.py  replicate: whole tables on every rank; the backward pass gathers (codes, gradient of S)
 sharded.py     shard: whole rows divided by heads; S and its gradient cross
 checkpoint.py  save_tables, load_tables: an entry for each order and head, read by any number of ranks
+saving.py      save_pretrained of divided tables: each rank its own rows
+ranks.py       what ranks tell one another around files
 tables.py      the tables of a model, and keeping them from what wraps it
 """
 
 from .checkpoint import load_tables, save_tables
 from .exchange import ExchangeError
 from .replicated import replicate
+from .saving import save_pretrained
 from .sharded import shard
 
-__all__ = ["ExchangeError", "load_tables", "replicate", "save_tables", "shard"]
+__all__ = ["ExchangeError", "load_tables", "replicate", "save_pretrained", "save_tables", "shard"]

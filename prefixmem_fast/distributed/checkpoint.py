@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
@@ -29,8 +28,8 @@ from .._weights import CheckpointError
 from ..encoder import PrefixMemory
 from ..operation.table_state import finish_updates, table_state
 from ..optim import RowOptimizer
-from .sharded import blocks_of
-from .tables import memories_of
+from .ranks import from_first, gathered, on_all, on_first, rank, several, size
+from .tables import blocks_of, memories_of
 
 MANIFEST = "tables.json"
 _FORMAT, _VERSION = "prefixmem tables", 1
@@ -50,19 +49,19 @@ def save_tables(model: nn.Module, folder: str | Path) -> None:
         OSError, CheckpointException: it cannot be written; what was in it is left as it was.
     """
     folder, memories = Path(folder), memories_of(model)
-    _on_first(lambda: _check_replaceable(folder))
-    token = _from_first(secrets.token_hex(4))
+    on_first(lambda: _check_replaceable(folder))
+    token = from_first(secrets.token_hex(4))
     new, old = (folder.parent / f".{folder.name}.{kind}-{token}" for kind in ("tmp", "old"))
     try:
-        _on_first(lambda: new.mkdir(parents=True))
+        on_first(lambda: new.mkdir(parents=True))
         if not new.is_dir():
-            raise OSError(f"{folder.parent} is another folder on rank {_rank()}; give one that all ranks share")
+            raise OSError(f"{folder.parent} is another folder on rank {rank()}; give one that all ranks share")
         entries: dict[str, Tensor] = {}
         for name, memory in memories.items():
             entries |= _entries(name, memory)
-        dcp.save(entries, checkpoint_id=new, no_dist=not _several())
-        digests = {path.name: sha256_of(path) for path in new.glob(f"__{_rank()}_*.distcp")}
-        digests = {name: digest for found in _gathered(digests) for name, digest in found.items()}
+        dcp.save(entries, checkpoint_id=new, no_dist=not several())
+        digests = {path.name: sha256_of(path) for path in new.glob(f"__{rank()}_*.distcp")}
+        digests = {name: digest for found in gathered(digests) for name, digest in found.items()}
 
         def finish() -> None:
             files = {**digests, ".metadata": sha256_of(new / ".metadata")}
@@ -75,9 +74,9 @@ def save_tables(model: nn.Module, folder: str | Path) -> None:
             os.replace(new, folder)
             shutil.rmtree(old, ignore_errors=True)
 
-        _on_first(finish)
+        on_first(finish)
     finally:
-        if _rank() == 0:
+        if rank() == 0:
             shutil.rmtree(new, ignore_errors=True)
 
 
@@ -97,7 +96,7 @@ def load_tables(model: nn.Module, folder: str | Path, *, verify: bool = True) ->
     """
     folder, memories = Path(folder), memories_of(model)
     stored = _read_manifest(folder)
-    _on_all(lambda: _check_files(folder, stored["files"], verify))
+    on_all(lambda: _check_files(folder, stored["files"], verify))
     _check_tables(folder, stored["tables"], memories)
     entries: dict[str, Tensor] = {}
     for name, memory in memories.items():
@@ -109,7 +108,7 @@ def load_tables(model: nn.Module, folder: str | Path, *, verify: bool = True) ->
         entries |= _entries(name, memory)
     known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     dcp.load(
-        {key: value for key, value in entries.items() if key in known}, checkpoint_id=folder, no_dist=not _several()
+        {key: value for key, value in entries.items() if key in known}, checkpoint_id=folder, no_dist=not several()
     )
     for memory in memories.values():
         torch.autograd.graph.increment_version(memory.weight)
@@ -165,7 +164,7 @@ def _check_files(folder: Path, files: dict[str, str], verify: bool) -> None:
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{file} is not there, and {MANIFEST} names it; take another copy of the checkpoint")
-        if verify and i % _size() == _rank() and sha256_of(file) != digest:
+        if verify and i % size() == rank() and sha256_of(file) != digest:
             raise CheckpointError(f"{file} is damaged: its SHA-256 is not the stored one; take another checkpoint")
 
 
@@ -188,47 +187,3 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _check_replaceable(folder: Path) -> None:
     if os.path.lexists(folder) and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds something else than tables; give a new folder")
-
-
-# Among the ranks
-
-
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if _several() else 0
-
-
-def _size() -> int:
-    return dist.get_world_size() if _several() else 1
-
-
-def _gathered(value: Any) -> list[Any]:
-    if not _several():
-        return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
-
-
-def _from_first(value: Any) -> Any:
-    return _gathered(value)[0]
-
-
-def _on_all(call: Any) -> None:
-    """A call on every rank; what one of them raises, all of them raise."""
-    error: Exception | None = None
-    try:
-        call()
-    except Exception as raised:
-        error = raised
-    for other in _gathered(error):
-        if other is not None:
-            raise other
-
-
-def _on_first(call: Any) -> None:
-    """A call on the first rank, for which the others wait."""
-    _on_all(call if _rank() == 0 else lambda: None)

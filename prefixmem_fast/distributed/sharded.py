@@ -15,6 +15,8 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,12 +24,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._pages import ask_for_huge_pages
-from ..addressing import AddressSpec, TokenStream
+from ..addressing import TokenStream
 from ..encoder import PrefixMemConfig, PrefixMemory
 from ..operation.table_state import table_state
 from .exchange import Exchange, SIDs
 from .replicated import ReplicatedTable, check_options
-from .tables import process_group_is_needed, trained_by_rows
+from .saving import save_pretrained
+from .tables import blocks_within, process_group_is_needed, trained_by_rows
 
 DIMENSIONS = ("replicate", "shard")
 
@@ -81,6 +84,7 @@ def shard(
             ReplicatedTable(name, memory, exchange, False).begin_with(memory.weight)
         division = DividedTable(name, memory.config, across, len(outer) if reduce == "mean" else 0)
         division.take_part(memory)
+        division.is_first_copy = outer[0] == dist.get_rank()
         own = ReplicatedTable(name, memory, exchange, False, comm_dtype)
         table_state(memory.weight).exchange = own
         division.comm_dtype = comm_dtype
@@ -125,6 +129,10 @@ class DividedTable:
         self.bounds = [i * config.spec.heads // exchange.size for i in range(exchange.size + 1)]
         self.start, self.stop = self.bounds[exchange.rank : exchange.rank + 2]
         self.comm_dtype: torch.dtype | None = None
+        self.is_first_copy = True
+
+    def save(self, encoder: nn.Module, path: Path, vocabulary: Any, max_shard_size: int | str) -> None:
+        save_pretrained(encoder, path, vocabulary, max_shard_size=max_shard_size)
 
     def take_part(self, memory: PrefixMemory) -> None:
         """Put this rank's rows in the place of the whole table."""
@@ -145,7 +153,7 @@ class DividedTable:
 
     def part_of(self, table: Tensor) -> Tensor:
         own = self.config.spec.for_heads(self.start, self.stop)
-        return torch.cat([table[rows] for *_, rows in _blocks(self.config.spec, own)])
+        return torch.cat([table[rows] for *_, rows in blocks_within(self.config.spec, own)])
 
     def read(self, memory: PrefixMemory, source: Tensor | TokenStream) -> Tensor:
         spec, call = self.config.spec, f"reading {self.name}"
@@ -183,24 +191,3 @@ class _Columns(torch.autograd.Function):
         received = [count * A * columns for count in counts]
         call = f"returning the gradient of {table.name}"
         return exchange.swap(parts, sent, received, call).view(-1, A, columns).to(dtype), None, None
-
-
-def blocks_of(memory: PrefixMemory) -> list[tuple[int, int, slice, slice]]:
-    """(order, head, its rows here, its rows in the whole table) of the tables that are here, all counted from 0."""
-    own = memory.config.spec
-    return _blocks(own if memory.division is None else memory.division.config.spec, own)
-
-
-def _blocks(whole: AddressSpec, own: AddressSpec) -> list[tuple[int, int, slice, slice]]:
-    first, _ = own.part or (0, own.heads)
-    return [
-        (n, first + h, _rows(own, n, h), _rows(whole, n, first + h))
-        for n in range(own.max_order)
-        for h in range(own.heads)
-        if own.rows_per_order[n]
-    ]
-
-
-def _rows(spec: AddressSpec, order: int, head: int) -> slice:
-    start = spec.offsets[order][head]
-    return slice(start, start + spec.rows_per_order[order])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from torch import nn
 
+from ..addressing import AddressSpec
 from ..encoder import PrefixMemory, QuantizedMemory
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
@@ -88,3 +89,25 @@ def managed_tables(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, PrefixMemory) and not isinstance(module, QuantizedMemory) and module.managed:
             yield module.weight
+
+
+def blocks_of(memory: PrefixMemory) -> list[tuple[int, int, slice, slice]]:
+    """(order, head, its rows here, its rows in the whole table) of the tables that are here, all counted from 0."""
+    own = memory.config.spec
+    return blocks_within(own if memory.division is None else memory.division.config.spec, own)
+
+
+def blocks_within(whole: AddressSpec, own: AddressSpec) -> list[tuple[int, int, slice, slice]]:
+    """The same of a spec for some of another's heads."""
+    first, _ = own.part or (0, own.heads)
+    return [
+        (n, first + h, _rows(own, n, h), _rows(whole, n, first + h))
+        for n in range(own.max_order)
+        for h in range(own.heads)
+        if own.rows_per_order[n]
+    ]
+
+
+def _rows(spec: AddressSpec, order: int, head: int) -> slice:
+    start = spec.offsets[order][head]
+    return slice(start, start + spec.rows_per_order[order])

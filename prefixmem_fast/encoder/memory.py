@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -27,12 +28,16 @@ class Division(Protocol):
     """How the tables are divided over processes; see `prefixmem_fast.distributed.shard`."""
 
     config: PrefixMemConfig  # of the whole tables
+    is_first_copy: bool  # of several processes that hold the same rows
 
     def read(self, memory: PrefixMemory, source: Tensor | TokenStream) -> Tensor:
         """S of this process's codes or tokens, from the parts of all; collective."""
 
     def part_of(self, table: Tensor) -> Tensor:
         """The rows of this process, of the whole table or of what has a number a row."""
+
+    def save(self, encoder: nn.Module, path: Path, vocabulary: SIDVocabulary | None, max_shard_size: int | str) -> None:
+        """Write the encoder that the table is of, from all processes; collective."""
 
 
 class PrefixMemory(nn.Module):

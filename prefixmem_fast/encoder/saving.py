@@ -51,6 +51,10 @@ def save_encoder(
     """
     if vocabulary is not None:
         vocabulary.check_codebooks(encoder.config)
+    for module in encoder.modules():
+        if getattr(module, "division", None) is not None:
+            module.division.save(encoder, Path(path), vocabulary, max_shard_size)
+            return
     values = None if vocabulary is None else vocabulary.to_dict()
     tensors = {name: tensor.contiguous() for name, tensor in _tensors_of(encoder).items()}
     checkpoint.save(
@@ -200,5 +204,11 @@ def same_weights(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tensors_of(encoder: Encoder) -> dict[str, Tensor]:
-    """Parameters, then buffers: what a quantized encoder keeps its tables in."""
-    return {name: tensor.detach() for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers())}
+    """Parameters, then buffers: what a quantized encoder keeps its tables in. Managed tables come first, by name."""
+    managed = {
+        f"{name}.weight" if name else "weight": module.weight
+        for name, module in encoder.named_modules()
+        if getattr(module, "managed", False)
+    }
+    tensors = {**managed, **dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
+    return {name: tensor.detach() for name, tensor in tensors.items()}

@@ -60,6 +60,13 @@ class _Method:
         attachment = getattr(self._base(), "prefixmem_attachment", None)
         if attachment is not None:
             encoder = unwrapped(attachment.encoder)
+            if any(getattr(module, "division", None) is not None for module in encoder.modules()):
+                warnings.warn(
+                    f"{folder} gets the model without its encoder, whose tables are divided over processes: call "
+                    "prefixmem_fast.distributed.save_pretrained(model, folder) on every rank, or save_tables to go on",
+                    stacklevel=3,
+                )
+                return
             save_encoder(encoder, Path(folder) / FOLDER, attachment.vocabulary, weights=weights)
 
 

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from prefixmem_fast import PrefixMem, attach
 from prefixmem_fast._weights import CheckpointError
-from prefixmem_fast.distributed import load_tables, replicate, save_tables, shard
+from prefixmem_fast.distributed import load_tables, replicate, save_pretrained, save_tables, shard
 from tests.distributed.examples import RULES, alone, batches, encoder, loss_of, tables_of
 from tests.distributed.processes import case
+from tests.helpers import models
 
 LAYOUTS = {"replicate": replicate, "shard": shard, "alone": lambda model, **_: alone(model)}
 HALF, SIDS = 3, 12
@@ -70,6 +73,55 @@ def go_on(rank, world):
                 for name, value in state.state[whole.memory.weight].items():
                     own = optimizer.state[model.memory.weight][name]
                     assert torch.equal(own, part(value) if value.dim() else value), (saved, layout, rule, name)
+
+
+@case(2, 3)
+def save_whole_encoders(rank, world):
+    """save_pretrained of divided tables is read by one process; a changed part is seen."""
+    model, optimizer = build("shard", "adagrad")
+    steps(model, optimizer, 0, HALF, rank, world)
+    one, state = build("alone", "adagrad")
+    steps(one, state, 0, HALF, 0, 1)
+    for size in ("2GB", 3000):
+        model.save_pretrained(folder(f"encoder-{world}"), max_shard_size=size)
+        read = PrefixMem.from_pretrained(folder(f"encoder-{world}"))
+        assert all(torch.equal(own, other) for own, other in zip(read.parameters(), one.parameters(), strict=True))
+        dist.barrier()
+    files = sorted(folder(f"encoder-{world}").glob("memory-*.safetensors"))
+    assert len(files) > 10
+    if rank == 0:
+        damage_last_byte(files[3])
+        with pytest.raises(CheckpointError, match=rf"{files[3].name} is damaged, or not the one"):
+            PrefixMem.from_pretrained(folder(f"encoder-{world}"))
+    dist.barrier()
+    with pytest.raises(ValueError, match="belongs to something else"):
+        model.save_pretrained(folder("theirs"))
+
+
+@case(2)
+def save_a_model_with_an_encoder(rank, world):
+    """The model's own save_pretrained cannot save divided tables, and says what does."""
+    encoder = models.encoder(grad="fused")
+    whole = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    model = shard(attach(models.tiny_model(), encoder, models.vocabulary()))
+    assert not any("memory" in name for name in model.state_dict())
+    out = folder("model")
+    save_pretrained(model, out)
+    copy = attach(models.tiny_model(), PrefixMem.from_pretrained(out), models.vocabulary())
+    assert all(torch.equal(copy.prefixmem.state_dict()[name], whole[name]) for name in whole)
+    missing, unexpected = model.load_state_dict(copy.state_dict())  # whole tables into parts
+    assert missing == unexpected == []
+    with pytest.warns(
+        UserWarning, match=r"call prefixmem_fast\.distributed\.save_pretrained\(model, folder\) on every"
+    ):
+        model.save_pretrained(folder(f"alone-{rank}"))
+    assert not (folder(f"alone-{rank}") / "prefixmem").exists()
+
+
+def damage_last_byte(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
 
 
 @case(1, 2)

@@ -252,7 +252,7 @@ def test_the_same_content_saved_again_and_interrupted_loses_nothing(tmp_path, mo
     def stop(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "_write_json", stop)
+    monkeypatch.setattr(checkpoint, "write_json", stop)
     with pytest.raises(OSError, match="disk full"):
         one.save_pretrained(tmp_path)
     assert files(tmp_path) == before
@@ -335,17 +335,17 @@ def test_loaded_while_serving_it_can_be_trained(tmp_path):
 def test_two_writers_leave_one_of_the_two(tmp_path, monkeypatch):
     """The second begins while the first is about to write its config: it waits, and is the one that stays."""
     first, second = encoder(), encoder(std=2.0)
-    write, events = checkpoint._write_json, []
+    write, events = checkpoint.write_json, []
     other = threading.Thread(target=lambda: (second.save_pretrained(tmp_path), events.append("second")))
 
     def meanwhile(*args):
-        monkeypatch.setattr(checkpoint, "_write_json", write)
+        monkeypatch.setattr(checkpoint, "write_json", write)
         other.start()
         other.join(0.3)
         events.append("first")
         write(*args)
 
-    monkeypatch.setattr(checkpoint, "_write_json", meanwhile)
+    monkeypatch.setattr(checkpoint, "write_json", meanwhile)
     first.save_pretrained(tmp_path)
     other.join(60)
     assert events == ["first", "second"]
