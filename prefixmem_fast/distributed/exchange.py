@@ -95,11 +95,6 @@ class Exchange:
         """The first rank's numbers, in place."""
         self._call(call, dist.broadcast, _bytes_of(tensor), self.ranks[0])
 
-    def sum(self, tensor: Tensor, call: str) -> Tensor:
-        total = tensor.detach().clone()
-        self._call(call, dist.all_reduce, total)
-        return total
-
     def _call(self, call: str, collective: Any, *args: Any) -> None:
         try:
             collective(*args, group=self.group)

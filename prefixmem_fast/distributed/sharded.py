@@ -130,6 +130,13 @@ class DividedTable:
         self.start, self.stop = self.bounds[exchange.rank : exchange.rank + 2]
         self.comm_dtype: torch.dtype | None = None
         self.is_first_copy = True
+        self._device = torch.device("cpu")  # where codes come from
+
+    def norm(self, gradient: Tensor | None, order: float) -> Tensor:
+        own = 0.0 if gradient is None else float(torch.linalg.vector_norm(gradient, order))
+        own = torch.tensor([own], device=self._device)
+        norms = self.exchange.gather(own, [1] * self.exchange.size, f"clipping {self.name}")
+        return torch.linalg.vector_norm(norms, order)
 
     def save(self, encoder: nn.Module, path: Path, vocabulary: Any, max_shard_size: int | str) -> None:
         save_pretrained(encoder, path, vocabulary, max_shard_size=max_shard_size)
@@ -158,8 +165,8 @@ class DividedTable:
     def read(self, memory: PrefixMemory, source: Tensor | TokenStream) -> Tensor:
         spec, call = self.config.spec, f"reading {self.name}"
         sids = SIDs(source, spec)
-        dtype, device = memory.weight.dtype, sids.codes.device
-        counts = self.exchange.header(len(sids.codes), (spec.key, dtype, self.comm_dtype), device, call)
+        self._device, same = sids.codes.device, (spec.key, memory.weight.dtype, self.comm_dtype)
+        counts = self.exchange.header(len(sids.codes), same, self._device, call)
         codes = self.exchange.gather(sids.codes, counts, call)
         return sids.put(_Columns.apply(memory.read_own(codes), counts, self))
 

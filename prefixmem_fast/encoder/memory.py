@@ -36,6 +36,9 @@ class Division(Protocol):
     def part_of(self, table: Tensor) -> Tensor:
         """The rows of this process, of the whole table or of what has a number a row."""
 
+    def norm(self, gradient: Tensor | None, order: float) -> Tensor:
+        """Of the gradients of all parts together; collective."""
+
     def save(self, encoder: nn.Module, path: Path, vocabulary: SIDVocabulary | None, max_shard_size: int | str) -> None:
         """Write the encoder that the table is of, from all processes; collective."""
 

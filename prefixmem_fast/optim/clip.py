@@ -1,4 +1,4 @@
-"""Clipping over dense and sparse gradients together."""
+"""Clipping over dense and sparse gradients together, and over tables that are divided between processes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..encoder import PrefixMemory, QuantizedMemory
+from ..operation.spent_gradient import FusedGradient
 
 
 def clip_grad_norm_(
-    parameters: Tensor | Iterable[Tensor],
+    parameters: Tensor | Iterable[Tensor] | nn.Module,
     max_norm: float,
     norm_type: float = 2.0,
     *,
@@ -21,7 +24,9 @@ def clip_grad_norm_(
     The norm is that of the dense gradients. Coalescing waits for the GPU.
 
     Args:
-        parameters: whose ``.grad`` count; None is skipped.
+        parameters: whose ``.grad`` count; None is skipped. A module stands for its parameters and for the tables that
+            are none of them: managed ones, and those divided over processes, whose parts then count as one. With
+            divided ones the call is collective.
         max_norm: the largest total norm.
         norm_type: p of the p-norm, or infinity.
         error_if_nonfinite: raise if the total norm is not finite.
@@ -36,8 +41,31 @@ def clip_grad_norm_(
     """
     if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or math.isnan(max_norm) or max_norm < 0:
         raise ValueError(f"max_norm = {max_norm!r} is not a number of 0 or more")
+    divided: list[PrefixMemory] = []
+    if isinstance(parameters, nn.Module):
+        apart = [memory for memory in parameters.modules() if _is_apart(memory)]
+        divided = [memory for memory in apart if memory.division is not None]
+        parameters = [*parameters.parameters(), *(memory.weight for memory in apart)]
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+    if not divided:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
+    spent = [memory.weight for memory in divided if isinstance(memory.weight.grad, FusedGradient)]
+    if spent and max_norm != math.inf:
+        torch.nn.utils.clip_grad_norm_(spent, max_norm)  # raises
+    parts = {id(memory.weight) for memory in divided}
+    others = [p.grad for p in parameters if p.grad is not None and id(p) not in parts]
+    norms = [torch.nn.utils.get_total_norm(others, norm_type)]
+    norms += [memory.division.norm(memory.weight.grad, norm_type) for memory in divided]
+    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)
+    if error_if_nonfinite and not total.isfinite():
+        raise RuntimeError(f"the total norm of order {norm_type} is {float(total)}; give error_if_nonfinite=False")
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    return total
+
+
+def _is_apart(module: nn.Module) -> bool:
+    return isinstance(module, PrefixMemory) and not isinstance(module, QuantizedMemory) and module.managed
