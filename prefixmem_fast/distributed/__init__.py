@@ -1,0 +1,1 @@
+"""Tables on several GPUs, and what each way of placing them costs."""
