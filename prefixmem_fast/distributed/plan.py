@@ -260,7 +260,8 @@ def how_to(
             sizes, names = (cluster.gpus // shards, shards), ("replicate", "shard")
         named = str(names).replace("'", '"')
         mesh = f'mesh = torch.distributed.init_device_mesh("cuda", {sizes}, mesh_dim_names={named})'
-        return ["from prefixmem_fast import distributed, optim", mesh, "model = distributed.shard(model, mesh)", step]
+        sharded = 'model = distributed.shard(model, mesh)  # built with PrefixMem(config, grad="fused")'
+        return ["from prefixmem_fast import distributed, optim", mesh, sharded, step]
     place = ", which puts rows into host memory" if layout.name == "to_torchrec, host" else ""
     return [
         "from prefixmem_fast import distributed",

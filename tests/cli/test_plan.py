@@ -112,7 +112,7 @@ def test_bad_input_is_one_line(capsys, flags, message):
     assert message in captured.err
 
 
-SHOWN = re.findall(r"^    prefixmem (plan .*)\n\n```\n(.*?)```", SCALE, flags=re.MULTILINE | re.DOTALL)
+SHOWN = re.findall(r"^    prefixmem (plan .*)\n\n```\n((?:(?!```).*\n)*)```", SCALE, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize(("command", "output"), SHOWN, ids=[command for command, _ in SHOWN])
