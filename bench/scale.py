@@ -1,89 +1,20 @@
-"""What a catalogue costs in rows, bytes and devices, by formulas; rates come from measured rows alone.
+"""What a catalogue costs in rows, bytes and devices; rates come from measured rows alone.
 
-    prefixes of order n    P_n = K^n (1 - exp(-I / K^n))             I items of uniform codes; at most min(K^n, I)
-    rows, one each         R   = H * sum_n P_n                       n up to min(N, deepest active level)
-    rows of hashed tables  R   = H * sum_n T                         T rows a table
-    bytes                  R * (w * b + s)                           w columns of b bytes, s bytes of optimizer state
-    prefixes a row         P / T                                     of the last order
-    shared in a head       1 - exp(-P / T)                           prefixes whose row there is another's too
-    no row of its own      the same to the power of H                heads hash independently
-    traffic of a SID       N * H * w * b read, twice that and state to train, A * H * w * b of S and of its gradient
-
-Real codes are not uniform: fewer prefixes are live than this says.
+The formulas are those of prefixmem_fast/distributed/capacity.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefixmem_fast.distributed.capacity import Catalogue, size_text, where
+
 from .report import markdown
 from .rows import Row, hardware, latest, read_rows
-
-GPU_BYTES = {"80 GB": 80e9, "141 GB": 141e9}
-HOST_BYTES, HOST_GPUS = 2e12, 8  # memory of a large host, and its GPUs
-ROOM = 0.7  # share of a GPU's memory that tables may take beside a language model
-
-
-@dataclass(frozen=True)
-class Catalogue:
-    """A catalogue and the encoder over it, at the paper's widths unless said otherwise."""
-
-    items: float
-    codes: int = 2048
-    orders: int = 4
-    heads: int = 4
-    width: int = 64
-    row_bytes: int = 2 * 64  # bfloat16
-    state_bytes: int = 4  # row-wise Adagrad
-    active: int = 2
-
-    def prefixes(self) -> list[float]:
-        """Distinct prefixes of each order."""
-        return [-(self.codes**n) * math.expm1(-self.items / self.codes**n) for n in range(1, self.orders + 1)]
-
-    def exact_rows(self) -> float:
-        return self.heads * sum(self.prefixes())
-
-    def hashed_rows(self, table_rows: float) -> int:
-        """An order whose prefixes all fit takes a row each (`addressing="auto"`)."""
-        from prefixmem_fast import AddressSpec
-
-        return AddressSpec((self.codes,) * self.orders, self.orders, self.heads, int(table_rows)).total_rows
-
-    def bytes(self, rows: float) -> float:
-        return rows * (self.row_bytes + self.state_bytes)
-
-    def shared(self, table_rows: float) -> tuple[float, float]:
-        """Share of the prefixes of the last order whose row in one head is another's too, and so in every head."""
-        in_a_head = -math.expm1(-self.prefixes()[-1] / table_rows)
-        return in_a_head, in_a_head**self.heads
-
-    def read_bytes(self) -> int:
-        return self.orders * self.heads * self.row_bytes
-
-    def trained_bytes(self) -> int:
-        """Rows and state in and out, S and its gradient."""
-        rows = self.orders * self.heads * 2 * (self.row_bytes + self.state_bytes)
-        return self.read_bytes() + rows + 2 * self.active * self.heads * self.row_bytes
-
-
-def where(size: float) -> str:
-    """The smallest place that holds so many bytes."""
-    for name, room in GPU_BYTES.items():
-        if size <= ROOM * room:
-            return f"one GPU of {name}"
-    for name, room in GPU_BYTES.items():
-        if size <= ROOM * room * HOST_GPUS:
-            return f"{HOST_GPUS} GPUs of {name}, rows divided"
-    if size <= 0.8 * HOST_BYTES:
-        return "the memory of one host of 2 TB"
-    return f"{math.ceil(size / (0.8 * HOST_BYTES))} hosts of 2 TB"
 
 
 def add_arguments(option: Callable) -> None:
@@ -115,12 +46,12 @@ def tables(catalogue: Catalogue, sizes: list[float], measured: list[Row]) -> str
     lines = []
     rows = catalogue.exact_rows()
     size = catalogue.bytes(rows)
-    lines.append(["a row each", f"{rows:,.0f}", _size(size), "1", "0", "0", where(size)])
+    lines.append(["a row each", f"{rows:,.0f}", size_text(size), "1", "0", "0", where(size)])
     for size in sizes:
         rows = catalogue.hashed_rows(size)
         in_a_head, in_all = catalogue.shared(size)
         total, load = catalogue.bytes(rows), catalogue.prefixes()[-1] / size
-        cells = [f"{rows:,.0f}", _size(total), f"{load:.3g}", f"{in_a_head:.1%}", f"{in_all:.2%}", where(total)]
+        cells = [f"{rows:,.0f}", size_text(total), f"{load:.3g}", f"{in_a_head:.1%}", f"{in_all:.2%}", where(total)]
         lines.append([f"T = {size:,.0f}", *cells])
     traffic = [
         ["forward, rows alone", f"{catalogue.read_bytes():,}"],
@@ -180,10 +111,3 @@ def _rate(row: Row) -> list[str]:
         f"{work['sids'] / seconds / 1e6:.3g}",
         f"{row['floor']['every_read'] / seconds / 1e9:.3g}",
     ]
-
-
-def _size(size: float) -> str:
-    for unit, bytes_each in (("TB", 1e12), ("GB", 1e9)):
-        if size >= bytes_each:
-            return f"{size / bytes_each:.3g} {unit}"
-    return f"{size / 1e6:.3g} MB"

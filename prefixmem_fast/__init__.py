@@ -40,7 +40,18 @@ _MODULE_OF = {
     "prefix_rows": "operation",
     "token_memory": "operation",
 }
-_PACKAGES = ("addressing", "checks", "encoder", "examples", "huggingface", "operation", "optim", "recommender", "sid")
+_PACKAGES = (
+    "addressing",
+    "checks",
+    "distributed",
+    "encoder",
+    "examples",
+    "huggingface",
+    "operation",
+    "optim",
+    "recommender",
+    "sid",
+)
 __all__ = [
     "AddressSpec",
     "Catalogue",

@@ -15,3 +15,5 @@ QUANTIZED_DTYPES = ("int8", "float8_e4m3fn")  # of QUANTIZATIONS, as torch names
 SHAPES = ("paper", "float32", "suffix", "full", "wide", "odd", "cross-item", "float64")
 COLLISIONS = ("keep", "last-level", "extra-level")
 LAYOUTS = ("items-first", "levels-first")
+ROW_OPTIMIZERS = ("sgd", "row-adagrad", "row-adam", "lazy-adam")  # rules of operation/rules.py, as options name them
+SENT_DTYPES = ("bfloat16", "float32")  # of tables on several GPUs, and of numbers between them

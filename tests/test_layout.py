@@ -21,6 +21,7 @@ FLOORS = (
     "encoder",
     "optim",
     "huggingface",
+    "distributed",
     "recommender",
     "checks",
     "package",

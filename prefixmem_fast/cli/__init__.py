@@ -23,6 +23,7 @@ COMMANDS = {
     "info": "Show versions, those tested, the GPU, and which backends can run and why the others cannot.",
     "verify": "Check every backend against the reference, or prove without a GPU what the kernels compile to and move.",
     "tune": "Measure block sizes and warps of the kernels on this GPU, and keep the fastest for later processes.",
+    "plan": "Say how to place the tables on a number of GPUs: what fits, what a rank sends for a Semantic ID, and why.",
     "bench": "Measure the kernels on this machine beside plain PyTorch and other libraries, report and compare.",
     "index": "Make Semantic IDs from embeddings of items, by residual quantisation, and write them as an index.",
     "inspect": "Show what an index holds before training: codebooks, prefixes, shared SIDs, rows that prefixes share.",

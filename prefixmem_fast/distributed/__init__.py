@@ -6,6 +6,8 @@ sharded.py     shard: whole rows divided by heads; S and its gradient cross
 checkpoint.py  save_tables, load_tables: an entry for each order and head, read by any number of ranks
 saving.py      save_pretrained of divided tables: each rank its own rows
 ranks.py       what ranks tell one another around files
+plan.py        which layout when: bytes a rank and bytes sent a SID, by formulas
+capacity.py    what a catalogue costs in rows and bytes, and where it fits
 tables.py      the tables of a model, and keeping them from what wraps it
 """
 
