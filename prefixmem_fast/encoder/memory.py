@@ -277,13 +277,10 @@ class PrefixMemory(nn.Module):
 
     def _load_managed(self, state_dict, prefix, strict, missing_keys, unexpected_keys, error_msgs) -> None:
         """What torch does for parameters: copy the table out of a state_dict, or the rows of a rank's part."""
-        key, name = prefix + "_extra_state", prefix + "weight"
+        name = prefix + "weight"
         if name not in state_dict:
-            # Those of FSDP2 hold shards alone, and a divided table is in none.
-            if self.division is None and not any(hasattr(value, "device_mesh") for value in state_dict.values()):
-                missing_keys.extend([name] if strict else [])
-            elif key in missing_keys:
-                missing_keys.remove(key)
+            if self.division is None and strict:
+                missing_keys.append(name)
             return
         if name in unexpected_keys:
             unexpected_keys.remove(name)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from .memory import PrefixMemory, check_config
 from .projection import Encoded, OutputProjection, last_tokens
 from .quantized import QuantizedMemory
 from .saving import load_encoder, save_encoder
+
+_OF_TABLES = ("memory.weight", "memory._extra_state")
 
 
 class PrefixMem(nn.Module):
@@ -82,6 +85,8 @@ class PrefixMem(nn.Module):
             self.cross_item = PrefixMem(config.cross_item, **options, device=device, dtype=dtype)
         if config.quantization is not None:
             self.requires_grad_(False)
+        self.register_state_dict_post_hook(_leave_shards_alone)
+        self.register_load_state_dict_post_hook(_miss_nothing_beside_shards)
 
     @property
     def _windows_first(self) -> bool:
@@ -404,3 +409,19 @@ class PrefixMem(nn.Module):
         if not self.training or not self.dropout:
             return S
         return S * nn.functional.dropout(S.new_ones(*S.shape[:-1], 1), self.dropout)
+
+
+def _leave_shards_alone(encoder: PrefixMem, state_dict: dict[str, Tensor], prefix: str, _: object) -> None:
+    """Without a managed table where the rest is divided by FSDP2: loaders of such a state_dict take DTensors alone."""
+    if _is_beside_shards(encoder):
+        for name in _OF_TABLES:
+            state_dict.pop(prefix + name, None)
+
+
+def _miss_nothing_beside_shards(encoder: PrefixMem, keys: Any) -> None:
+    if _is_beside_shards(encoder):
+        keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(_OF_TABLES)]
+
+
+def _is_beside_shards(encoder: PrefixMem) -> bool:
+    return encoder.memory.managed and hasattr(encoder.out_proj.weight, "device_mesh")

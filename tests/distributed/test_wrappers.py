@@ -1,0 +1,7 @@
+from tests.distributed.processes import run_cases
+
+
+def test_wrapped_models_train_to_the_tables_of_one_process(tmp_path):
+    environment = {"PREFIXMEM_TEST_FOLDER": str(tmp_path)}
+    names = run_cases(2, tmp_path, "tests.distributed.wrapper_cases", environment=environment)
+    assert {"ddp", "fsdp2", "clipping_by_the_global_norm", "accumulation_without_synchronisation"} <= names
