@@ -9,6 +9,8 @@ of the same batch, so the copies stay equal to the bit, and equal to those of on
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -109,6 +111,7 @@ class ReplicatedTable:
         comm_dtype: torch.dtype | None = None,
     ) -> None:
         self.name, self.exchange, self.mean, self.comm_dtype = name, exchange, mean, comm_dtype
+        self._checked: Callable[[], Any] = lambda: None  # the DistributedDataParallel that has been looked at
         self._key = memory.config.spec.key
 
     def begin_with(self, weight: Tensor) -> None:
@@ -117,6 +120,18 @@ class ReplicatedTable:
             call = f"replicating {self.name}"
             self.exchange.header(0, (self._key, weight.dtype, tuple(weight.shape)), weight.device, call)
             self.exchange.broadcast(weight.detach(), call)
+
+    def check(self, weight: Tensor) -> None:
+        ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)  # whose forward pass this is in
+        if ddp is None or ddp is self._checked():
+            return
+        ignored = getattr(ddp, "parameters_to_ignore", ())
+        if any(parameter is weight for name, parameter in ddp.module.named_parameters() if name not in ignored):
+            raise RuntimeError(
+                f"DistributedDataParallel would reduce the gradient of {self.name} too: call replicate before it wraps "
+                f"the model, with the module that it wraps (a {type(ddp.module).__name__}), or with managed=True"
+            )
+        self._checked = weakref.ref(ddp)
 
     def gather(
         self, weight: Tensor, dS: Tensor, source: Tensor | TokenStream, spec: AddressSpec, grad: str

@@ -108,13 +108,11 @@ def _check_processes(weight: Tensor, state: TableState, grad: str) -> None:
             f'weight is divided by DeepSpeed ZeRO, and grad="{grad}" would train a copy that is thrown away; keep the '
             "table out of it with prefixmem_fast.distributed.replicate(model, managed=True) before deepspeed.initialize"
         )
+    if state.exchange is not None:
+        state.exchange.check(weight)
+        return
     distributed = torch.distributed
-    if (
-        state.exchange is None
-        and distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    ):
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         reason = {
             "fused": "would update every process's table by its own batch alone",
             "sparse": "gives a sparse gradient, which DistributedDataParallel and FSDP do not reduce",

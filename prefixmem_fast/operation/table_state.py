@@ -40,6 +40,9 @@ class Updates(Protocol):
 class Exchange(Protocol):
     """What brings the gradients of all processes to each of them; see `prefixmem_fast.distributed`."""
 
+    def check(self, weight: Tensor) -> None:
+        """Refuse a table that a wrapper of the model would exchange as well."""
+
     def gather(
         self, weight: Tensor, dS: Tensor, source: Tensor | TokenStream, spec: AddressSpec, grad: str
     ) -> tuple[Tensor, Tensor | TokenStream]:

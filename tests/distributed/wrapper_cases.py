@@ -100,6 +100,26 @@ def ddp(rank, world):
 
 
 @case(2)
+def ddp_around_more_than_it_was_told_of(rank, world):
+    class Larger(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, **inputs):
+            return self.model(**inputs)
+
+    for grad in ("fused", "sparse"):
+        model = replicate(build(models.encoder, grad))
+        optimizer = optimizer_of(model)
+        with pytest.raises(RuntimeError, match=r"with the module that it wraps \(a Larger\), or with managed=True"):
+            train(model, optimizer, stream(world), rank, world, wrapped=DistributedDataParallel(Larger(model)))
+        larger = replicate(Larger(build(models.encoder, grad)))
+        train(larger, optimizer_of(larger), stream(world), rank, world, wrapped=DistributedDataParallel(larger))
+        close(larger.model, one_process(models.encoder, grad, world))
+
+
+@case(2)
 def clipping_by_the_global_norm(rank, world):
     for name in ("within", "lags"):
         reference = one_process(MAKES[name], "sparse", world, clip=0.5)
