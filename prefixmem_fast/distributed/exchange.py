@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..addressing import AddressSpec, StreamSIDs, TokenStream, prefix_length, stream_sids
 
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
 _MOST_INT16 = (1 << 15) - 1
 
 
@@ -79,7 +80,7 @@ class Exchange:
         if len(rows) < most:  # a collective of equal parts, in place of one for each rank
             rows = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
         gathered = rows.new_empty(self.size * most, *rows.shape[1:])
-        self._call(call, dist.all_gather_into_tensor, _bytes_of(gathered), _bytes_of(rows))
+        self._call(call, _all_gather, _bytes_of(gathered), _bytes_of(rows))
         if min(counts) == most:
             return gathered
         return torch.cat([part[:count] for part, count in zip(gathered.split(most), counts, strict=True)])

@@ -41,7 +41,7 @@ def replicate(
     """Train the tables of a model on several processes, each of which holds all of them. In place, on every rank.
 
     Call it before DistributedDataParallel, FSDP2, accelerate or DeepSpeed wrap the model, and before its optimizer is
-    built. The first rank's tables are copied to all. With one process it changes nothing. The optimizer takes gradients
+    built. The first rank's tables are copied to all. One process trains as before. The optimizer takes gradients
     of the whole batch, so accumulation and clipping by the global norm see those too.
 
     Args:
@@ -64,15 +64,13 @@ def replicate(
     check_options(comm_dtype, reduce)
     _checks.boolean("managed", managed)
     memories = trained_by_rows(model)
-    several = process_group_is_needed()
-    exchanges = exchanges_for(memories, group, timeout) if several else {}
+    exchanges = exchanges_for(memories, group, timeout) if process_group_is_needed() else {}
     for name, memory in memories.items():
-        if several:
-            exchange = exchanges[memory.tables != "device"]
-            table = ReplicatedTable(name or "the table", memory, exchange, reduce == "mean", comm_dtype)
-            table.begin_with(memory.weight)
-            table_state(memory.weight).exchange = table
-            hide_from_ddp(model, name)
+        exchange = exchanges.get(memory.tables != "device")
+        table = ReplicatedTable(name or "the table", memory, exchange, reduce == "mean", comm_dtype)
+        table.begin_with(memory.weight)
+        table_state(memory.weight).exchange = table
+        hide_from_ddp(model, name)  # which wraps one process of torchrun too
         if managed:
             memory.hide_table()
     return model

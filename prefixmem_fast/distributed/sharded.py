@@ -12,7 +12,7 @@ that hold the same heads gather the gradient of S from one another, as those of 
 
 from __future__ import annotations
 
-from dataclasses import replace
+import dataclasses
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..addressing import TokenStream
 from ..encoder import PrefixMemConfig, PrefixMemory
 from ..operation.table_state import table_state
 from .exchange import Exchange, SIDs
-from .replicated import ReplicatedTable, check_options
+from .replicated import ReplicatedTable, check_options, replicate
 from .saving import save_pretrained
 from .tables import blocks_within, process_group_is_needed, trained_by_rows
 
@@ -68,7 +68,7 @@ def shard(
     if not process_group_is_needed():
         if mesh is not None:
             raise ValueError("mesh is given, and there is one process; start the script with torchrun")
-        return model
+        return replicate(model)
     heads = min(memory.config.spec.heads for memory in memories.values())
     inner, outer = _ranks_of(mesh, heads)
     across = Exchange(inner, timeout=timeout)
@@ -149,7 +149,7 @@ class DividedTable:
         memory.before_write()
         memory.hide_table()
         memory.division = self
-        memory.config = replace(self.config, spec=spec, memory_dim=spec.heads * width, cross_item=None)
+        memory.config = dataclasses.replace(self.config, spec=spec, memory_dim=spec.heads * width, cross_item=None)
         memory.__dict__["weight"] = nn.Parameter(part, memory.weight.requires_grad)
         memory._keep_table()
         table_state(memory.weight).part = self.start

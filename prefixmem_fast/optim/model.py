@@ -182,6 +182,8 @@ class ModelOptimizer(WaitsForUpdates, torch.optim.Optimizer):
                 loss = closure()
         for optimizer in self._all():
             optimizer.step()
+        if self.apart is not None:
+            self.apart.zero_grad()  # model.zero_grad(), which trainers call, does not reach its tables
         return loss
 
     def _all(self) -> list[torch.optim.Optimizer]:

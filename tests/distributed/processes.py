@@ -18,6 +18,11 @@ import torch.distributed as dist
 
 CASES = []  # (worlds, function) of the module that has been imported last
 START = 120  # seconds
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+
+
+def _of_torchrun(rank, world):
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
 
 
 def case(*worlds):
@@ -46,7 +51,7 @@ def start(world, tmp_path, module, *arguments, environment=None):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", **(environment or {})},
+            env={**os.environ, **ENVIRONMENT, **_of_torchrun(rank, world), **(environment or {})},
         )
         for rank in range(world)
     ]
@@ -70,7 +75,7 @@ def run_cases(world, tmp_path, module, seconds=600, **options):
         if process.returncode
     ]
     assert not failed, "\n\n".join(failed)
-    return set(said[0][0].split())
+    return {line.split()[1] for line in said[0][0].splitlines() if line.startswith("passed: ")}
 
 
 def main(rank, world, store, module):
@@ -88,7 +93,7 @@ def main(rank, world, store, module):
                 traceback.print_exc()
                 sys.stderr.flush()
                 os._exit(1)  # without waiting for the others, who fail soon after
-            print(function.__name__)
+            print("passed:", function.__name__)
             dist.barrier()
     dist.destroy_process_group()
 

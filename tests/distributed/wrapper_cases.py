@@ -8,39 +8,18 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from prefixmem_fast import attach, optim
+from prefixmem_fast import optim
 from prefixmem_fast.distributed import replicate, shard
 from tests.distributed.examples import alone, tables_of
 from tests.distributed.processes import case
+from tests.distributed.token_examples import build, stream
 from tests.helpers import models
 
-STEPS = 4
 LAYOUTS = {
     "replicate": replicate,
     "managed": partial(replicate, managed=True),
     "shard": shard,
 }
-
-
-def stream(world, steps=STEPS, length=12):
-    """For each step tokens ``[2 * world, length]`` of items and text; the last rank's are text alone."""
-    generator = torch.Generator().manual_seed(3)
-
-    def number(limit):
-        return int(torch.randint(limit, (), generator=generator))
-
-    def row(items):
-        tokens = []
-        while len(tokens) < length:
-            whole = items and number(5)
-            tokens += models.sid(number(2), number(2), number(2)) if whole else [3 + number(17)]
-        return tokens[:length]
-
-    return [torch.tensor([row(i < 2 * world - 2) for i in range(2 * world)]) for _ in range(steps)]
-
-
-def build(make, grad, dtype=None):
-    return attach(models.tiny_model(), make(grad=grad, dtype=dtype), models.vocabulary()).train()
 
 
 def optimizer_of(model, rows=optim.RowWiseAdagrad):
