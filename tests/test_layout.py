@@ -20,6 +20,7 @@ FLOORS = (
     "sid",
     "encoder",
     "optim",
+    "distributed",
     "huggingface",
     "recommender",
     "checks",
