@@ -242,7 +242,7 @@ class TorchRecMemory(nn.Module):
         tables = [
             EmbeddingConfig(
                 name=name,
-                num_embeddings=len(range(*_rows(config.spec, n).indices(len(weight)))),
+                num_embeddings=config.spec.heads * config.spec.rows_per_order[n - 1],
                 embedding_dim=config.row_width,
                 feature_names=[name],
                 data_type=dtype_to_data_type(dtype),
@@ -257,7 +257,7 @@ class TorchRecMemory(nn.Module):
         return cls(config, collection, names, weight.dtype)
 
     def ids_of_a_sid(self) -> dict[str, int]:
-        """How many ids a whole Semantic ID has in each feature, 1 where it is never read: the planner divides by it."""
+        """How many ids a whole Semantic ID has in each feature; H for one that is never read, since 0 is no factor."""
         return {name: max(len(self._levels_of(n)), 1) * self.config.spec.heads for n, name in self.names.items()}
 
     @property
@@ -291,7 +291,7 @@ class TorchRecMemory(nn.Module):
         rows = rows.view(-1, self.config.memory_dim)  # heads side by side
         all_rows = rows.new_zeros(len(ids), rows.shape[1]).index_copy(0, place, rows)
         S = self._sum_orders(all_rows, len(sids))
-        return S[:given].unflatten(0, codes.shape[:-1]).to(self.dtype) if codes.dim() > 1 else S[0].to(self.dtype)
+        return S[:given].reshape(*codes.shape[:-1], *S.shape[1:]).to(self.dtype)
 
     def _ids(self, sids: Tensor) -> tuple[Tensor, Tensor]:
         """Rows ``[.., H]`` of the order's table, below 0 for none, by order, Semantic ID and level; how many ids."""
