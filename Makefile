@@ -15,7 +15,7 @@ TRITONS := 3.4.0 3.6.0 3.8.0
 COMMA := ,
 TRITON_FOLDERS := $(TRITONS:%=.venv-triton/%/ready)
 
-.PHONY: test test-slow test-all test-oldest test-newest triton-releases compile-report demo bench gpu lint format clean
+.PHONY: test test-slow test-all test-oldest test-newest test-torchrec triton-releases compile-report demo bench gpu lint format clean
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow" tests
@@ -35,6 +35,17 @@ test-oldest test-newest: test-%:
 .venv-%/ready: setup.py
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet $(RELEASES) $(TORCH) --editable '.[test,bench]'
+	touch $@
+
+# TorchRec with the FBGEMM that loads on this torch: newer ones do not, and pip would take FBGEMM for GPUs.
+test-torchrec: .venv-torchrec/ready
+	OMP_NUM_THREADS=1 .venv-torchrec/bin/python -m pytest tests/distributed/test_torchrec.py
+
+.venv-torchrec/ready: setup.py constraints.txt
+	test -x .venv-torchrec/bin/python || $(PYTHON) -m venv .venv-torchrec
+	.venv-torchrec/bin/python -m pip install --quiet --constraint constraints.txt $(TORCH) --editable . \
+		pytest hypothesis fbgemm-gpu-cpu==1.8.0 torchmetrics==1.0.3 tensordict pyre-extensions
+	.venv-torchrec/bin/python -m pip install --quiet --no-deps torchrec==1.9.2
 	touch $@
 
 triton-releases: $(TRITON_FOLDERS)
@@ -68,7 +79,7 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-triton build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-torchrec .venv-triton build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -6,6 +6,7 @@ sharded.py     shard: whole rows divided by heads; S and its gradient cross
 checkpoint.py  save_tables, load_tables: an entry for each order and head, read by any number of ranks
 saving.py      save_pretrained of divided tables: each rank its own rows
 ranks.py       what ranks tell one another around files
+torchrec.py    to_torchrec, from_torchrec: rows divided by TorchRec, also in host memory and on SSDs
 plan.py        which layout when: bytes a rank and bytes sent a SID, by formulas
 capacity.py    what a catalogue costs in rows and bytes, and where it fits
 tables.py      the tables of a model, and keeping them from what wraps it
@@ -16,5 +17,15 @@ from .exchange import ExchangeError
 from .replicated import replicate
 from .saving import save_pretrained
 from .sharded import shard
+from .torchrec import from_torchrec, to_torchrec
 
-__all__ = ["ExchangeError", "load_tables", "replicate", "save_pretrained", "save_tables", "shard"]
+__all__ = [
+    "ExchangeError",
+    "from_torchrec",
+    "load_tables",
+    "replicate",
+    "save_pretrained",
+    "save_tables",
+    "shard",
+    "to_torchrec",
+]

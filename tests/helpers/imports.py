@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("prefixmem_fast", "kernels", "bench", "tests")
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
-# Peers of the benchmarks, and what a GPU machine alone has.
-OPTIONAL = ("fbgemm_gpu", "liger_kernel", "pynvml")
+# Peers of the benchmarks, what a GPU machine alone has, and what has an environment of its own.
+OPTIONAL = ("fbgemm_gpu", "liger_kernel", "pynvml", "torchrec")
 
 
 def module_name(file: Path) -> str:
