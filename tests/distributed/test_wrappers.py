@@ -1,3 +1,5 @@
+import pytest
+
 from tests.distributed.processes import run_cases
 
 
@@ -11,3 +13,16 @@ def test_transformers_trainer(tmp_path):
     environment = {"PREFIXMEM_TEST_FOLDER": str(tmp_path)}
     assert run_cases(1, tmp_path, "tests.distributed.trainer_cases", environment=environment) == {"trainer_alone"}
     assert run_cases(2, tmp_path, "tests.distributed.trainer_cases", environment=environment) == {"trainer"}
+
+
+def test_fsdp2_of_accelerate(tmp_path):
+    assert run_cases(2, tmp_path, "tests.distributed.accelerate_cases") == {"fsdp2"}
+
+
+@pytest.mark.slow
+def test_deepspeed(tmp_path):
+    pytest.importorskip("deepspeed")
+    assert run_cases(2, tmp_path, "tests.distributed.deepspeed_cases") == {
+        "hidden_tables",
+        "tables_that_would_not_train",
+    }
