@@ -116,39 +116,48 @@ def test_resume_needs_nothing_but_the_folder(tmp_path, flags, capsys):
     assert json.loads(out)["steps"] == 8
 
 
-@pytest.mark.slow
-def test_two_processes_of_torchrun_are_two_batches_a_step(tmp_path, flags, capsys):
-    """Every process takes the next batch of the stream, so two of them are an accumulation of two."""
-    still = json.dumps({**TINY, "embd_pdrop": 0.0, "resid_pdrop": 0.0})
-    arguments = [*flags, "--model-options", still, "--grad", "dense"]
-    alone = run(capsys, "train", *arguments, "--accumulation", "2", "--out", tmp_path / "alone", "--json")
-    assert alone[0] == 0
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "-m",
-            "prefixmem_fast.cli",
-            "train",
-            *arguments,
-            "--out",
-            str(tmp_path / "two"),
-            "--json",
-        ],
+def torchrun(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        + ["-m", "prefixmem_fast.cli", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "missing keys" not in done.stderr  # replicas are quiet
-    one, two = (json.loads(text) for text in (alone[1], done.stdout))  # and printed once
+
+
+def same_curves(two, one):
     for curve, name in (("validation", "loss"), ("training", "loss"), ("validation", "accuracy_3")):
         assert [row[name] for row in two[curve]] == pytest.approx([row[name] for row in one[curve]], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "grad", ["sparse", pytest.param("dense", marks=pytest.mark.slow), pytest.param("fused", marks=pytest.mark.slow)]
+)
+def test_two_processes_of_torchrun_are_two_batches_a_step(tmp_path, flags, capsys, grad):
+    """Every process takes the next batch of the stream, so two of them are an accumulation of two."""
+    still = json.dumps({**TINY, "embd_pdrop": 0.0, "resid_pdrop": 0.0})
+    arguments = [*flags, "--model-options", still, "--max-grad-norm", "0"]
+    alone = [*arguments, "--accumulation", "2", "--grad", "sparse" if grad == "fused" else grad]
+    one = run(capsys, "train", *alone, "--out", tmp_path / "alone", "--json")
+    assert one[0] == 0
+    done = torchrun("train", *arguments, "--grad", grad, "--out", tmp_path / "two", "--json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "missing keys" not in done.stderr  # replicas are quiet
+    same_curves(json.loads(done.stdout), json.loads(one[1]))  # printed once
     assert (tmp_path / "two" / "model").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grad", ["dense", "sparse"])
+def test_two_processes_pretrain_an_encoder(tmp_path, flags, capsys, grad):
+    arguments = ["pretrain", "--method", "classification", *flags, "--grad", grad, "--max-grad-norm", "0"]
+    one = run(capsys, *arguments, "--accumulation", "2", "--out", tmp_path / "alone", "--json")
+    assert one[0] == 0
+    done = torchrun(*arguments, "--out", tmp_path / "two", "--json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    same_curves(json.loads(done.stdout), json.loads(one[1]))
+    assert (tmp_path / "two" / "encoder").is_dir()
 
 
 @pytest.mark.parametrize("command", [["train"], ["pretrain", "--method", "lm"]])

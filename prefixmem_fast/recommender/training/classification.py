@@ -22,7 +22,7 @@ from .arms import build_encoder
 from .config import RunConfig
 from .folder import CLASSIFICATION, ENCODER
 from .run import Data, load_data
-from .session import Session, process_count
+from .session import Session, is_first_process, process_count
 from .trainer import make_trainer
 
 
@@ -124,8 +124,6 @@ def pretrain(
     """
     from transformers import set_seed
 
-    if (processes := process_count()) > 1:
-        raise ValueError(f"pre-training by classification works in one process, and there are {processes}: no torchrun")
     with Session(config, out, CLASSIFICATION, ENCODER, resume) as session:
         if session.report is not None:
             return session.report
@@ -143,7 +141,7 @@ def pretrain(
             data.split.train.items,
             items,
             config.batch_size,
-            config.steps * config.accumulation,
+            config.steps * config.accumulation * process_count(),
             config.seed,
         )
         trainer = make_trainer(
@@ -157,5 +155,6 @@ def pretrain(
             score=lambda model: model.validate(validation),
         )
         report = trainer.run()
-        session.finish(report, model.encoder.save_pretrained)
+        if is_first_process():
+            session.finish(report, model.encoder.save_pretrained)
         return report

@@ -32,7 +32,7 @@ from ..data import (
     tokens_of,
 )
 from ..data.batches import causal_batch, source_target_batch
-from .config import CONFIG, MEMORY_ARMS, RunConfig, read_run
+from .config import CONFIG, RunConfig, read_run
 from .folder import CLASSIFICATION, ENCODER, MODEL, TRAIN, RunFolder, command_of
 from .inputs import DATA, located
 from .session import Session, options_digest, process_count
@@ -136,7 +136,6 @@ def train(
     from .arms import add_arm as add_arm_of_config
     from .trainer import StopAt, make_trainer, score_examples
 
-    _check_processes(config)
     with Session(config, out, kind, MODEL, resume) as session:
         if session.report is not None:
             return session.report
@@ -226,9 +225,3 @@ def stream_of(run: Run) -> tuple[SequenceStream, Callable]:
     batches = config.steps * config.accumulation * process_count()
     stream = SequenceStream(kinds, batches, batch_size=config.batch_size, seed=config.seed, pack=config.pack)
     return stream, partial(source_target_batch if encoder_decoder else causal_batch, pad=tokens.pad)
-
-
-def _check_processes(config: RunConfig) -> None:
-    processes = process_count()
-    if processes > 1 and config.arm in MEMORY_ARMS and config.grad != "dense":
-        raise ValueError(f"grad = {config.grad!r} works in one process, and there are {processes}; give grad = 'dense'")

@@ -18,12 +18,14 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..._progress import on_a_terminal, say
+from ...distributed import replicate
 from ...encoder import PrefixMem, PrefixMemory, SIDTransformer
 from ..data import Examples, Tokens
 from ..evaluation.teacher_forcing import teacher_forced
 from .arms import optimizer_for
-from .config import RunConfig
+from .config import MEMORY_ARMS, RunConfig
 from .folder import RunFolder
+from .session import process_count
 
 
 class DivergedError(ArithmeticError):
@@ -155,9 +157,10 @@ def make_trainer(config: RunConfig, folder: RunFolder, **options: Any) -> Recomm
         options: of `RecommenderTrainer`, aside from `config`, `folder` and `args`.
     """
     with _environment_of_precision(config.precision):
-        return RecommenderTrainer(
-            config=config, folder=folder, args=_training_arguments(config, folder.path), **options
-        )
+        arguments = _training_arguments(config, folder.path)  # initialises torch.distributed under torchrun
+        if process_count() > 1 and config.grad != "dense" and config.arm in MEMORY_ARMS:
+            replicate(options["model"])
+        return RecommenderTrainer(config=config, folder=folder, args=arguments, **options)
 
 
 @contextmanager

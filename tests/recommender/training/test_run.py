@@ -384,14 +384,6 @@ def test_the_options_say_the_precision(tmp_path, monkeypatch):
     assert losses(train(options(tmp_path), tmp_path / "last", quiet=True)) == found[0]
 
 
-def test_several_processes_need_a_dense_gradient(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(tmp_path, "grad = 'sparse' works in one process, and there are 2; give grad = 'dense'")
-    with pytest.raises(ValueError, match="works in one process, and there are 2"):
-        classification.pretrain(options(tmp_path), tmp_path / "pretraining", quiet=True)
-    assert not (tmp_path / "pretraining").exists()
-
-
 def test_training_sees_neither_validation_nor_test_items(tmp_path):
     config = options(tmp_path)
     run = runs.prepare(config, runs.load_data(config))
