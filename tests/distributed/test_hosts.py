@@ -1,0 +1,29 @@
+import pytest
+
+from tests.distributed.hosts import problem, torchrun, two_hosts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "cases"),
+    [
+        ("tests.distributed.replicate_cases", {"fifty_steps", "means_of_ranks"}),
+        (
+            "tests.distributed.shard_cases",
+            {"fifty_steps", "means_of_ranks", "two_dimensions", "every_rule_and_gradient"},
+        ),
+    ],
+)
+def test_two_hosts_of_two_processes_have_the_bits_of_one(module, cases):
+    if (reason := problem()) is not None:
+        pytest.skip(reason)
+    with two_hosts() as hosts:
+        nodes = [torchrun(host, node, "tests.distributed.hosts", module) for node, host in enumerate(hosts)]
+        try:
+            said = [node.communicate(timeout=300) for node in nodes]
+        finally:
+            for node in nodes:
+                node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
+    passed = {tuple(line.split()[1:]) for out, _ in said for line in out.splitlines() if line.startswith("passed: ")}
+    assert passed == {(str(rank), name) for rank in range(4) for name in cases}
