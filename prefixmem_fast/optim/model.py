@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from ..encoder import PrefixMem, PrefixMemory, QuantizedMemory, SIDTransformer
+from ..operation.table_state import table_state
 from .rows import RowOptimizer, RowWiseAdagrad, WaitsForUpdates, check_state, is_table, restore_state
 
 
@@ -202,9 +203,13 @@ class ModelOptimizer(WaitsForUpdates, torch.optim.Optimizer):
                 optimizer.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """As every torch optimizer gives; with an entry "apart" where tables are apart."""
+        """As every torch optimizer gives; with an entry "apart" where whole tables are apart.
+
+        The state of divided ones is each rank's own: `distributed.save_tables` writes it.
+        """
         state = super().state_dict()
-        if self.apart is not None:
+        tables = [] if self.apart is None else [p for group in self.apart.param_groups for p in group["params"]]
+        if tables and all(table_state(table).part is None for table in tables):
             state["apart"] = self.apart.state_dict()
         return state
 

@@ -212,7 +212,7 @@ def _as_given() -> float:
 
 
 def _seed_of(weight: Tensor, group: dict[str, Any]) -> int:
-    return (group["seed"] + 0x9E3779B97F4A7C15 * table_state(weight).part) % (1 << 63)
+    return (group["seed"] + 0x9E3779B97F4A7C15 * (table_state(weight).part or 0)) % (1 << 63)
 
 
 def is_table(parameter: Any) -> bool:
@@ -237,7 +237,7 @@ def check_state(
             stored = state_dict["state"].get(i, {}).items()
             shapes = {name: tuple(value.shape) for name, value in stored if isinstance(value, Tensor)}
             if isinstance(part, RowOptimizer):
-                _check_rows_state(weight, shapes, saved, part)
+                _check_rows_state(weight, shapes, group, saved, part)
             elif isinstance(part, _OF_ELEMENTS) and any(s not in ((), tuple(weight.shape)) for s in shapes.values()):
                 raise ValueError(
                     f"the state for the parameter of shape {tuple(weight.shape)} is of another one: it has {shapes}; "
@@ -245,12 +245,15 @@ def check_state(
                 )
 
 
-def _check_rows_state(weight: Tensor, shapes: dict[str, tuple], saved: dict[str, Any], part: RowOptimizer) -> None:
+def _check_rows_state(
+    weight: Tensor, shapes: dict[str, tuple], group: dict[str, Any], saved: dict[str, Any], part: RowOptimizer
+) -> None:
     wanted = {"step": ()}
     for name, kind in RULES[part.rule].state.items():
         if name != "exp_avg" or saved.get("betas", (1.0,))[0] != 0:
             wanted[name] = tuple(weight.shape if kind == "element" else weight.shape[:1])
-    missing = [name for name in part.defaults if name not in saved]
+    # Loading adds to torch's defaults what no group has.
+    missing = [name for name in part.defaults if name in group and name not in saved]
     if missing or (shapes and shapes != wanted):
         found = f"its group lacks {', '.join(missing)}" if missing else f"it has {shapes}, and {wanted} is needed"
         raise ValueError(

@@ -1,6 +1,7 @@
 """transformers' Trainer and accelerate's FSDP2, as users start them, against one process."""
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from transformers import Trainer, TrainingArguments
 
 from prefixmem_fast import optim
 from prefixmem_fast.distributed import replicate, shard
+from prefixmem_fast.huggingface.table_checkpoints import TableCheckpoints
+from prefixmem_fast.recommender.training.trainer import StopAt
 from tests.distributed.examples import tables_of
 from tests.distributed.processes import case
 from tests.distributed.token_examples import build, stream
@@ -31,12 +34,11 @@ def folder():
     return Path(os.environ["PREFIXMEM_TEST_FOLDER"])
 
 
-def run(model, world, out, **options):
+def run(model, world, out, steps=4, resume=None, **options):
     arguments = TrainingArguments(
         str(out),
         per_device_train_batch_size=4 // world,
         max_steps=4,
-        save_strategy="no",
         logging_steps=1,
         report_to=[],
         use_cpu=True,
@@ -44,12 +46,13 @@ def run(model, world, out, **options):
         disable_tqdm=True,
         learning_rate=1e-2,
         warmup_steps=2,
-        **options,
+        **{"save_strategy": "no", **options},
     )
     optimizer = optim.for_model(model, 1e-2, encoder_lr_multiple=2.0)
     dataset = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in ROWS]
-    trainer = Trainer(model, arguments, train_dataset=dataset, optimizers=(optimizer, None))
-    trainer.train()
+    callbacks = [TableCheckpoints(), StopAt(steps)]
+    trainer = Trainer(model, arguments, train_dataset=dataset, optimizers=(optimizer, None), callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=resume)
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
@@ -59,6 +62,27 @@ def trainer_alone(rank, world):
         model = replicate(build(models.encoder, grad))
         losses = run(model, 1, folder() / "out", **options)
         torch.save({"losses": losses, **tables_of(model)}, folder() / f"{name}.pt")
+
+
+@case(2)
+def resume(rank, world):
+    """From the checkpoint of step 2, in the layout that it was saved in."""
+    expected = torch.load(folder() / "fused.pt")
+    options = {"save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0.0}
+    for name, layout in LAYOUTS.items():
+        out = folder() / f"resumed-{name}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model's own files have no divided tables
+            run(layout(build(models.encoder, "fused")), world, out, steps=2, **options)
+        dist.barrier()
+        model = layout(build(models.encoder, "fused"))
+        with torch.no_grad():
+            model.prefixmem.memory.weight.zero_()
+        losses = run(model, world, out, resume=str(out / "checkpoint-2"), **options)
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected["losses"]), rtol=1e-3, atol=1e-3)
+        memory = model.prefixmem.memory
+        part = memory.division.part_of if memory.division else lambda table: table
+        torch.testing.assert_close(memory.weight.detach(), part(expected["prefixmem.memory"]), rtol=1e-4, atol=1e-5)
 
 
 @case(2)

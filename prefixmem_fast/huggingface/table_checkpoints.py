@@ -1,0 +1,32 @@
+"""Divided tables in the checkpoints of transformers' Trainer, which saves from its first process alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..distributed import load_tables, save_tables
+
+FOLDER = "prefixmem_tables"  # in a checkpoint
+
+
+class TableCheckpoints(TrainerCallback):
+    """Has a Trainer save and resume divided tables and their optimizer's state: ``callbacks=[TableCheckpoints()]``.
+
+    Each checkpoint gets a folder `prefixmem_tables`, see `prefixmem_fast.distributed.save_tables`. A run may be resumed
+    with another number of processes and in another layout.
+    """
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        save_tables(model, _checkpoint(args, state) / FOLDER)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        folder = _checkpoint(args, state) / FOLDER
+        if state.global_step and folder.is_dir():
+            load_tables(model, folder)
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
