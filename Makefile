@@ -15,7 +15,7 @@ TRITONS := 3.4.0 3.6.0 3.8.0
 COMMA := ,
 TRITON_FOLDERS := $(TRITONS:%=.venv-triton/%/ready)
 
-.PHONY: test test-slow test-all test-oldest test-newest test-torchrec triton-releases compile-report demo bench gpu lint format clean
+.PHONY: test test-slow test-all test-oldest test-newest test-torchrec test-deepspeed triton-releases compile-report demo bench gpu lint format clean
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow" tests
@@ -32,6 +32,17 @@ test-oldest test-newest: test-%:
 
 .venv-oldest/ready: RELEASES := transformers==4.57.1
 .venv-newest/ready: RELEASES := --upgrade --upgrade-strategy eager
+# DeepSpeed builds from its sources; its own kernels are not used.
+test-deepspeed: .venv-deepspeed/ready
+	OMP_NUM_THREADS=1 .venv-deepspeed/bin/python -m pytest -m slow tests/distributed/test_wrappers.py -k deepspeed
+
+.venv-deepspeed/ready: setup.py constraints.txt
+	test -x .venv-deepspeed/bin/python || $(PYTHON) -m venv .venv-deepspeed
+	.venv-deepspeed/bin/python -m pip install --quiet --constraint constraints.txt $(TORCH) --editable '.[train]' \
+		pytest hypothesis wheel 'setuptools<81'
+	.venv-deepspeed/bin/python -m pip install --quiet --no-build-isolation deepspeed==0.19.8
+	touch $@
+
 .venv-%/ready: setup.py
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet $(RELEASES) $(TORCH) --editable '.[test,bench]'
@@ -79,7 +90,7 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-torchrec .venv-triton build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-torchrec .venv-deepspeed .venv-triton build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -14,6 +14,9 @@ import json
 import os
 import secrets
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +62,8 @@ def save_tables(model: nn.Module, folder: str | Path) -> None:
         entries: dict[str, Tensor] = {}
         for name, memory in memories.items():
             entries |= _entries(name, memory)
-        dcp.save(entries, checkpoint_id=new, no_dist=not several())
+        with _quiet_alone():
+            dcp.save(entries, checkpoint_id=new, no_dist=not several())
         digests = {path.name: sha256_of(path) for path in new.glob(f"__{rank()}_*.distcp")}
         digests = {name: digest for found in gathered(digests) for name, digest in found.items()}
 
@@ -112,6 +116,14 @@ def load_tables(model: nn.Module, folder: str | Path, *, verify: bool = True) ->
     )
     for memory in memories.values():
         torch.autograd.graph.increment_version(memory.weight)
+
+
+@contextmanager
+def _quiet_alone() -> Iterator[None]:
+    """torch warns of a single process, which is none of the caller's mistakes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _entries(name: str, memory: PrefixMemory) -> dict[str, Tensor]:

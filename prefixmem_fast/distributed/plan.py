@@ -1,7 +1,8 @@
 """Which layout of the tables fits a number of GPUs, and the bytes that it sends, by formulas.
 
 Bytes that leave a rank for one Semantic ID (SID) of its own batch, forward and backward. Codes are int16. There are W
-ranks, and the numbers of S and of its gradient dS take b bytes.
+ranks, and the numbers of dS, the gradient of S, take b bytes. S and the rows of TorchRec travel in the dtype of the
+tables; here they take b too.
 
     dense DDP      2 (W - 1) / W * bytes of the tables / M        ring all_reduce of a step of M SIDs a rank
     replicate      (2 L + A H w b) (W - 1)                        backward: all_gather of codes and dS
@@ -132,11 +133,19 @@ def replicate_sent(catalogue: Catalogue, ranks: int, number_bytes: int) -> int:
     return (2 * catalogue.levels + sums) * (ranks - 1)
 
 
-def shard_sent(catalogue: Catalogue, shards: int, replicas: int, number_bytes: int) -> int:
-    """Bytes a SID of the rank that holds the most heads, in a mesh of `replicas` x `shards` ranks."""
+def shard_sent(
+    catalogue: Catalogue, shards: int, replicas: int, number_bytes: int, sum_bytes: int | None = None
+) -> int:
+    """Bytes a SID of the rank that holds the most heads, in a mesh of `replicas` x `shards` ranks.
+
+    Args:
+        number_bytes: of dS.
+        sum_bytes: of the numbers of S, where they take another number.
+    """
     codes, head = 2 * catalogue.levels, catalogue.active * catalogue.width * number_bytes
     held = math.ceil(catalogue.heads / shards)
-    forward = codes * (shards - 1) + head * held * (shards - 1)  # S of its heads to the SIDs of the other ranks
+    sums = head if sum_bytes is None else catalogue.active * catalogue.width * sum_bytes
+    forward = codes * (shards - 1) + sums * held * (shards - 1)  # S of its heads to the SIDs of the other ranks
     backward = head * (catalogue.heads - held)  # dS of the other heads
     across = shards * (codes + head * held) * (replicas - 1)
     return forward + backward + across
@@ -153,7 +162,7 @@ def layouts(catalogue: Catalogue, table_rows: int, cluster: Cluster, number_byte
 
     Args:
         table_rows: T.
-        number_bytes: b, of the numbers of S, dS and rows on their way between ranks.
+        number_bytes: of the numbers of dS on their way between ranks; S and rows travel as the tables are.
         batch: M, SIDs a rank in a step; it shares out what dense DDP sends.
     """
     rows, ranks = catalogue.hashed_rows(table_rows), cluster.gpus
@@ -164,7 +173,8 @@ def layouts(catalogue: Catalogue, table_rows: int, cluster: Cluster, number_byte
             Layout("one GPU", "one GPU", size <= room, size, 0),
             Layout("host", "host memory", in_hosts, size, 0),
         ]
-    gathered, divided = (sent(catalogue, ranks, number_bytes) for sent in (replicate_sent, torchrec_sent))
+    own_bytes = catalogue.row_bytes // catalogue.width
+    gathered, divided = replicate_sent(catalogue, ranks, number_bytes), torchrec_sent(catalogue, ranks, own_bytes)
     found = [
         Layout("dense DDP", "dense DDP", 4 * tables <= room, 4 * tables, dense_sent(tables, ranks) / batch),
         Layout("replicate", "replicate", size <= room, size, gathered),
@@ -173,7 +183,7 @@ def layouts(catalogue: Catalogue, table_rows: int, cluster: Cluster, number_byte
     if shards > 1:
         part = size * math.ceil(catalogue.heads / shards) / catalogue.heads
         mesh = f"{shards}" if shards == ranks else f"{ranks // shards} x {shards}"
-        sent = shard_sent(catalogue, shards, ranks // shards, number_bytes)
+        sent = shard_sent(catalogue, shards, ranks // shards, number_bytes, own_bytes)
         found.append(Layout("shard", f"shard, {mesh} ranks", part <= room, part, sent))
     copies = size * cluster.ranks_per_host <= cluster.host_room
     return [
@@ -248,24 +258,26 @@ def how_to(
         place = 'device="cuda"' if layout.name == "one GPU" else 'tables="host"'
         built = f'encoder = PrefixMem(config, grad="fused", {place})  # of the model'
         return ["from prefixmem_fast import PrefixMem, optim", built, step]
+    options = f", comm_dtype=torch.{cast}" if cast else ""
     if layout.name in ("replicate", "host"):
-        options = f", comm_dtype=torch.{cast}" if cast else ""
         built = 'grad="fused"' + (', tables="host"' if layout.name == "host" else "")
         replicated = f"model = distributed.replicate(model{options})  # built with PrefixMem(config, {built})"
         return ["from prefixmem_fast import distributed, optim", replicated, step]
     if layout.name == "shard":
         shards = shard_ranks(catalogue.heads, cluster.gpus, cluster.ranks_per_host)
-        sizes, names = ((shards,), ("shard",))
-        if shards < cluster.gpus:
-            sizes, names = (cluster.gpus // shards, shards), ("replicate", "shard")
-        named = str(names).replace("'", '"')
-        mesh = f'mesh = torch.distributed.init_device_mesh("cuda", {sizes}, mesh_dim_names={named})'
-        sharded = 'model = distributed.shard(model, mesh)  # built with PrefixMem(config, grad="fused")'
-        return ["from prefixmem_fast import distributed, optim", mesh, sharded, step]
+        built = f'# built with PrefixMem(config, grad="fused"); in groups of {shards} ranks'
+        return [
+            "from prefixmem_fast import distributed, optim",
+            f"model = distributed.shard(model{options})  {built}",
+            step,
+        ]
+    rule, why = optimizer.replace("-", "_"), ""
+    if rule not in ("row_adagrad", "sgd"):
+        rule, why = "row_adagrad", f"  # it has no {optimizer} here"
     place = ", which puts rows into host memory" if layout.name == "to_torchrec, host" else ""
     return [
         "from prefixmem_fast import distributed",
-        f'memory = distributed.to_torchrec(encoder, optimizer="{optimizer.replace("-", "_")}", lr=1e-3)',
+        f'memory = distributed.to_torchrec(encoder, optimizer="{rule}", lr=1e-3){why}',
         f"constraints = memory.constraints()  # for TorchRec's EmbeddingShardingPlanner{place}",
     ]
 

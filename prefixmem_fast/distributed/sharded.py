@@ -13,6 +13,8 @@ that hold the same heads gather the gradient of S from one another, as those of 
 from __future__ import annotations
 
 import dataclasses
+import os
+import warnings
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +30,7 @@ from ..addressing import TokenStream
 from ..encoder import PrefixMemConfig, PrefixMemory
 from ..operation.table_state import table_state
 from .exchange import Exchange, SIDs
+from .plan import shard_ranks
 from .replicated import ReplicatedTable, check_options, replicate
 from .saving import save_pretrained
 from .tables import blocks_within, process_group_is_needed, trained_by_rows
@@ -53,7 +56,7 @@ def shard(
         model: holds a `PrefixMem` with grad="sparse" or "fused" somewhere, or is one. All ranks have it whole at first,
             and the first rank's tables count.
         mesh: of one dimension, with at most as many ranks as the spec has heads, or of two, named "replicate" and
-            "shard". None takes all ranks, and the largest divisor of their number that has a head for each.
+            "shard". None takes all ranks, in groups within a host: as many as divide its ranks and have a head each.
         comm_dtype, reduce, timeout: as for `replicate`.
 
     Returns:
@@ -95,7 +98,14 @@ def _ranks_of(mesh: DeviceMesh | None, heads: int) -> tuple[list[int], list[int]
     """The ranks that hold other heads than this one, and those that hold the same ones; this one is in both."""
     if mesh is None:
         world, rank = dist.get_world_size(), dist.get_rank()
-        size = max(n for n in range(1, min(world, heads) + 1) if world % n == 0)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # of this host: the forward pass waits for no other one
+        size = shard_ranks(heads, world, local)
+        if size == 1:
+            warnings.warn(
+                f"{local} ranks a host have no divisor from 2 to {heads}, the heads of a spec, so each holds whole "
+                "tables; give a mesh, or another number of ranks",
+                stacklevel=3,
+            )
         first = rank - rank % size
         return list(range(first, first + size)), list(range(rank % size, world, size))
     if not isinstance(mesh, DeviceMesh):

@@ -182,10 +182,17 @@ def test_the_lines_are_python(gpus, optimizer):
             ast.parse("\n".join(plan.how_to(layout, PAPER, machines, optimizer, "bfloat16")))
 
 
-def test_the_mesh_of_the_lines():
-    for gpus, mesh in ((4, '(4,), mesh_dim_names=("shard",)'), (8, '(2, 4), mesh_dim_names=("replicate", "shard")')):
-        found, machines = laid_out(2e6, gpus)
-        assert mesh in "\n".join(plan.how_to(found["shard"], PAPER, machines, "sgd"))
+def test_what_the_lines_say_of_a_layout():
+    found, machines = laid_out(2e6, 8)
+    lines = "\n".join(plan.how_to(found["shard"], PAPER, machines, "sgd", "bfloat16"))
+    assert "distributed.shard(model, comm_dtype=torch.bfloat16)" in lines
+    assert "in groups of 4 ranks" in lines
+    lines = "\n".join(plan.how_to(found["to_torchrec"], PAPER, machines, "lazy-adam"))
+    assert 'optimizer="row_adagrad", lr=1e-3)  # it has no lazy-adam here' in lines
+
+
+def test_sums_forward_take_the_bytes_of_the_tables():
+    assert plan.shard_sent(PAPER, 2, 1, 2, 4) == 10 + 1024 + 512
 
 
 @pytest.mark.parametrize(
