@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import warnings
@@ -23,15 +24,17 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from .._files import flush_folder, read_json, sha256_of, write_text
-from .._inputs import shown
+from .._inputs import clipped, shown
 from .._version import __version__
 from .._weights import CheckpointError
 from ..encoder import PrefixMemory
 from ..operation.table_state import finish_updates, table_state
 from ..optim import RowOptimizer
 from .ranks import from_first, gathered, on_all, on_first, rank, several, size
+from .replicated import fingerprint
 from .tables import blocks_of, memories_of
 
 MANIFEST = "tables.json"
@@ -48,21 +51,21 @@ def save_tables(model: nn.Module, folder: str | Path) -> None:
         folder: a new one, or one that this function wrote.
 
     Raises:
-        ValueError: something else is in the folder.
-        OSError, CheckpointException: it cannot be written; what was in it is left as it was.
+        ValueError: something else is in the folder, or ranks that hold the same rows hold other numbers.
+        OSError, CheckpointError: it cannot be written; what was in it is left as it was.
     """
     folder, memories = Path(folder), memories_of(model)
-    on_first(lambda: _check_replaceable(folder))
+    on_first(lambda: _tidy(folder))
+    on_all(lambda: _check_copies(memories))
     token = from_first(secrets.token_hex(4))
     new, old = (folder.parent / f".{folder.name}.{kind}-{token}" for kind in ("tmp", "old"))
     try:
         on_first(lambda: new.mkdir(parents=True))
-        if not new.is_dir():
-            raise OSError(f"{folder.parent} is another folder on rank {rank()}; give one that all ranks share")
+        on_all(lambda: _check_shared(new))
         entries: dict[str, Tensor] = {}
         for name, memory in memories.items():
             entries |= _entries(name, memory)
-        with _quiet_alone():
+        with _told(folder):
             dcp.save(entries, checkpoint_id=new, no_dist=not several())
         digests = {path.name: sha256_of(path) for path in new.glob(f"__{rank()}_*.distcp")}
         digests = {name: digest for found in gathered(digests) for name, digest in found.items()}
@@ -92,22 +95,38 @@ def load_tables(model: nn.Module, folder: str | Path, *, verify: bool = True) ->
     Args:
         model: holds the same tables under the same names.
         folder: of `save_tables`.
-        verify: compare the SHA-256 of each file with the stored one; the ranks share the work.
+        verify: compare the SHA-256 of each file with the stored one; the ranks share the work. torch reads .metadata
+            as a pickle: take folders alone that you trust.
 
     Raises:
         FileNotFoundError: no such checkpoint is there.
         CheckpointError: it is damaged, or of other tables or another optimizer; nothing has been changed.
     """
     folder, memories = Path(folder), memories_of(model)
-    stored = _read_manifest(folder)
-    on_all(lambda: _check_files(folder, stored["files"], verify))
-    _check_tables(folder, stored["tables"], memories)
+    on_first(lambda: _finish_cut_save(folder))
+    stored: dict[str, Any] = {}
+
+    def check() -> None:
+        stored.update(_read_manifest(folder))
+        _check_files(folder, stored["files"], verify)
+        _check_tables(folder, stored["tables"], memories)
+
+    on_all(check)
     entries: dict[str, Tensor] = {}
     for name, memory in memories.items():
         memory.before_write()
         finish_updates(memory.weight)
         optimizer = table_state(memory.weight).optimizer
-        if stored["tables"][name]["rule"] is not None and isinstance(optimizer, RowOptimizer):
+        if not isinstance(optimizer, RowOptimizer):
+            if stored["tables"][name]["rule"] is not None:
+                warnings.warn(
+                    f"{folder} has the state of an optimizer of {name}, and none of prefixmem_fast.optim holds it "
+                    "here; build the optimizer before load_tables",
+                    stacklevel=2,
+                )
+        elif stored["tables"][name]["rule"] is None:  # saved before its first step
+            optimizer.state.pop(memory.weight, None)
+        else:
             optimizer.start(memory.weight)
         entries |= _entries(name, memory)
     known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
@@ -119,11 +138,15 @@ def load_tables(model: nn.Module, folder: str | Path, *, verify: bool = True) ->
 
 
 @contextmanager
-def _quiet_alone() -> Iterator[None]:
-    """torch warns of a single process, which is none of the caller's mistakes."""
+def _told(folder: Path) -> Iterator[None]:
+    """torch's error, which is no Exception, as one; and without its warning of a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            reasons = "; ".join(f"rank {i}: {clipped(reason[0])}" for i, reason in error.failures.items())
+            raise CheckpointError(f"{folder} could not be written or read whole ({reasons})") from error
 
 
 def _entries(name: str, memory: PrefixMemory) -> dict[str, Tensor]:
@@ -176,7 +199,8 @@ def _check_files(folder: Path, files: dict[str, str], verify: bool) -> None:
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{file} is not there, and {MANIFEST} names it; take another copy of the checkpoint")
-        if verify and i % size() == rank() and sha256_of(file) != digest:
+        mine = name == ".metadata" or (verify and i % size() == rank())
+        if mine and sha256_of(file) != digest:
             raise CheckpointError(f"{file} is damaged: its SHA-256 is not the stored one; take another checkpoint")
 
 
@@ -194,6 +218,44 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(files, dict) or not isinstance(tables, dict) or any(Path(name).name != name for name in files):
         raise CheckpointError(f"{file} is malformed; take another copy of the checkpoint")
     return stored
+
+
+def _tidy(folder: Path) -> None:
+    """Before a save: what a killed one has left beside the folder is removed."""
+    _finish_cut_save(folder)
+    _check_replaceable(folder)
+    for path in _left_by_saves(folder):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _finish_cut_save(folder: Path) -> None:
+    """A save that was killed between its two renames has left the folder under another name."""
+    old = [path for path in _left_by_saves(folder) if ".old-" in path.name and (path / MANIFEST).is_file()]
+    if old and not os.path.lexists(folder):
+        os.replace(old[0], folder)
+
+
+def _left_by_saves(folder: Path) -> list[Path]:
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.(tmp|old)-[0-9a-f]{{8}}")
+    parent = folder.parent
+    return [parent / name for name in os.listdir(parent) if pattern.fullmatch(name)] if parent.is_dir() else []
+
+
+def _check_shared(folder: Path) -> None:
+    if not folder.is_dir():
+        raise OSError(f"{folder.parent} is another folder on rank {rank()}; give one that all ranks share")
+
+
+def _check_copies(memories: dict[str, PrefixMemory]) -> None:
+    """Refuse ranks that hold the same rows with other numbers: one of them would be written."""
+    own = {name: ([b[:2] for b in blocks_of(m)], fingerprint(m.weight)) for name, m in memories.items()}
+    for other, found in enumerate(gathered(own)):
+        for name, (blocks, checksum) in found.items():
+            if name in own and blocks == own[name][0] and checksum != own[name][1]:
+                raise ValueError(
+                    f"{name} has other rows on rank {other} than on rank {rank()}, and the same prefixes; they have "
+                    "gone apart since replicate or shard: load one checkpoint on all ranks"
+                )
 
 
 def _check_replaceable(folder: Path) -> None:

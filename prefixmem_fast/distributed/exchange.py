@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._inputs import clipped
 from ..addressing import AddressSpec, StreamSIDs, TokenStream, prefix_length, stream_sids
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
@@ -22,7 +23,7 @@ _MOST_INT16 = (1 << 15) - 1
 
 
 class ExchangeError(RuntimeError):
-    """Processes could not exchange what they had to. No table and no step count has been changed by this step."""
+    """Processes could not exchange what they had to. The table in question and its step count are as before."""
 
 
 class Exchange:
@@ -31,7 +32,7 @@ class Exchange:
     Args:
         group: a group, or a list of ranks; None for all. The group that is made has the same ones.
         backend: "gloo" where the tensors are in the host's memory whatever the default one is; None for the default.
-        timeout: how long a rank waits for another one; None for torch's default.
+        timeout: how long a rank waits for another one; None for that of the default group.
     """
 
     def __init__(
@@ -44,18 +45,22 @@ class Exchange:
         ranks = list(range(dist.get_world_size())) if group is None else group
         if not isinstance(ranks, list):
             ranks = dist.get_process_group_ranks(ranks)
-        self.group = dist.new_group(ranks, timeout, backend, use_local_synchronization=True)
+        if dist.get_rank() not in ranks:
+            raise ValueError(
+                f"group has the ranks {ranks}, and this one is {dist.get_rank()}; call it on its ranks alone"
+            )
+        self.group = dist.new_group(ranks, timeout or _default_timeout(), backend, use_local_synchronization=True)
         self.ranks, self.rank, self.size = ranks, ranks.index(dist.get_rank()), len(ranks)
 
     def __reduce__(self) -> Any:
-        raise TypeError("a model whose tables are exchanged between processes is not copied; replicate the copy anew")
+        raise TypeError("a model whose tables are divided over processes is not copied; save it, and read it again")
 
-    def header(self, count: int, same: Any, device: torch.device, call: str) -> list[int]:
+    def header(self, count: int, same: dict[str, Any], device: torch.device, call: str) -> list[int]:
         """How many SIDs each rank has.
 
         Args:
             count: this rank's.
-            same: has to print the same on every rank.
+            same: what has to print the same on every rank.
 
         Raises:
             ExchangeError: it does not, or a rank is missing.
@@ -63,14 +68,23 @@ class Exchange:
         digest = zlib.crc32(repr(same).encode())
         own = torch.tensor([count, digest], dtype=torch.int64, device=device)
         headers = self.gather(own[None], [1] * self.size, call).tolist()
-        others = [rank for rank, (_, other) in zip(self.ranks, headers, strict=True) if other != digest]
-        if others:
-            raise ExchangeError(
-                f"{call}: ranks {others} read another table, or the same one under another spec, dtype, optimizer or "
-                f"learning rate than rank {dist.get_rank()}, which has {same!r}; build models and optimizers alike on "
-                "every rank, and run the encoder equally often on each"
-            )
+        if any(other != digest for _, other in headers):
+            raise self._differ(same, call)
         return [count for count, _ in headers]
+
+    def _differ(self, same: dict[str, Any], call: str) -> ExchangeError:
+        """Every rank has seen that digests differ, so all of them come here."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, same, group=self.group)
+        names = [name for name in same if any(repr(other.get(name)) != repr(same[name]) for other in found)]
+        values = "; ".join(
+            f"rank {rank} has {', '.join(f'{name} = {clipped(other.get(name), 120)}' for name in names)}"
+            for rank, other in zip(self.ranks, found, strict=True)
+        )
+        return ExchangeError(
+            f"{call}: ranks differ in {', '.join(names) or 'what they call'}: {values}; build models and optimizers "
+            "alike on every rank, and run the encoder equally often on each"
+        )
 
     def gather(self, rows: Tensor, counts: list[int], call: str) -> Tensor:
         """Rows ``[M, ...]`` of all ranks, ``[sum(counts), ...]``, in the order of ranks."""
@@ -104,13 +118,22 @@ class Exchange:
             raise ExchangeError(
                 f"{call}: rank {dist.get_rank()} got no answer from the other {self.size - 1} of ranks {self.ranks} "
                 f"({reason}). A rank has died, or has run the encoder less often than the others: every rank has to "
-                "call it for every batch, also for one without Semantic IDs. This step has changed no table and no "
-                "step count here; restart all ranks from the last checkpoint"
+                "call it for every batch, also for one without Semantic IDs. This table and its step count are as they "
+                "were; restart all ranks from the last checkpoint"
             ) from error
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _default_timeout() -> timedelta | None:
+    """That of the default group, which torch gives to its groups, and not to those made from it."""
+    try:
+        group = dist.distributed_c10d._get_default_group()
+        return group._get_backend(group._device_types[0]).options._timeout
+    except (AttributeError, IndexError, RuntimeError):
+        return None
 
 
 class SIDs:
@@ -134,7 +157,7 @@ class SIDs:
         if max(spec.codebook_sizes) <= _MOST_INT16:
             inside = (codes >= 0) & (codes < codes.new_tensor(spec.window_sizes))
             codes = torch.where(inside, codes, -1).to(torch.int16)
-        self.codes = codes
+        self.codes = codes if codes.dtype == torch.int16 else codes.long()  # the same on all ranks
 
     def take(self, dS: Tensor) -> Tensor:
         """The gradient ``[M, A, D]`` of the SIDs, from that of what `put` returned."""

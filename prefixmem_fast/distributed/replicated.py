@@ -10,6 +10,7 @@ of the same batch, so the copies stay equal to the bit, and equal to those of on
 from __future__ import annotations
 
 import weakref
+import zlib
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -19,14 +20,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import _checks
-from .._dtypes import TABLE_DTYPES
 from ..addressing import AddressSpec, TokenStream
 from ..encoder import PrefixMemory
 from ..operation.table_state import table_state
 from .exchange import Exchange, SIDs
+from .ranks import on_all
 from .tables import hide_from_ddp, process_group_is_needed, trained_by_rows
 
 REDUCTIONS = ("mean", "sum")
+_COMM_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+_MOST_SAMPLED = 256  # rows of a table whose copies are compared
 
 
 def replicate(
@@ -51,6 +54,8 @@ def replicate(
             the bits of one process.
         managed: the table is none of the model's parameters, so that what wraps the model does not see it: needed with
             DeepSpeed, and with FSDP2 where it is not told to ignore the table. `optim.for_model` finds it all the same.
+            What goes through the model's parameters does not reach it: clipping (`optim.clip_grad_norm_` of the model
+            does, a Trainer's max_grad_norm does not), model.zero_grad(), averages of weights, GradScaler.
         reduce: "mean" over ranks, as DistributedDataParallel and FSDP2 do with all other gradients, or "sum".
         timeout: how long a rank waits for another one; None for torch's default.
 
@@ -63,7 +68,7 @@ def replicate(
     """
     check_options(comm_dtype, reduce)
     _checks.boolean("managed", managed)
-    memories = trained_by_rows(model)
+    memories = tables_to_train(model, group)
     exchanges = exchanges_for(memories, group, timeout) if process_group_is_needed() else {}
     for name, memory in memories.items():
         exchange = exchanges.get(memory.tables != "device")
@@ -76,10 +81,21 @@ def replicate(
     return model
 
 
+def tables_to_train(model: nn.Module, group: object = None) -> dict[str, PrefixMemory]:
+    """`trained_by_rows`; what one rank refuses, all refuse, where all of them call it."""
+    found: dict[str, PrefixMemory] = {}
+    check = lambda: found.update(trained_by_rows(model))  # noqa: E731
+    on_all(check) if group is None else check()
+    return found
+
+
 def check_options(comm_dtype: torch.dtype | None, reduce: str) -> None:
     _checks.choice("reduce", reduce, REDUCTIONS)
-    if comm_dtype not in (None, *TABLE_DTYPES):
-        raise ValueError(f"comm_dtype = {comm_dtype}; give one of {', '.join(map(str, TABLE_DTYPES))}, or None")
+    if comm_dtype not in (None, *_COMM_DTYPES):
+        raise ValueError(
+            f"comm_dtype = {comm_dtype}; give one of {', '.join(map(str, _COMM_DTYPES))}, or None (float16 would "
+            "overflow)"
+        )
 
 
 def exchanges_for(
@@ -110,13 +126,15 @@ class ReplicatedTable:
     ) -> None:
         self.name, self.exchange, self.mean, self.comm_dtype = name, exchange, mean, comm_dtype
         self._checked: Callable[[], Any] = lambda: None  # the DistributedDataParallel that has been looked at
+        self._compared = False
         self._key = memory.config.spec.key
 
     def begin_with(self, weight: Tensor) -> None:
         """Copy the first rank's table to all."""
         if self.exchange is not None:
             call = f"replicating {self.name}"
-            self.exchange.header(0, (self._key, weight.dtype, tuple(weight.shape)), weight.device, call)
+            same = {"spec": self._key, "dtype": weight.dtype, "shape": tuple(weight.shape)}
+            self.exchange.header(0, same, weight.device, call)
             self.exchange.broadcast(weight.detach(), call)
 
     def check(self, weight: Tensor) -> None:
@@ -140,12 +158,32 @@ class ReplicatedTable:
         sids = SIDs(source, spec)
         dS = sids.take(dS)
         sent = dS / self.exchange.size if self.mean else dS
-        same = (self._key, weight.dtype, grad, self.mean, self.comm_dtype, _of_optimizer(weight))
+        same = {
+            "spec": self._key,
+            "dtype": weight.dtype,
+            "grad": grad,
+            "mean": self.mean,
+            "comm_dtype": self.comm_dtype,
+            **described(weight),
+        }
+        if not self._compared:  # ranks may have loaded their own since
+            same["a sample of the rows and their state"] = fingerprint(weight)
         counts = self.exchange.header(len(sids.codes), same, dS.device, call)
+        self._compared = True
         codes = self.exchange.gather(sids.codes, counts, call)
         return self.exchange.gather(sent.to(self.comm_dtype or dS.dtype), counts, call).to(dS.dtype), codes
 
 
-def _of_optimizer(weight: Tensor) -> Any:
+def described(weight: Tensor) -> dict[str, Any]:
+    """What ranks have to agree in of the optimizer that holds a table."""
     optimizer = table_state(weight).optimizer
-    return None if optimizer is None else optimizer.described(weight)
+    return {"optimizer": None} if optimizer is None else optimizer.described(weight)
+
+
+def fingerprint(weight: Tensor) -> int:
+    """A checksum of some rows and of their optimizer's state."""
+    optimizer = table_state(weight).optimizer
+    state = {} if optimizer is None else optimizer.state.get(weight, {})
+    step = max(len(weight) // _MOST_SAMPLED, 1)
+    sampled = [tensor.detach()[::step] if tensor.dim() else tensor for tensor in (weight.detach(), *state.values())]
+    return zlib.crc32(b"".join(bytes(t.contiguous().cpu().view(-1).view(torch.uint8).numpy()) for t in sampled))

@@ -72,7 +72,16 @@ def _save(encoder: PrefixMem, folder: Path, vocabulary: SIDVocabulary | None, li
             remove_leftovers(folder, rf"{WEIGHTS}|config\.json")
 
         on_first(begin)
-        before, replaced = weights_in(folder), files_named(folder)
+        before: set[str] = set()
+        replaced: set[str] = set()
+
+        def look() -> None:
+            if not folder.is_dir():
+                raise OSError(f"{folder} is not there on rank {rank()}; give a folder that all ranks share")
+            before.update(weights_in(folder))
+            replaced.update(files_named(folder))
+
+        on_all(look)
         own = _rows_here(encoder, limit)
         digests = {place: entry_of(chunks_of(rows))["sha256"] for place, rows in own.items()}
         all_digests = {place: digest for found in gathered(digests) for place, digest in found.items()}

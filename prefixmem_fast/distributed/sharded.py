@@ -31,9 +31,9 @@ from ..encoder import PrefixMemConfig, PrefixMemory
 from ..operation.table_state import table_state
 from .exchange import Exchange, SIDs
 from .plan import shard_ranks
-from .replicated import ReplicatedTable, check_options, replicate
+from .replicated import ReplicatedTable, check_options, described, replicate, tables_to_train
 from .saving import save_pretrained
-from .tables import blocks_within, process_group_is_needed, trained_by_rows
+from .tables import blocks_within, process_group_is_needed
 
 DIMENSIONS = ("replicate", "shard")
 
@@ -49,8 +49,8 @@ def shard(
     """Divide the tables of a model over processes by heads, in place, on every rank; each keeps its part of its own.
 
     Call it as `replicate`. The forward pass is collective too: every rank has to read the encoder equally often, in
-    evaluation and generation as well. The tables are none of the model's parameters and in no state_dict:
-    `optim.for_model` finds them, `save_tables` and the encoder's `save_pretrained` write them, on every rank.
+    evaluation and generation as well. The tables are managed ones, see there, and in no state_dict: `optim.for_model`
+    finds them, `save_tables` and the encoder's `save_pretrained` write them, on every rank.
 
     Args:
         model: holds a `PrefixMem` with grad="sparse" or "fused" somewhere, or is one. All ranks have it whole at first,
@@ -67,7 +67,13 @@ def shard(
         ExchangeError: the ranks' tables are not of one spec and dtype, or a rank is missing.
     """
     check_options(comm_dtype, reduce)
-    memories = trained_by_rows(model)
+    memories = tables_to_train(model, mesh)
+    for name, memory in memories.items():
+        if table_state(memory.weight).optimizer is not None:
+            raise ValueError(
+                f"an optimizer holds the whole table of {name or 'the encoder'}, and would go on with it; build the "
+                "optimizer after shard"
+            )
     if not process_group_is_needed():
         if mesh is not None:
             raise ValueError("mesh is given, and there is one process; start the script with torchrun")
@@ -144,8 +150,9 @@ class DividedTable:
 
     def norm(self, gradient: Tensor | None, order: float) -> Tensor:
         own = 0.0 if gradient is None else float(torch.linalg.vector_norm(gradient, order))
-        own = torch.tensor([own], device=self._device)
-        norms = self.exchange.gather(own, [1] * self.exchange.size, f"clipping {self.name}")
+        own, call = torch.tensor([own], device=self._device), f"clipping {self.name}"
+        self.exchange.header(0, {"norm of order": order}, self._device, call)
+        norms = self.exchange.gather(own, [1] * self.exchange.size, call)
         return torch.linalg.vector_norm(norms, order)
 
     def save(self, encoder: nn.Module, path: Path, vocabulary: Any, max_shard_size: int | str) -> None:
@@ -162,7 +169,8 @@ class DividedTable:
         memory.config = dataclasses.replace(self.config, spec=spec, memory_dim=spec.heads * width, cross_item=None)
         memory.__dict__["weight"] = nn.Parameter(part, memory.weight.requires_grad)
         memory._keep_table()
-        table_state(memory.weight).part = self.start
+        state = table_state(memory.weight)
+        state.managed, state.part = True, self.start
 
     def widths(self) -> list[int]:
         """Columns of S that each rank holds."""
@@ -175,10 +183,10 @@ class DividedTable:
     def read(self, memory: PrefixMemory, source: Tensor | TokenStream) -> Tensor:
         spec, call = self.config.spec, f"reading {self.name}"
         sids = SIDs(source, spec)
-        self._device, same = sids.codes.device, (spec.key, memory.weight.dtype, self.comm_dtype)
+        self._device, same = sids.codes.device, {"call": "reading", "spec": spec.key, "dtype": memory.weight.dtype}
         counts = self.exchange.header(len(sids.codes), same, self._device, call)
         codes = self.exchange.gather(sids.codes, counts, call)
-        return sids.put(_Columns.apply(memory.read_own(codes), counts, self))
+        return sids.put(_Columns.apply(memory.read_own(codes), counts, self, memory))
 
 
 class _Columns(torch.autograd.Function):
@@ -186,8 +194,8 @@ class _Columns(torch.autograd.Function):
     ``[M, A, H * w]``, and of the gradient the other way."""
 
     @staticmethod
-    def forward(ctx, S: Tensor, counts: list[int], table: DividedTable) -> Tensor:
-        ctx.counts, ctx.table = counts, table
+    def forward(ctx, S: Tensor, counts: list[int], table: DividedTable, memory: PrefixMemory) -> Tensor:
+        ctx.counts, ctx.table, ctx.memory = counts, table, memory
         own, (_, A, columns) = counts[table.exchange.rank], S.shape
         widths = table.widths()
         sent = [count * A * columns for count in counts]
@@ -197,7 +205,7 @@ class _Columns(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dS: Tensor) -> tuple[Tensor | None, ...]:
-        counts, table = ctx.counts, ctx.table
+        counts, table, memory = ctx.counts, ctx.table, ctx.memory
         exchange, dtype, widths, A = table.exchange, dS.dtype, table.widths(), dS.shape[1]
         if table.copies:
             dS = dS / (exchange.size * table.copies)
@@ -207,4 +215,7 @@ class _Columns(torch.autograd.Function):
         sent = [len(dS) * A * width for width in widths]
         received = [count * A * columns for count in counts]
         call = f"returning the gradient of {table.name}"
-        return exchange.swap(parts, sent, received, call).view(-1, A, columns).to(dtype), None, None
+        same = {"call": "gradient", "spec": table.config.spec.key, "copies": table.copies, "grad": memory.grad}
+        same |= {"comm_dtype": table.comm_dtype, **described(memory.weight)}
+        exchange.header(len(dS), same, dS.device, call)
+        return exchange.swap(parts, sent, received, call).view(-1, A, columns).to(dtype), None, None, None

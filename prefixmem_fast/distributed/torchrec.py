@@ -417,6 +417,7 @@ def _check_encoder(encoder: PrefixMem) -> None:
         raise TypeError(f"encoder is a {type(encoder).__name__}; give a PrefixMem")
     for one in _nested(encoder):
         config = one.config
+        one.memory.check_whole("to_torchrec")
         if config.quantization is not None:
             raise ValueError(
                 f"encoder has quantization = {config.quantization!r}; give the one that it was made from, and call "

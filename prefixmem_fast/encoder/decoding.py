@@ -39,11 +39,13 @@ class DecodingState:
             of m; None without any.
 
     Raises:
-        TypeError, ValueError: the vocabulary's codebooks are not the encoder's, or `batch` is no number of sequences.
+        TypeError, ValueError: the vocabulary's codebooks are not the encoder's, `batch` is no number of sequences, or
+            the tables are divided over processes.
     """
 
     def __init__(self, encoder: PrefixMem, vocabulary: SIDVocabulary, batch: int) -> None:
         spec, memory = encoder.config.spec, encoder.memory
+        memory.check_whole("DecodingState")
         weight = memory.values if isinstance(memory, QuantizedMemory) else memory.weight
         vocabulary.check_codebooks(spec)
         if _checks.integer("batch", batch) < 0:

@@ -18,6 +18,7 @@ from .._pages import ask_for_huge_pages
 from ..addressing import TokenStream
 from ..operation import prefix_memory, token_memory
 from ..operation.functions import check_options
+from ..operation.table_state import table_state
 from ..sid import SIDVocabulary
 from .config import PrefixMemConfig
 from .host_tables import HOST, HostReader, check_tables, device_of_table, staying_on_host
@@ -104,11 +105,35 @@ class PrefixMemory(nn.Module):
         """Make the table a managed one; see `prefixmem_fast.distributed.replicate`."""
         if not self.managed:
             self.__dict__["weight"] = self._parameters.pop("weight")
+            table_state(self.weight).managed = True
+
+    def requires_grad_(self, requires_grad: bool = True) -> PrefixMemory:
+        """As of every module, also of a managed table."""
+        self.weight.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of every module, also of a managed table."""
+        super().zero_grad(set_to_none)
+        if self.managed:
+            self.weight.grad = None
 
     def __getstate__(self) -> dict[str, Any]:
         if self.tables != "device":
             self._reader.worker.wait()  # pickling for another process may move the table
         return self.__dict__
+
+    def check_whole(self, call: str) -> None:
+        """Refuse a call on a part of a table.
+
+        Raises:
+            ValueError: the table is divided over processes.
+        """
+        if self.division is not None:
+            raise ValueError(
+                f"{call} needs whole tables, and these are divided over processes; save the encoder with "
+                "save_pretrained on every rank and read it with PrefixMem.from_pretrained"
+            )
 
     def reset_parameters(self) -> None:
         self.before_write()
@@ -279,7 +304,13 @@ class PrefixMemory(nn.Module):
         """What torch does for parameters: copy the table out of a state_dict, or the rows of a rank's part."""
         name = prefix + "weight"
         if name not in state_dict:
-            if self.division is None and strict:
+            if self.division is not None:
+                warnings.warn(
+                    f"the state_dict has no {name}, as tables that are divided over processes are in none; read them "
+                    "with prefixmem_fast.distributed.load_tables",
+                    stacklevel=2,
+                )
+            elif strict:
                 missing_keys.append(name)
             return
         if name in unexpected_keys:

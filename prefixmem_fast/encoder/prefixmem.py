@@ -88,6 +88,20 @@ class PrefixMem(nn.Module):
         self.register_state_dict_post_hook(_leave_shards_alone)
         self.register_load_state_dict_post_hook(_miss_nothing_beside_shards)
 
+    def requires_grad_(self, requires_grad: bool = True) -> PrefixMem:
+        """As of every module, also of managed tables."""
+        for module in self.modules():
+            if isinstance(module, PrefixMemory) and module.managed:
+                module.weight.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of every module, also of managed tables."""
+        super().zero_grad(set_to_none)
+        for module in self.modules():
+            if isinstance(module, PrefixMemory):
+                module.zero_grad(set_to_none)
+
     @property
     def _windows_first(self) -> bool:
         """Whether windows are made in PyTorch and then read, where no kernel finds them in the tokens."""
@@ -133,6 +147,7 @@ class PrefixMem(nn.Module):
         """
         if self.config.quantization is not None:
             raise ValueError(f"the encoder is {self.config.quantization}; quantize the one that it was made from")
+        self.memory.check_whole("quantize")
         memory = self.memory
         table = quantize(memory.weight, kind)
         options = {"backend": memory.backend, "dropout": self.dropout, "dtype": memory.weight.dtype}

@@ -297,6 +297,7 @@ class Attachment:
                     "modules_to_save",
                     stacklevel=2,
                 )
+                unwrapped(self.encoder).requires_grad_(False)  # managed tables too, which PEFT does not see
 
 
 def _with_head(embedded: Tensor, head: Tensor | None) -> Tensor:

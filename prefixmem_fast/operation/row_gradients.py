@@ -5,6 +5,7 @@ Neither holds a dense gradient at any time. Both differentiate once, and both ar
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -47,6 +48,8 @@ def read_memory(
             _check_fusible(weight, state)
         else:
             register_sparse_norm()
+            if state.managed:
+                _check_managed(weight, state)
         state.backend = backend
         state.updates = updates or state.updates
     is_stream = isinstance(source, TokenStream)
@@ -119,7 +122,8 @@ def _check_processes(weight: Tensor, state: TableState, grad: str) -> None:
         }
         raise RuntimeError(
             f'grad="{grad}" {reason[grad]}; call prefixmem_fast.distributed.replicate(model) before the model is '
-            'wrapped, or use grad="dense"'
+            "wrapped (and have FSDP2 ignore the table: ignored_params={encoder.memory.weight}, or replicate with "
+            'managed=True), or use grad="dense"'
         )
 
 
@@ -130,12 +134,24 @@ def _check_fusible(weight: Tensor, state: TableState) -> None:
     check_unscaled(weight.device.type)
 
 
-def check_unscaled(kind: str) -> None:
-    """Refuse grad="fused" where the gradients that come from devices of this kind are those of GradScaler."""
+def check_unscaled(kind: str, grad: str = "fused", of: str = "") -> None:
+    """Refuse gradients of GradScaler, where they come from devices of this kind and it does not unscale them."""
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+        other = "" if of else ', or grad="sparse"'
         raise RuntimeError(
-            'grad="fused" would apply gradients as GradScaler scaled them, and autocast is in float16; use bfloat16, '
-            'or grad="sparse"'
+            f'grad="{grad}"{of and " of "}{of} would apply gradients as GradScaler scaled them, and autocast is in '
+            f"float16; use bfloat16{other}"
+        )
+
+
+def _check_managed(weight: Tensor, state: TableState) -> None:
+    check_unscaled(weight.device.type, "sparse", "a table that is none of the model's parameters")
+    if state.optimizer is None and not state.warned:
+        state.warned = True
+        warnings.warn(
+            "a managed or divided table is trained, and no optimizer of prefixmem_fast.optim holds it: one over "
+            "model.parameters() leaves it out; take optim.for_model(model)",
+            stacklevel=2,
         )
 
 

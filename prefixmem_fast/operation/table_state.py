@@ -57,8 +57,10 @@ class TableState:
         updates: where updates of the table may be under way; None where each ends before its backward pass returns.
         read_ahead: rows may have been gathered before they are asked for, so that a change must be seen.
         exchange: set where several processes train the table, which sparse and fused gradients need.
+        managed: it is none of its module's parameters, so that a wrapper of the model does not see it.
         part: of a divided table, the heads before its own, so that its rounding draws other random bits than theirs;
             None for a whole one.
+        warned: of training without an optimizer.
         unspent: a sparse gradient has been computed since the last step or zero_grad of the table's optimizer.
     """
 
@@ -67,6 +69,7 @@ class TableState:
         self.updates: Updates | None = None
         self.read_ahead = False
         self.exchange: Exchange | None = None
+        self.managed = self.warned = False
         self.part: int | None = None
         self.unspent = False
         self._optimizer: weakref.ref | None = None

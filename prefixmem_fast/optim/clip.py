@@ -63,7 +63,8 @@ def clip_grad_norm_(
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(f"the total norm of order {norm_type} is {float(total)}; give error_if_nonfinite=False")
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    if max_norm != math.inf:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
     return total
 
 

@@ -210,7 +210,7 @@ class ModelOptimizer(WaitsForUpdates, torch.optim.Optimizer):
         state = super().state_dict()
         tables = [] if self.apart is None else [p for group in self.apart.param_groups for p in group["params"]]
         if tables and all(table_state(table).part is None for table in tables):
-            state["apart"] = self.apart.state_dict()
+            state["apart"], state["first_lr"] = self.apart.state_dict(), self._first_lr
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -222,6 +222,7 @@ class ModelOptimizer(WaitsForUpdates, torch.optim.Optimizer):
         check_state(self, state_dict, [self._optimizers[part] for part in self._parts])
         if self.apart is not None and "apart" in state_dict:
             self.apart.load_state_dict(state_dict["apart"])
+            self._first_lr = state_dict["first_lr"]
         super().load_state_dict(state_dict)
         restore_state(self, state_dict)
 

@@ -150,11 +150,15 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
             _seed_of(weight, group) if weight.dtype == torch.bfloat16 and group["stochastic_rounding"] else None,
         )
 
-    def described(self, weight: Tensor) -> tuple:
+    def described(self, weight: Tensor) -> dict[str, Any]:
         """What has to be the same on all processes that train a table together; a rate on a GPU is not waited for."""
         group = {name: value for name, value in self._group_of(weight).items() if name != "params"}
-        numbers = {name: None if isinstance(value, Tensor) else value for name, value in group.items()}
-        return self.rule, self.follows(), sorted(numbers.items())
+        for name, value in group.items():
+            if isinstance(value, Tensor):
+                group[name] = value.tolist() if value.device.type == "cpu" else None
+        group["lr"] = None if group["lr"] is None else group["lr"] * self.follows()
+        group.pop("initial_lr", None)
+        return {"optimizer": self.rule, **dict(sorted(group.items()))}
 
     def _group_of(self, weight: Tensor) -> dict[str, Any]:
         for group in self.param_groups:

@@ -9,12 +9,14 @@ def test_wrapped_models_train_to_the_tables_of_one_process(tmp_path):
     assert {"ddp", "fsdp2", "clipping_by_the_global_norm", "accumulation_without_synchronisation"} <= names
 
 
+@pytest.mark.slow
 def test_transformers_trainer(tmp_path):
     environment = {"PREFIXMEM_TEST_FOLDER": str(tmp_path)}
     assert run_cases(1, tmp_path, "tests.distributed.trainer_cases", environment=environment) == {"trainer_alone"}
     assert run_cases(2, tmp_path, "tests.distributed.trainer_cases", environment=environment) == {"trainer", "resume"}
 
 
+@pytest.mark.slow
 def test_fsdp2_of_accelerate(tmp_path):
     assert run_cases(2, tmp_path, "tests.distributed.accelerate_cases") == {"fsdp2"}
 
