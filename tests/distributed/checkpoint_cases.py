@@ -10,6 +10,7 @@ import torch.distributed as dist
 from prefixmem_fast import PrefixMem, attach
 from prefixmem_fast._weights import CheckpointError
 from prefixmem_fast.distributed import load_tables, replicate, save_pretrained, save_tables, shard
+from prefixmem_fast.distributed.ranks import gathered
 from tests.distributed.examples import RULES, alone, batches, encoder, loss_of, tables_of
 from tests.distributed.processes import case
 from tests.helpers import models
@@ -32,21 +33,21 @@ def build(layout, rule, other=0):
 
 
 def steps(model, optimizer, first, last, rank, world):
-    """Losses of the whole batch; the ranks' parts of it are equal."""
+    """Losses of the whole batch; the ranks' parts of it are equally large."""
     losses = []
     for (batch,) in batches((SIDS,), last)[first:]:
         loss = loss_of(model, batch.chunk(world)[rank], 1 / 8)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(sum(gathered(loss.item())) if world > 1 else loss.item())
     return losses
 
 
 def whole_run(rule):
     model, optimizer = build("alone", rule)
-    steps(model, optimizer, 0, 2 * HALF, 0, 1)
-    return model, optimizer
+    losses = steps(model, optimizer, 0, 2 * HALF, 0, 1)
+    return model, optimizer, losses
 
 
 @case(2)
@@ -63,11 +64,11 @@ def save(rank, world):
 def go_on(rank, world):
     for saved in ("replicate", "shard"):
         for rule in ("adagrad", "lazy"):
-            whole, state = whole_run(rule)
+            whole, state, losses = whole_run(rule)
             for layout in ("replicate", "shard") if world > 1 else ("alone",):
                 model, optimizer = build(layout, rule, other=5)
                 load_tables(model, folder(f"{saved}-{rule}"))
-                steps(model, optimizer, HALF, 2 * HALF, rank, world)
+                assert steps(model, optimizer, HALF, 2 * HALF, rank, world) == pytest.approx(losses[HALF:], rel=1e-6)
                 part = model.memory.division.part_of if layout == "shard" else lambda table: table
                 assert torch.equal(model.memory.weight, part(whole.memory.weight.detach())), (saved, layout, rule)
                 for name, value in state.state[whole.memory.weight].items():
