@@ -56,9 +56,13 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--layouts {name}: give some of {', '.join(KEYS)}")
     if options.out is not None:
         check_out(options.out)
+    from ..benchmarks.workloads import Workload
     from ..machine import run_record
     from .layouts import LAYOUTS, Task
 
+    if options.codes == "histories":
+        raise ValueError("--codes histories has codebooks of its own; give uniform, hot or zipf <exponent>")
+    Workload(1, options.codes).batches("cpu")  # raises where the name is unknown
     task = Task(options.ranks, options.sids, options.codes, options.table_rows)
     layouts = [LAYOUTS[name] for name in KEYS if name in options.layouts]
     _check_room(task, layouts)
