@@ -96,7 +96,7 @@ class Layout:
     """
 
     name: str
-    rule = "row-wise Adagrad"
+    rule = "row-wise Adagrad, fused"
     trains_as: type[RowOptimizer] = optim.RowWiseAdagrad
     tolerance: float | None = SUMMED_OTHERWISE
     alone = False
@@ -219,6 +219,7 @@ class ShardBfloat16(Shard):
 
 class TorchRec(Layout):
     name = "TorchRec, row-wise"
+    rule = "row-wise Adagrad of FBGEMM"
 
     def __init__(self, task: Task) -> None:
         from torchrec.distributed import DistributedModelParallel
@@ -315,7 +316,7 @@ class DenseDDP(Layout):
 
     @classmethod
     def copies(cls, ranks: int) -> float:
-        return 3 * ranks  # the gradient, and the buffer that it is reduced in
+        return 2 * ranks  # the gradient lies in the buffer that it is reduced in
 
     def step(self, codes: Tensor, dS: Tensor) -> None:
         self.model(codes).backward(dS)
