@@ -50,7 +50,7 @@ test-deepspeed: .venv-deepspeed/ready
 
 # TorchRec with the FBGEMM that loads on this torch: newer ones do not, and pip would take FBGEMM for GPUs.
 test-torchrec: .venv-torchrec/ready
-	OMP_NUM_THREADS=1 .venv-torchrec/bin/python -m pytest tests/distributed/test_torchrec.py
+	OMP_NUM_THREADS=1 .venv-torchrec/bin/python -m pytest tests/distributed/test_torchrec.py tests/bench/test_distributed.py
 
 .venv-torchrec/ready: setup.py constraints.txt
 	test -x .venv-torchrec/bin/python || $(PYTHON) -m venv .venv-torchrec

@@ -9,6 +9,7 @@
     python -m bench traffic
     python -m bench host
     python -m bench callgrind
+    python -m bench distributed --ranks 2
     python -m bench gpu --minutes 3
     python -m bench quality --help
     python -m bench language-model-study --help
@@ -33,6 +34,7 @@ from tqdm import tqdm
 from prefixmem_fast._files import write_file
 
 from . import callgrind, compare, host, plots, scale
+from .distributed import cli as distributed
 from .quality import cli as quality
 from .quality import language_model
 from .registry import BENCHMARKS
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 
 ACTIONS = (
     *("list", "run", "report", "compare", "gpu", "predicted", "scale", "traffic", "host", "callgrind", "quality"),
-    "language-model-study",
+    *("distributed", "language-model-study"),
 )
 # Git ignores it; rows that are to be committed go to --out bench/results/<machine>.jsonl.
 RUNS = Path("runs/bench")
@@ -110,6 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     callgrind.add_arguments(
         add("callgrind", callgrind.run, "Count instructions and cache misses of the CPU kernels in valgrind.")
     )
+    summary = "Bytes that leave a rank, and times, of the tables on several processes by every layout."
+    distributed.add_arguments(add("distributed", distributed.run, summary))
     scale.add_arguments(add("scale", scale.run, "What a catalogue costs in rows, bytes and devices, by formulas."))
     form = argparse.RawDescriptionHelpFormatter
     for name, study in (("quality", quality), ("language-model-study", language_model)):
