@@ -200,8 +200,7 @@ class Shard(Layout):
         """S crosses in float32, whatever dS crosses in."""
         size = (cls.comm_dtype or torch.float32).itemsize
         shards = plan.shard_ranks(HEADS, task.ranks)
-        head = SHAPE.active * WIDTH * math.ceil(HEADS / shards)
-        return plan.shard_sent(SHAPE, shards, task.ranks // shards, size) + head * (4 - size) * (shards - 1)
+        return plan.shard_sent(SHAPE, shards, task.ranks // shards, size, 4)
 
     @classmethod
     def copies(cls, ranks: int) -> float:

@@ -77,7 +77,7 @@ def test_the_report_is_a_table(tiny, capsys):
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
     figures = {cells[0]: cells[2:4] for cells in lines}
     assert figures["prefixmem_fast, replicate"] == ["2,058", "2,058"]
-    assert figures["prefixmem_fast, shard, bfloat16"] == ["1,546", "1,546"]
+    assert figures["prefixmem_fast, shard, bfloat16"] == ["1,547", "1,546"]  # with the headers of 48 SIDs
 
 
 class AllButOne(Replicate):
