@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prefixmem_fast.distributed.capacity import Catalogue, size_text, where
+from prefixmem_fast.distributed.capacity import CatalogueSize, size_text, where
 
 from .report import markdown
 from .rows import Row, hardware, latest, read_rows
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} {getattr(options, name)} is below 1")
     if not all(size >= 1 for size in options.table_rows):
         raise ValueError(f"--table-rows {options.table_rows} holds a number below 1")
-    catalogue = Catalogue(options.items, options.codes)
+    catalogue = CatalogueSize(options.items, options.codes)
     measured = [row for path in options.rows for row in measured_steps(path)]
     if options.json:
         print(json.dumps(as_row(catalogue, options.table_rows)))
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def tables(catalogue: Catalogue, sizes: list[float], measured: list[Row]) -> str:
+def tables(catalogue: CatalogueSize, sizes: list[float], measured: list[Row]) -> str:
     """The page's tables, in Markdown."""
     counts = [[f"{n}", f"{p:,.0f}", f"{catalogue.codes**n:,}"] for n, p in enumerate(catalogue.prefixes(), 1)]
     lines = []
@@ -73,7 +73,7 @@ def tables(catalogue: Catalogue, sizes: list[float], measured: list[Row]) -> str
     return "\n".join(text)
 
 
-def as_row(catalogue: Catalogue, sizes: list[float]) -> dict[str, Any]:
+def as_row(catalogue: CatalogueSize, sizes: list[float]) -> dict[str, Any]:
     rows = {"exact": catalogue.exact_rows(), **{f"{size:.0f}": catalogue.hashed_rows(size) for size in sizes}}
     return {
         "items": catalogue.items,

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prefixmem_fast import PrefixMem, PrefixMemConfig, optim
 from prefixmem_fast.distributed import from_torchrec, plan, replicate, shard, to_torchrec
-from prefixmem_fast.distributed.capacity import Catalogue
+from prefixmem_fast.distributed.capacity import CatalogueSize
 from prefixmem_fast.distributed.replicated import ReplicatedTable
 from prefixmem_fast.distributed.torchrec import require_torchrec
 from prefixmem_fast.encoder import PrefixMemory
@@ -32,7 +32,7 @@ INDEX_BYTES = 8
 SUMMED_OTHERWISE = 1e-6  # float32 sums of the same terms in another order
 ROUNDED = 0.05 * LR  # dS with 8 bits of mantissa: 2^-9 of a step whose largest numbers are 8 times its mean square
 PART = 1 << 18  # rows compared at a time
-SHAPE = Catalogue(1)  # the sizes of a SID; how many items there are does not count
+SHAPE = CatalogueSize(1)  # the sizes of a SID; how many items there are does not count
 
 
 @dataclass(frozen=True)

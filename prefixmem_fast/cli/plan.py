@@ -50,11 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     _check(options)
     from ..distributed import plan
-    from ..distributed.capacity import Catalogue
+    from ..distributed.capacity import CatalogueSize
 
     width = options.memory_dim // options.heads
     gradients = options.gradients or options.table_dtype
-    catalogue = Catalogue(
+    catalogue = CatalogueSize(
         items=options.items,
         codes=options.codes,
         orders=options.orders,

@@ -24,7 +24,7 @@ HOST_ROOM = 0.8  # of a host's memory
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class CatalogueSize:
     """A catalogue and the encoder over it, at the paper's widths unless said otherwise.
 
     Attributes:

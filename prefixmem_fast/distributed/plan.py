@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .capacity import GPU_ROOM, HOST_BYTES, HOST_GPUS, HOST_ROOM, Catalogue, size_text
+from .capacity import GPU_ROOM, HOST_BYTES, HOST_GPUS, HOST_ROOM, CatalogueSize, size_text
 
 NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
 MODEL_MICROSECONDS = 51  # a SID of five tokens in a language model of 1.7 B parameters at 10^15 operations a second
@@ -127,14 +127,14 @@ def dense_sent(table_bytes: float, ranks: int) -> float:
     return 2 * (ranks - 1) / ranks * table_bytes
 
 
-def replicate_sent(catalogue: Catalogue, ranks: int, number_bytes: int) -> int:
+def replicate_sent(catalogue: CatalogueSize, ranks: int, number_bytes: int) -> int:
     """Bytes a SID: its codes and dS go to every other rank."""
     sums = catalogue.active * catalogue.heads * catalogue.width * number_bytes
     return (2 * catalogue.levels + sums) * (ranks - 1)
 
 
 def shard_sent(
-    catalogue: Catalogue, shards: int, replicas: int, number_bytes: int, sum_bytes: int | None = None
+    catalogue: CatalogueSize, shards: int, replicas: int, number_bytes: int, sum_bytes: int | None = None
 ) -> int:
     """Bytes a SID of the rank that holds the most heads, in a mesh of `replicas` x `shards` ranks.
 
@@ -151,13 +151,13 @@ def shard_sent(
     return forward + backward + across
 
 
-def torchrec_sent(catalogue: Catalogue, ranks: int, number_bytes: int) -> float:
+def torchrec_sent(catalogue: CatalogueSize, ranks: int, number_bytes: int) -> float:
     """Bytes a SID, rows divided over all ranks: int64 ids, int32 lengths, rows forward and their gradient backward."""
     rows = catalogue.orders * catalogue.heads
     return rows * (8 + 2 * catalogue.width * number_bytes) * (ranks - 1) / ranks + 4 * catalogue.orders * (ranks - 1)
 
 
-def layouts(catalogue: Catalogue, table_rows: int, cluster: Cluster, number_bytes: int, batch: int) -> list[Layout]:
+def layouts(catalogue: CatalogueSize, table_rows: int, cluster: Cluster, number_bytes: int, batch: int) -> list[Layout]:
     """Every layout for these GPUs.
 
     Args:
@@ -242,7 +242,7 @@ def microseconds(layout: Layout, cluster: Cluster) -> float:
 
 
 def how_to(
-    layout: Layout, catalogue: Catalogue, cluster: Cluster, optimizer: str, cast: str | None = None
+    layout: Layout, catalogue: CatalogueSize, cluster: Cluster, optimizer: str, cast: str | None = None
 ) -> list[str]:
     """Lines of Python that take a layout.
 

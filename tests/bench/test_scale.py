@@ -14,13 +14,13 @@ from prefixmem_fast import AddressSpec, prefix_rows
 def test_prefixes_are_those_of_a_drawn_catalogue():
     codes = torch.randint(0, 16, (5000, 4))
     drawn = [len(codes[:, :n].unique(dim=0)) for n in range(1, 5)]
-    assert scale.Catalogue(5000, codes=16).prefixes() == pytest.approx(drawn, rel=0.02)
+    assert scale.CatalogueSize(5000, codes=16).prefixes() == pytest.approx(drawn, rel=0.02)
 
 
 def test_rows_of_tables_are_those_of_the_address_spec():
     for table_rows in (300, 5000):
         spec = AddressSpec((16,) * 5, 4, 4, table_rows)
-        assert scale.Catalogue(5000, codes=16).hashed_rows(table_rows) == spec.total_rows
+        assert scale.CatalogueSize(5000, codes=16).hashed_rows(table_rows) == spec.total_rows
 
 
 def test_shared_rows_are_those_of_a_drawn_catalogue():
@@ -28,14 +28,14 @@ def test_shared_rows_are_those_of_a_drawn_catalogue():
     codes = torch.randint(0, 256, (3000, 4)).unique(dim=0)
     rows = prefix_rows(codes, spec)[:, 3, 3]  # order 4, [M, H]
     shared = torch.stack([torch.bincount(row)[row] > 1 for row in rows.T], 1).float()
-    in_a_head, in_all = scale.Catalogue(len(codes), codes=256, heads=2).shared(4001)
+    in_a_head, in_all = scale.CatalogueSize(len(codes), codes=256, heads=2).shared(4001)
     assert float(shared.mean()) == pytest.approx(in_a_head, rel=0.05)
     assert float(shared.prod(1).mean()) == pytest.approx(in_all, rel=0.1)
 
 
 def test_bytes_of_the_papers_shape():
     """16 rows of 128 bytes; gradient and update: rows and state in and out, S and dS."""
-    paper = scale.Catalogue(1e9)
+    paper = scale.CatalogueSize(1e9)
     assert paper.read_bytes() == 2048
     assert paper.trained_bytes() == 2048 + 2 * 16 * 132 + 2 * 1024
     assert paper.bytes(1e6) == 132e6

@@ -7,12 +7,12 @@ import torch.distributed as dist
 from bench.distributed.counting import SentBytes
 from prefixmem_fast import AddressSpec, PrefixMem, PrefixMemConfig, optim
 from prefixmem_fast.distributed import plan, replicate, shard
-from prefixmem_fast.distributed.capacity import Catalogue
+from prefixmem_fast.distributed.capacity import CatalogueSize
 from tests.distributed.processes import case
 
 SIDS = 96
 HEADER = 16  # bytes to each other rank, before an exchange: how many SIDs, and a digest
-PAPER = Catalogue(1)  # L = 5, N = 4, H = 4, w = 64, A = 2
+PAPER = CatalogueSize(1)  # L = 5, N = 4, H = 4, w = 64, A = 2
 LIMITS = {  # bytes a SID, by ranks: float32, and with dS in bfloat16
     ("replicate", 2): (2058, 1034),
     ("replicate", 4): (6174, 3102),

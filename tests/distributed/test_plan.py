@@ -8,10 +8,10 @@ import torch
 
 from prefixmem_fast._choices import ROW_OPTIMIZERS, SENT_DTYPES
 from prefixmem_fast.distributed import plan
-from prefixmem_fast.distributed.capacity import Catalogue
+from prefixmem_fast.distributed.capacity import CatalogueSize
 from prefixmem_fast.operation.rules import RULES
 
-PAPER = Catalogue(1e9)  # N = 4, H = 4, w = 64, A = 2, L = 5
+PAPER = CatalogueSize(1e9)  # N = 4, H = 4, w = 64, A = 2, L = 5
 
 
 def cluster(gpus, **options):
@@ -66,7 +66,7 @@ def sent_by_a_rank(rank, shards, replicas, sids, catalogue, number_bytes):
 @pytest.mark.parametrize(("shards", "replicas"), [(2, 1), (3, 1), (4, 1), (2, 3), (3, 2), (4, 8)])
 @pytest.mark.parametrize("heads", [4, 6])
 def test_bytes_of_shard_are_those_of_its_busiest_rank(shards, replicas, heads):
-    catalogue, sids = Catalogue(1e9, heads=heads, levels=3, active=1, width=8), 7
+    catalogue, sids = CatalogueSize(1e9, heads=heads, levels=3, active=1, width=8), 7
     sent = [sent_by_a_rank(rank, shards, replicas, sids, catalogue, 2) for rank in range(shards * replicas)]
     assert plan.shard_sent(catalogue, shards, replicas, 2) * sids == max(sent)
 
@@ -210,5 +210,5 @@ def test_machines_that_are_refused(options, message):
 
 
 def test_orders_past_the_range_of_floats():
-    catalogue = Catalogue(1e9, orders=200, levels=200)
+    catalogue = CatalogueSize(1e9, orders=200, levels=200)
     assert catalogue.prefixes()[2:] == pytest.approx([943_986_857, 999_971_579, *[1e9] * 196], rel=1e-4)

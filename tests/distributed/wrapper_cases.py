@@ -152,6 +152,19 @@ def fsdp2(rank, world):
 
 
 @case(2)
+def fsdp2_that_was_not_told_of_the_table(rank, world):
+    from torch.distributed.fsdp import fully_shard
+
+    for grad in ("fused", "sparse"):
+        for layout in (lambda model: model, replicate):
+            model = layout(build(models.encoder, grad))
+            fully_shard(model)
+            tokens = stream(world)[0].chunk(world)[rank]
+            with pytest.raises(RuntimeError, match=r"have FSDP2 ignore the table: ignored_params=\{encoder\.memory"):
+                model(input_ids=tokens, labels=tokens)
+
+
+@case(2)
 def a_schedule_moves_managed_tables(rank, world):
     model = replicate(build(models.encoder, "fused"), managed=True)
     optimizer = optimizer_of(model)
