@@ -2,23 +2,18 @@ import pytest
 
 from tests.distributed.hosts import problem, torchrun, two_hosts
 
+CASES = {"every_rule_and_gradient", "fifty_steps", "means_of_ranks", "two_dimensions"}
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("module", "cases"),
-    [
-        ("tests.distributed.replicate_cases", {"fifty_steps", "means_of_ranks"}),
-        (
-            "tests.distributed.shard_cases",
-            {"fifty_steps", "means_of_ranks", "two_dimensions", "every_rule_and_gradient"},
-        ),
-    ],
-)
-def test_two_hosts_of_two_processes_have_the_bits_of_one(module, cases):
+def test_two_hosts_of_two_processes_have_the_bits_of_one():
     if (reason := problem()) is not None:
         pytest.skip(reason)
     with two_hosts() as hosts:
-        nodes = [torchrun(host, node, "tests.distributed.hosts", module) for node, host in enumerate(hosts)]
+        nodes = [
+            torchrun(host, node, "tests.distributed.hosts", "tests.distributed.layout_cases")
+            for node, host in enumerate(hosts)
+        ]
         try:
             said = [node.communicate(timeout=300) for node in nodes]
         finally:
@@ -26,4 +21,4 @@ def test_two_hosts_of_two_processes_have_the_bits_of_one(module, cases):
                 node.kill()
     assert [node.returncode for node in nodes] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
     passed = {tuple(line.split()[1:]) for out, _ in said for line in out.splitlines() if line.startswith("passed: ")}
-    assert passed == {(str(rank), name) for rank in range(4) for name in cases}
+    assert passed == {(str(rank), name) for rank in range(4) for name in CASES}
