@@ -439,4 +439,4 @@ def _miss_nothing_beside_shards(encoder: PrefixMem, keys: Any) -> None:
 
 
 def _is_beside_shards(encoder: PrefixMem) -> bool:
-    return encoder.memory.managed and hasattr(encoder.out_proj.weight, "device_mesh")
+    return getattr(encoder.memory, "managed", False) and hasattr(encoder.out_proj.weight, "device_mesh")

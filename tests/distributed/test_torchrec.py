@@ -348,6 +348,11 @@ def three(folder, two):
     return run(3, folder)  # goes on from the checkpoint of the two
 
 
+@pytest.fixture(scope="module")
+def four(folder):
+    return run(4, folder)
+
+
 @pytest.fixture(params=[2, 3], ids=["2 ranks", "3 ranks"])
 def results(request):
     return request.getfixturevalue({2: "two", 3: "three"}[request.param])
@@ -377,6 +382,12 @@ def test_training(case, results):
     assert_trained(case, len(results), found[0])
     for other in found[1:]:
         assert all(torch.equal(value, other[name]) for name, value in found[0].items())
+
+
+def test_training_on_four_ranks(four):
+    case = ranks.CASES[0]
+    assert case.steps == 50
+    assert_trained(case, 4, results_of(str(case), four)[0])
 
 
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
@@ -441,3 +452,9 @@ def test_bytes_that_leave_a_rank(two):
         assert counted["all_to_all_single torch.float32"] == 64 * 4096
         assert counted["all_to_all_single torch.int32"] == 64 * 16
         assert 0 <= counted["all_to_all_single torch.int64"] - 64 * 64 <= 64  # and how many ids come, once a batch
+
+
+def test_bytes_that_leave_one_of_four_ranks(four):
+    """6,288 a SID, and how many ids come, once a batch."""
+    for counted in results_of("bytes", four):
+        assert 0 <= sum(counted.values()) - 64 * 6288 <= 64 * 3
