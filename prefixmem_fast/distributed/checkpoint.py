@@ -51,7 +51,7 @@ def save_tables(model: nn.Module, folder: str | Path) -> None:
         folder: a new one, or one that this function wrote.
 
     Raises:
-        ValueError: something else is in the folder, or ranks that hold the same rows hold other numbers.
+        ValueError: something else is in the folder, or ranks that hold the same rows disagree.
         OSError, CheckpointError: it cannot be written; what was in it is left as it was.
     """
     folder, memories = Path(folder), memories_of(model)
@@ -96,7 +96,7 @@ def load_tables(model: nn.Module, folder: str | Path, *, verify: bool = True) ->
         model: holds the same tables under the same names.
         folder: of `save_tables`.
         verify: compare the SHA-256 of each file with the stored one; the ranks share the work. torch reads .metadata
-            as a pickle: take folders alone that you trust.
+            as a pickle: load only folders that you trust.
 
     Raises:
         FileNotFoundError: no such checkpoint is there.
@@ -130,16 +130,16 @@ def load_tables(model: nn.Module, folder: str | Path, *, verify: bool = True) ->
             optimizer.start(memory.weight)
         entries |= _entries(name, memory)
     known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    dcp.load(
-        {key: value for key, value in entries.items() if key in known}, checkpoint_id=folder, no_dist=not several()
-    )
+    wanted = {key: value for key, value in entries.items() if key in known}
+    with _told(folder):
+        dcp.load(wanted, checkpoint_id=folder, no_dist=not several())
     for memory in memories.values():
         torch.autograd.graph.increment_version(memory.weight)
 
 
 @contextmanager
 def _told(folder: Path) -> Iterator[None]:
-    """torch's error, which is no Exception, as one; and without its warning of a single process."""
+    """Turn torch's CheckpointException, a BaseException, into CheckpointError; hide its warning of one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         try:

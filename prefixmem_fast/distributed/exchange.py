@@ -1,7 +1,7 @@
 """What crosses between processes: codes, slices of S and gradients of S, ragged and in the order of ranks.
 
-Every call is collective. Numbers are sent as bytes, since gloo knows neither int16 nor, everywhere, bfloat16. A header
-goes first: how many SIDs a rank has, and a digest of what has to be the same on all ranks, so that those that have got
+Every call is collective. Numbers are sent as bytes, since gloo lacks int16 and, on some builds, bfloat16. A header goes
+first: how many SIDs a rank has, and a digest of what has to be the same on all ranks, so that those that have got
 out of step are told apart from those that are slow.
 """
 
@@ -23,7 +23,7 @@ _MOST_INT16 = (1 << 15) - 1
 
 
 class ExchangeError(RuntimeError):
-    """Processes could not exchange what they had to. The table in question and its step count are as before."""
+    """A collective call failed, or ranks differ. The table in question and its step count are as before."""
 
 
 class Exchange:
@@ -60,10 +60,10 @@ class Exchange:
 
         Args:
             count: this rank's.
-            same: what has to print the same on every rank.
+            same: values whose repr must be equal on every rank.
 
         Raises:
-            ExchangeError: it does not, or a rank is missing.
+            ExchangeError: they differ, or a rank is missing.
         """
         digest = zlib.crc32(repr(same).encode())
         own = torch.tensor([count, digest], dtype=torch.int64, device=device)
@@ -128,7 +128,7 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 
 def _default_timeout() -> timedelta | None:
-    """That of the default group, which torch gives to its groups, and not to those made from it."""
+    """That of the default group; torch would give a new group its own default."""
     try:
         group = dist.distributed_c10d._get_default_group()
         return group._get_backend(group._device_types[0]).options._timeout

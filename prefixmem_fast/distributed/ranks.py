@@ -1,4 +1,4 @@
-"""What ranks tell one another around files: values, and errors, so that none waits for one that has given up."""
+"""What ranks tell one another around files: values, and errors, so that no rank waits for one that has failed."""
 
 from __future__ import annotations
 

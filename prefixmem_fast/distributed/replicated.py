@@ -43,9 +43,9 @@ def replicate(
 ) -> nn.Module:
     """Train the tables of a model on several processes, each of which holds all of them. In place, on every rank.
 
-    Call it before DistributedDataParallel, FSDP2, accelerate or DeepSpeed wrap the model, and before its optimizer is
-    built. The first rank's tables are copied to all. One process trains as before. The optimizer takes gradients
-    of the whole batch, so accumulation and clipping by the global norm see those too.
+    Call it before DistributedDataParallel, FSDP2, accelerate or DeepSpeed wrap the model. The first rank's tables are
+    copied to all. One process trains as before. The optimizer takes gradients of the whole batch, so accumulation and
+    clipping by the global norm act on those too.
 
     Args:
         model: holds a `PrefixMem` with grad="sparse" or "fused" somewhere, or is one.
@@ -55,7 +55,7 @@ def replicate(
         managed: the table is none of the model's parameters, so that what wraps the model does not see it: needed with
             DeepSpeed, and with FSDP2 where it is not told to ignore the table. `optim.for_model` finds it all the same.
             What goes through the model's parameters does not reach it: clipping (`optim.clip_grad_norm_` of the model
-            does, a Trainer's max_grad_norm does not), model.zero_grad(), averages of weights, GradScaler.
+            does, a Trainer's max_grad_norm does not), model.zero_grad(), weight averaging (EMA, SWA), GradScaler.
         reduce: "mean" over ranks, as DistributedDataParallel and FSDP2 do with all other gradients, or "sum".
         timeout: how long a rank waits for another one; None for torch's default.
 
@@ -81,11 +81,17 @@ def replicate(
     return model
 
 
-def tables_to_train(model: nn.Module, group: object = None) -> dict[str, PrefixMemory]:
+def tables_to_train(model: nn.Module, group: object = None, *, meta: bool = False) -> dict[str, PrefixMemory]:
     """`trained_by_rows`; what one rank refuses, all refuse, where all of them call it."""
     found: dict[str, PrefixMemory] = {}
-    check = lambda: found.update(trained_by_rows(model))  # noqa: E731
-    on_all(check) if group is None else check()
+
+    def check() -> None:
+        found.update(trained_by_rows(model, meta=meta))
+
+    if group is None:
+        on_all(check)
+    else:
+        check()
     return found
 
 

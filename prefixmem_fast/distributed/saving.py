@@ -132,13 +132,13 @@ def _save(encoder: PrefixMem, folder: Path, vocabulary: SIDVocabulary | None, li
 
 
 def _names(encoder: PrefixMem) -> list[str]:
-    """Of the tensors of a whole encoder, a parameter first."""
+    """Names of the tensors of a whole encoder, tables first: readers take the dtype from the first."""
     tables = [f"{name}.weight" for name in memories_of(encoder)]
     return [*tables, *(name for name, _ in encoder.named_parameters() if name not in tables)]
 
 
 def _rows_here(encoder: PrefixMem, limit: int) -> dict[tuple[str, int], Tensor]:
-    """The rows that this rank writes, by tensor and first row; each row is written by one rank."""
+    """The rows that this rank writes, by tensor and first row; of ranks that hold copies, one writes."""
     rows: dict[tuple[str, int], Tensor] = {}
     for name, memory in memories_of(encoder).items():
         division = memory.division

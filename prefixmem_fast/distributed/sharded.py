@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._pages import ask_for_huge_pages
 from ..addressing import TokenStream
-from ..encoder import PrefixMemConfig, PrefixMemory
+from ..encoder import PrefixMem, PrefixMemConfig, PrefixMemory
 from ..operation.table_state import table_state
 from .exchange import Exchange, SIDs
 from .plan import shard_ranks
@@ -45,19 +45,23 @@ def shard(
     comm_dtype: torch.dtype | None = None,
     reduce: str = "mean",
     timeout: timedelta | None = None,
+    device: torch.device | str | None = None,
 ) -> nn.Module:
-    """Divide the tables of a model over processes by heads, in place, on every rank; each keeps its part of its own.
+    """Divide the tables of a model over processes by heads, in place, on every rank; each keeps only its heads.
 
-    Call it as `replicate`. The forward pass is collective too: every rank has to read the encoder equally often, in
-    evaluation and generation as well. The tables are managed ones, see there, and in no state_dict: `optim.for_model`
-    finds them, `save_tables` and the encoder's `save_pretrained` write them, on every rank.
+    Call it as `replicate`, and before the optimizer is built. The forward pass is collective too: every rank has to
+    read the encoder equally often, in evaluation and generation as well. The tables are managed (see `replicate`) and
+    in no state_dict: `optim.for_model` finds them, `save_tables` and the encoder's `save_pretrained` write them, on
+    every rank.
 
     Args:
-        model: holds a `PrefixMem` with grad="sparse" or "fused" somewhere, or is one. All ranks have it whole at first,
-            and the first rank's tables count.
+        model: holds a `PrefixMem` with grad="sparse" or "fused" somewhere, or is one. The first rank's tables count. A
+            `PrefixMem(config, device="meta")`, whose tables nobody has to hold whole, gets parts that start from the
+            config's normal distribution, and the rest of it as at its making.
         mesh: of one dimension, with at most as many ranks as the spec has heads, or of two, named "replicate" and
-            "shard". None takes all ranks, in groups within a host: as many as divide its ranks and have a head each.
+            "shard". None takes all ranks, in the largest groups that divide a host's ranks and give each a head.
         comm_dtype, reduce, timeout: as for `replicate`.
+        device: of what comes from the meta device; None for the default one.
 
     Returns:
         `model`.
@@ -67,7 +71,7 @@ def shard(
         ExchangeError: the ranks' tables are not of one spec and dtype, or a rank is missing.
     """
     check_options(comm_dtype, reduce)
-    memories = tables_to_train(model, mesh)
+    memories = tables_to_train(model, mesh, meta=True)
     for name, memory in memories.items():
         if table_state(memory.weight).optimizer is not None:
             raise ValueError(
@@ -77,7 +81,7 @@ def shard(
     if not process_group_is_needed():
         if mesh is not None:
             raise ValueError("mesh is given, and there is one process; start the script with torchrun")
-        return replicate(model)
+        return replicate(model, managed=True)  # refuses the meta device
     heads = min(memory.config.spec.heads for memory in memories.values())
     inner, outer = _ranks_of(mesh, heads)
     across = Exchange(inner, timeout=timeout)
@@ -87,17 +91,33 @@ def shard(
         if len(outer) > 1 and on_host not in alike:
             alike[on_host] = Exchange(outer, backend="gloo" if on_host else None, timeout=timeout)
         exchange = alike.get(on_host)
-        # dS has been divided by the number of all ranks before it comes here
-        ReplicatedTable(name, memory, across, False).begin_with(memory.weight)
-        if exchange is not None:
-            ReplicatedTable(name, memory, exchange, False).begin_with(memory.weight)
-        division = DividedTable(name, memory.config, across, len(outer) if reduce == "mean" else 0)
-        division.take_part(memory)
+        division = DividedTable(name, memory.config, across, len(outer) if reduce == "mean" else 0, comm_dtype)
         division.is_first_copy = outer[0] == dist.get_rank()
+        if memory.weight.is_meta:
+            division.make_part(memory, device)
+        else:
+            ReplicatedTable(name, memory, across, False).begin_with(memory.weight)
+            division.take_part(memory)
+        # Of the ranks with the same heads; dS has been divided by the number of all ranks before it comes here.
         own = ReplicatedTable(name, memory, exchange, False, comm_dtype)
+        own.begin_with(memory.weight)
         table_state(memory.weight).exchange = own
-        division.comm_dtype = comm_dtype
+    _make_rest(model, across, device)
     return model
+
+
+def _make_rest(model: nn.Module, exchange: Exchange, device: torch.device | str | None) -> None:
+    """W_out, W_head and weights of lags that are on the meta device, the same on all ranks of a group."""
+    for encoder in model.modules():
+        if isinstance(encoder, PrefixMem) and encoder.out_proj.weight.is_meta:
+            own = [encoder.out_proj, *([] if encoder.head_proj is None else [encoder.head_proj])]
+            for projection in own:
+                projection.to_empty(device=device or torch.get_default_device())
+                projection.reset_parameters()
+                exchange.broadcast(projection.weight.detach(), "making W_out")
+            if encoder.lag_weights is not None:
+                lags = torch.arange(encoder.config.lags, device=own[0].weight.device, dtype=own[0].weight.dtype)
+                encoder.lag_weights = nn.Parameter(torch.exp2(-lags))
 
 
 def _ranks_of(mesh: DeviceMesh | None, heads: int) -> tuple[list[int], list[int]]:
@@ -140,12 +160,14 @@ class DividedTable:
         copies: how many ranks hold the same ones; 0 where the gradient is summed over ranks, and not averaged.
     """
 
-    def __init__(self, name: str, config: PrefixMemConfig, exchange: Exchange, copies: int) -> None:
+    def __init__(
+        self, name: str, config: PrefixMemConfig, exchange: Exchange, copies: int, comm_dtype: torch.dtype | None
+    ) -> None:
         self.name, self.config, self.exchange, self.copies = name, config, exchange, copies
         self.bounds = [i * config.spec.heads // exchange.size for i in range(exchange.size + 1)]
         self.start, self.stop = self.bounds[exchange.rank : exchange.rank + 2]
-        self.comm_dtype: torch.dtype | None = None
-        self.is_first_copy = True
+        self.comm_dtype = comm_dtype
+        self.is_first_copy, self.saved_apart = True, False
         self._device = torch.device("cpu")  # where codes come from
 
     def norm(self, gradient: Tensor | None, order: float) -> Tensor:
@@ -160,7 +182,24 @@ class DividedTable:
 
     def take_part(self, memory: PrefixMemory) -> None:
         """Put this rank's rows in the place of the whole table."""
-        part = self.part_of(memory.weight.detach())
+        self._put(memory, self.part_of(memory.weight.detach()))
+
+    def make_part(self, memory: PrefixMemory, device: torch.device | str | None) -> None:
+        """Rows of this rank's heads, as `reset_parameters` draws them; no two ranks draw the same."""
+        rows, device = (
+            self.config.spec.for_heads(self.start, self.stop).total_rows,
+            device or torch.get_default_device(),
+        )
+        if memory.tables != "device":
+            device = "cpu"
+        part = torch.empty(rows, self.config.row_width, dtype=memory.weight.dtype, device=device)
+        drawn = torch.randint(1 << 62, (1,), device=device if torch.device(device).type == "cuda" else None)
+        self.exchange.broadcast(drawn, f"making {self.name}")
+        generator = torch.Generator(device).manual_seed((int(drawn) + 0x9E3779B97F4A7C15 * self.start) % (1 << 63))
+        part.normal_(std=self.config.memory_init_std, generator=generator)
+        self._put(memory, part)
+
+    def _put(self, memory: PrefixMemory, part: Tensor) -> None:
         ask_for_huge_pages(part)
         spec, width = self.config.spec.for_heads(self.start, self.stop), self.config.row_width
         memory.before_write()

@@ -28,8 +28,11 @@ def memories_of(model: nn.Module) -> dict[str, PrefixMemory]:
     return found
 
 
-def trained_by_rows(model: nn.Module) -> dict[str, PrefixMemory]:
+def trained_by_rows(model: nn.Module, *, meta: bool = False) -> dict[str, PrefixMemory]:
     """`memories_of`, all of which have to be trained by rows, on one process so far.
+
+    Args:
+        meta: whether they may be without memory.
 
     Raises:
         TypeError, ValueError: they are not.
@@ -48,7 +51,7 @@ def trained_by_rows(model: nn.Module) -> dict[str, PrefixMemory]:
             raise ValueError(
                 f"{where} is divided by DeepSpeed or FSDP already; make this call before they wrap the model"
             )
-        if memory.weight.is_meta:
+        if memory.weight.is_meta and not meta:
             raise ValueError(f"{where} is on the meta device; load its tables before this call")
         if exchange_of(memory) is not None:
             raise ValueError(f"{where} is replicated or divided already; one call is enough")

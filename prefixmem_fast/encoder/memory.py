@@ -30,6 +30,7 @@ class Division(Protocol):
 
     config: PrefixMemConfig  # of the whole tables
     is_first_copy: bool  # of several processes that hold the same rows
+    saved_apart: bool  # by a callback of a trainer, say, so that nobody has to be told
 
     def read(self, memory: PrefixMemory, source: Tensor | TokenStream) -> Tensor:
         """S of this process's codes or tokens, from the parts of all; collective."""
@@ -304,13 +305,13 @@ class PrefixMemory(nn.Module):
         """What torch does for parameters: copy the table out of a state_dict, or the rows of a rank's part."""
         name = prefix + "weight"
         if name not in state_dict:
-            if self.division is not None:
+            if self.division is not None and not self.division.saved_apart:
                 warnings.warn(
                     f"the state_dict has no {name}, as tables that are divided over processes are in none; read them "
                     "with prefixmem_fast.distributed.load_tables",
                     stacklevel=2,
                 )
-            elif strict:
+            elif self.division is None and strict:
                 missing_keys.append(name)
             return
         if name in unexpected_keys:

@@ -60,12 +60,14 @@ class _Method:
         attachment = getattr(self._base(), "prefixmem_attachment", None)
         if attachment is not None:
             encoder = unwrapped(attachment.encoder)
-            if any(getattr(module, "division", None) is not None for module in encoder.modules()):
+            divisions = [d for module in encoder.modules() if (d := getattr(module, "division", None)) is not None]
+            if not all(division.saved_apart for division in divisions):
                 warnings.warn(
-                    f"{folder} gets the model without its encoder, whose tables are divided over processes: call "
-                    "prefixmem_fast.distributed.save_pretrained(model, folder) on every rank, or save_tables to go on",
+                    f"{folder} gets the model without the tables of its encoder, which are divided over processes: "
+                    "call prefixmem_fast.distributed.save_pretrained(model, folder) on every rank, or save_tables",
                     stacklevel=3,
                 )
+            if divisions:
                 return
             save_encoder(encoder, Path(folder) / FOLDER, attachment.vocabulary, weights=weights)
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..distributed import load_tables, save_tables
+from ..distributed.tables import memories_of
 
 FOLDER = "prefixmem_tables"  # in a checkpoint
 
@@ -18,6 +19,11 @@ class TableCheckpoints(TrainerCallback):
     Each checkpoint gets a folder `prefixmem_tables`, see `prefixmem_fast.distributed.save_tables`. A run may be resumed
     with another number of processes and in another layout.
     """
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        for memory in memories_of(model).values():
+            if memory.division is not None:
+                memory.division.saved_apart = True
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         save_tables(model, _checkpoint(args, state) / FOLDER)

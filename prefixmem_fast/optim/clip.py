@@ -50,21 +50,26 @@ def clip_grad_norm_(
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
-    if not divided:
+    parts = {id(memory.weight) for memory in divided}
+    whole = [parameter for parameter in parameters if parameter.grad is not None and id(parameter) not in parts]
+    shards = [parameter for parameter in whole if hasattr(parameter.grad, "device_mesh")]  # of FSDP2
+    if not divided and len(shards) in (0, len(whole)):
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite)
-    spent = [memory.weight for memory in divided if isinstance(memory.weight.grad, FusedGradient)]
+    spent = [parameter for parameter in parameters if isinstance(parameter.grad, FusedGradient)]
     if spent and max_norm != math.inf:
         torch.nn.utils.clip_grad_norm_(spent, max_norm)  # raises
-    parts = {id(memory.weight) for memory in divided}
-    others = [p.grad for p in parameters if p.grad is not None and id(p) not in parts]
-    norms = [torch.nn.utils.get_total_norm(others, norm_type)]
-    norms += [memory.division.norm(memory.weight.grad, norm_type) for memory in divided]
+    rest = [parameter for parameter in whole if not hasattr(parameter.grad, "device_mesh")]
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group], norm_type) for group in (shards, rest) if group]
     norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
-    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)
+    norms += [memory.division.norm(memory.weight.grad, norm_type) for memory in divided]
+    # A norm of a spent gradient is of a class of its own, and mixes with no other.
+    total = torch.linalg.vector_norm(torch.tensor([float(norm) for norm in norms]), norm_type)
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(f"the total norm of order {norm_type} is {float(total)}; give error_if_nonfinite=False")
     if max_norm != math.inf:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+        for group in (shards, [p for p in parameters if p.grad is not None and not hasattr(p.grad, "device_mesh")]):
+            if group:
+                torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
     return total
 
 

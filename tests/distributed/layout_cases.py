@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from prefixmem_fast import optim
 from prefixmem_fast.distributed import replicate, shard
+from prefixmem_fast.distributed.ranks import gathered
 from tests.distributed.examples import RULES, alone, batches, encoder, loss_of, state_of
 from tests.distributed.processes import case
 
@@ -109,6 +110,25 @@ def tables_in_the_hosts_memory(rank, world):
 def parts_are_parts(rank, world):
     assert compare(shard, rank, COUNTS[world][0], "sgd", 1) == 1 / world
     assert compare(replicate, rank, COUNTS[world][0], "sgd", 1) == 1
+
+
+@case(2, 4)
+def tables_that_nobody_holds_whole(rank, world):
+    """From the meta device: parts of other numbers, the same where ranks hold the same heads."""
+    mesh = None if world == 2 else init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = shard(encoder("fused", device="meta"), mesh)
+    weight, heads = model.memory.weight.detach().clone(), 2
+    assert weight.shape == (encoder().config.spec.total_rows // 2, 8)
+    assert abs(float(weight.std()) - 0.5) < 0.03
+    parts = gathered((model.memory.division.start, weight, model.out_proj.weight.detach()))
+    for start, other, out in parts:
+        assert torch.equal(other, weight) == (start == model.memory.division.start)
+        assert torch.equal(out, model.out_proj.weight)
+    assert {start for start, *_ in parts} == {0, heads}
+    optimizer = RULES["adagrad"]([model.memory.weight], lr=0.05)
+    loss_of(model, batches((8,) * world, 1)[0][rank], 1.0).backward()
+    optimizer.step()
+    assert not torch.equal(model.memory.weight, weight)
 
 
 @case(4)

@@ -12,8 +12,11 @@ def test_wrapped_models_train_to_the_tables_of_one_process(tmp_path):
 @pytest.mark.slow
 def test_transformers_trainer(tmp_path):
     environment = {"PREFIXMEM_TEST_FOLDER": str(tmp_path)}
-    assert run_cases(1, tmp_path, "tests.distributed.trainer_cases", environment=environment) == {"trainer_alone"}
-    assert run_cases(2, tmp_path, "tests.distributed.trainer_cases", environment=environment) == {"trainer", "resume"}
+    module = "tests.distributed.trainer_cases"
+    assert run_cases(1, tmp_path, module, environment=environment) == {"trainer_alone", "resume_alone"}
+    assert run_cases(2, tmp_path, module, environment=environment) == {"trainer", "resume"}
+    assert (tmp_path / "resumed-shard" / "checkpoint-2" / "prefixmem_tables").is_dir()
+    assert run_cases(1, tmp_path, module, environment=environment) == {"trainer_alone", "resume_alone"}
 
 
 @pytest.mark.slow

@@ -110,6 +110,22 @@ def clipping_by_the_global_norm(rank, world):
 
 
 @case(2)
+def clipping_under_fsdp2(rank, world):
+    from torch.distributed.fsdp import fully_shard
+
+    reference = one_process(models.encoder, "sparse", world, clip=0.5)
+    for name, layout in LAYOUTS.items():
+        model = layout(build(models.encoder, "sparse"))
+        fully_shard(model, ignored_params={model.prefixmem.memory.weight} if name == "replicate" else set())
+        train(model, optimizer_of(model), stream(world), rank, world, clip=0.5)
+        close(model, reference)
+        fused = layout(build(models.encoder, "fused"))
+        fully_shard(fused, ignored_params={fused.prefixmem.memory.weight} if name == "replicate" else set())
+        with pytest.raises(RuntimeError, match='grad="fused" spends the gradient'):
+            train(fused, optimizer_of(fused), stream(world), rank, world, clip=0.5)
+
+
+@case(2)
 def accumulation_without_synchronisation(rank, world):
     """Each backward pass of a table is global already; DDP adds up at the last one."""
     reference = alone(build(models.encoder, "sparse"))

@@ -235,7 +235,9 @@ class RunConfig:
                 f"time_fractions = {self.time_fractions}; two ascending numbers between 0 and 1 were expected"
             )
         if self.grad == "fused" and (self.max_grad_norm or self.accumulation > 1) and self.arm in MEMORY_ARMS:
-            raise ValueError("grad = 'fused' neither clips nor accumulates; give max_grad_norm = 0, accumulation = 1")
+            wrong = [("max_grad_norm", self.max_grad_norm, 0), ("accumulation", self.accumulation, 1)]
+            found = [f"{name} = {right} (it is {value})" for name, value, right in wrong if value != right]
+            raise ValueError(f"grad = 'fused' neither clips nor accumulates; give {' and '.join(found)}")
         if self.synthetic and (self.items or self.interactions or self.text):
             raise ValueError("synthetic goes without items, interactions and text; leave one or the other out")
         if not self.synthetic and not (self.items and self.interactions):
