@@ -12,13 +12,27 @@ capacity.py    what a catalogue costs in rows and bytes, and where it fits
 tables.py      the tables of a model, and keeping them from what wraps it
 """
 
-from .checkpoint import load_tables, save_tables
-from .exchange import ExchangeError
-from .replicated import replicate
-from .saving import save_pretrained
-from .sharded import shard
-from .torchrec import from_torchrec, to_torchrec
+from importlib import import_module
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from .checkpoint import load_tables, save_tables
+    from .exchange import ExchangeError
+    from .replicated import replicate
+    from .saving import save_pretrained
+    from .sharded import shard
+    from .torchrec import from_torchrec, to_torchrec
+
+_MODULE_OF = {  # imported when first used: the formulas need no torch
+    "ExchangeError": "exchange",
+    "from_torchrec": "torchrec",
+    "load_tables": "checkpoint",
+    "replicate": "replicated",
+    "save_pretrained": "saving",
+    "save_tables": "checkpoint",
+    "shard": "sharded",
+    "to_torchrec": "torchrec",
+}
 __all__ = [
     "ExchangeError",
     "from_torchrec",
@@ -29,3 +43,9 @@ __all__ = [
     "shard",
     "to_torchrec",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

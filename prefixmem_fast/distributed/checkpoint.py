@@ -180,7 +180,7 @@ def _check_tables(folder: Path, stored: dict[str, Any], memories: dict[str, Pref
     if stored.keys() != memories.keys():
         raise CheckpointError(f"{folder} holds the tables {sorted(stored)}, the model {sorted(memories)}; give its own")
     for name, memory in memories.items():
-        own, found = _described(memory), stored[name]
+        own, found = _described(memory), dict(stored[name])
         optimizer = table_state(memory.weight).optimizer
         own["rule"] = optimizer.rule if isinstance(optimizer, RowOptimizer) else None
         if own["rule"] is None or found["rule"] is None:  # the rows alone are read

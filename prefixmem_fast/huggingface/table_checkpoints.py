@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ class TableCheckpoints(TrainerCallback):
         save_tables(model, _checkpoint(args, state) / FOLDER)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if args.max_grad_norm and any(memory.managed for memory in memories_of(model).values()):
+            warnings.warn(
+                f"max_grad_norm = {args.max_grad_norm} does not reach managed or divided tables, which train "
+                "unclipped; give max_grad_norm=0, or clip with prefixmem_fast.optim.clip_grad_norm_(model, ...)",
+                stacklevel=2,
+            )
         folder = _checkpoint(args, state) / FOLDER
         if state.global_step and folder.is_dir():
             load_tables(model, folder)

@@ -41,8 +41,10 @@ def read_memory(
         updates: where a fused update is to run, beside the caller; nobody may change `source` or the gradient of S in
             place until it has ended.
     """
+    exchange = None
     if weight.requires_grad and torch.is_grad_enabled():
         state = table_state(weight)
+        exchange = state.exchange
         _check_processes(weight, state, grad)
         if grad == "fused":
             _check_fusible(weight, state)
@@ -54,7 +56,7 @@ def read_memory(
         state.updates = updates or state.updates
     is_stream = isinstance(source, TokenStream)
     return _RowGradient.apply(
-        weight, spec, backend, grad, gathered, updates, is_stream, *(source if is_stream else (source,))
+        weight, spec, backend, grad, gathered, updates, exchange, is_stream, *(source if is_stream else (source,))
     )
 
 
@@ -66,8 +68,8 @@ class Gathered(NamedTuple):
 
 class _RowGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, spec, backend, grad, gathered, updates, is_stream, *tensors):
-        ctx.weight, ctx.options = weight, (spec, backend, grad, updates, is_stream)
+    def forward(ctx, weight, spec, backend, grad, gathered, updates, exchange, is_stream, *tensors):
+        ctx.weight, ctx.options = weight, (spec, backend, grad, updates, exchange, is_stream)
         ctx.save_for_backward(*tensors)
         if gathered is not None:
             return gathered.S
@@ -76,7 +78,7 @@ class _RowGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        spec, backend, mode, updates, is_stream = ctx.options
+        spec, backend, mode, updates, exchange, is_stream = ctx.options
         if torch.is_grad_enabled():
             raise RuntimeError(f'grad="{mode}" differentiates once; use grad="dense" for create_graph=True')
         tensors = ctx.saved_tensors  # checkpointing unpacks them once
@@ -84,11 +86,11 @@ class _RowGradient(torch.autograd.Function):
         weight, functions = ctx.weight, functions_of(backend)
         # The kernels read memory: torch may keep a sign apart, or no memory for zeros.
         grad = torch.zeros_like(grad) if grad._is_zerotensor() else grad.resolve_neg()
-        no_gradients = [None] * (6 + len(tensors))
-        state = table_state(weight)
-        if state.exchange is not None:
+        no_gradients = [None] * (7 + len(tensors))
+        if exchange is not None:
             # Before anything changes, so that an exchange that fails leaves table and optimizer as they were.
-            grad, source = state.exchange.gather(weight, grad, source, spec, mode)
+            grad, source = exchange.gather(weight, grad, source, spec, mode)
+            table_state(weight).unspent = mode == "sparse"
         if mode == "fused":
             _check_accumulates(ctx.next_functions[0][0])
             update = _begin_update(weight)
@@ -99,7 +101,6 @@ class _RowGradient(torch.autograd.Function):
             torch.autograd.graph.increment_version(weight)
             weight.grad = FusedGradient(weight, update.squares, updates)
             return None, *no_gradients
-        state.unspent = True
         rows, sums, unique = functions.row_sums(grad, source, spec, weight.dtype)
         gradient = torch.sparse_coo_tensor(rows[None], sums, weight.shape, is_coalesced=unique, check_invariants=False)
         return gradient, *no_gradients

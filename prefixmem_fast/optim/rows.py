@@ -53,7 +53,7 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
     rule: str
 
     def __init__(self, params: Iterable, defaults: dict[str, Any]) -> None:
-        self.follows: Callable[[], float] = _as_given  # a factor of its learning rates; another schedule's, say
+        self.follows: Callable[[], float] | None = None  # a factor of its learning rates; another schedule's, say
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -108,14 +108,11 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
                         grad.updates.raise_failed()
                 else:
                     self._step_sparse(weight, grad)
-                    state.unspent = False
+                    state.unspent = False  # what was computed has been applied
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As of every torch optimizer; after a fused step there is nothing to do, and torch's own takes its time."""
-        for group in self.param_groups:
-            for weight in group["params"]:
-                table_state(weight).unspent = False
         if any(weight.grad is not None for group in self.param_groups for weight in group["params"]):
             super().zero_grad(set_to_none)
 
@@ -134,20 +131,26 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
         """Count a step of `weight` and give what is needed to apply it. No host synchronisation."""
         finish_updates(weight)
         group = self._group_of(weight)
-        state = self.start(weight)
+        state = self.__dict__["state"][weight] or self.start(weight)  # without the other tables' wait
         if state["step"].device != weight.device:  # load_state_dict leaves it where the file had it
             state["step"] = state["step"].to(weight.device)
         state["step"] += 1
         lr = group["lr"]
         if not isinstance(lr, Tensor) or lr.device != weight.device:
-            lr = float(lr) * self.follows()  # a tensor on the CPU, as schedules leave it: nothing to wait for
+            lr = float(lr)  # a tensor on the CPU, as schedules leave it: nothing to wait for
+        if self.follows is not None:
+            lr = lr * self.follows()
+        seed = group["seed"] if weight.dtype == torch.bfloat16 and group["stochastic_rounding"] else None
+        part = weight.prefixmem_table.part  # of a divided table, which draws other bits than the parts before it
+        if part and seed is not None:
+            seed = (seed + 0x9E3779B97F4A7C15 * part) % (1 << 63)
         return RowUpdate(
             weight,
             self.rule,
             [state.get(name) for name in RULES[self.rule].state],
             state["step"],
             Hyper(lr, group["weight_decay"], group.get("eps", 0.0), *group.get("betas", ())),
-            _seed_of(weight, group) if weight.dtype == torch.bfloat16 and group["stochastic_rounding"] else None,
+            seed,
         )
 
     def described(self, weight: Tensor) -> dict[str, Any]:
@@ -156,7 +159,8 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
         for name, value in group.items():
             if isinstance(value, Tensor):
                 group[name] = value.tolist() if value.device.type == "cpu" else None
-        group["lr"] = None if group["lr"] is None else group["lr"] * self.follows()
+        if self.follows is not None and group["lr"] is not None:
+            group["lr"] = group["lr"] * self.follows()
         group.pop("initial_lr", None)
         return {"optimizer": self.rule, **dict(sorted(group.items()))}
 
@@ -169,7 +173,7 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
 
     def start(self, weight: Tensor) -> dict[str, Any]:
         """The state of a table, made here where there is none yet."""
-        group, state = self._group_of(weight), self.__dict__["state"][weight]  # without the other tables' wait
+        group, state = self._group_of(weight), self.__dict__["state"][weight]
         if state:
             return state
         dtype = accumulator(weight.dtype)
@@ -204,19 +208,11 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
         """A copy holds the copies of the tables that this one held; a loaded state changes no holder."""
         state = dict(state)
         held = state.pop("held", ())
-        self.follows = _as_given
+        self.follows = None
         super().__setstate__(state)
         for weight in held:
             if table_state(weight).optimizer is None:
                 table_state(weight).optimizer = self
-
-
-def _as_given() -> float:
-    return 1.0
-
-
-def _seed_of(weight: Tensor, group: dict[str, Any]) -> int:
-    return (group["seed"] + 0x9E3779B97F4A7C15 * (table_state(weight).part or 0)) % (1 << 63)
 
 
 def is_table(parameter: Any) -> bool:

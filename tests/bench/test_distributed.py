@@ -34,6 +34,7 @@ def figures(tiny):
     return {(row["provider"], row["metric"]): row for row in read_rows(tiny) if "metric" in row}
 
 
+@pytest.mark.slow
 def test_every_layout_has_its_figures(figures, tiny):
     rows = read_rows(tiny)
     assert {row["provider"] for row in rows} == {layout.name for layout in LAYOUTS.values()}
@@ -52,6 +53,7 @@ def test_every_layout_has_its_figures(figures, tiny):
     assert len({row["run"] for row in rows}) == 1
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_formulas(figures):
     for (name, metric), row in figures.items():
         if metric == "sent":
@@ -63,6 +65,7 @@ def test_bytes_are_those_of_the_formulas(figures):
     assert 0 < figures[GatheredRows.name, "sent"]["formula"] <= 16 * 264
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(counting.loopback_bytes() is None, reason="the system counts no bytes of its interfaces")
 def test_the_loopback_interface_has_seen_them(figures):
     """Others use it too, so there is no upper limit."""
@@ -70,6 +73,7 @@ def test_the_loopback_interface_has_seen_them(figures):
         assert figures[name, "loopback"]["p20"] >= 0.99 * figures[name, "sent"]["p50"]
 
 
+@pytest.mark.slow
 def test_the_report_is_a_table(tiny, capsys):
     assert main(["distributed", "--report", str(tiny)]) == 0
     text = capsys.readouterr().out

@@ -25,7 +25,7 @@ def test_plan(capsys):
     assert found["prefixes_a_row"] == pytest.approx(500, rel=1e-3)
     assert layouts["replicate"]["bytes_sent_a_sid"] == 14_406
     assert layouts["replicate"]["microseconds_a_sid"] == pytest.approx(14_406 / 50e3)
-    assert layouts["shard"]["bytes_sent_a_sid"] == 5190
+    assert layouts["shard"]["bytes_sent_a_sid"] == 4422  # S in bfloat16, as the tables are
     assert found["recommended"] == "replicate"
     assert found["code"][1].startswith("model = distributed.replicate(model, comm_dtype=torch.float32)")
 

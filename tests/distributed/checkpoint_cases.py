@@ -139,6 +139,50 @@ def refuse(rank, world):
     assert torch.equal(model.memory.weight, before)
 
 
+@case(1)
+def saves_that_were_cut(rank, world):
+    """Between its two renames a killed save has left the old folder under another name; the next one tidies up."""
+    model, optimizer = build("alone", "adagrad")
+    steps(model, optimizer, 0, 1, rank, world)
+    saved, table = folder("cut"), model.memory.weight.detach().clone()
+    save_tables(model, saved)
+    saved.rename(folder(".cut.old-0123abcd"))
+    folder(".cut.tmp-0123abcd").mkdir()
+    steps(model, optimizer, 0, 1, rank, world)
+    load_tables(model, saved)
+    assert torch.equal(model.memory.weight, table)
+    save_tables(model, saved)
+    assert not [path for path in folder(".").iterdir() if path.name.startswith(".cut")]
+
+
+@case(1)
+def states_that_are_not_both_there(rank, world):
+    model, optimizer = build("alone", "adagrad")
+    save_tables(model, folder("unstarted"))
+    steps(model, optimizer, 0, 1, rank, world)
+    save_tables(model, folder("started"))
+    load_tables(model, folder("unstarted"))
+    assert not optimizer.state[model.memory.weight]
+    other = LAYOUTS["alone"](encoder("fused"))
+    with pytest.warns(UserWarning, match="build the optimizer before load_tables"):
+        load_tables(other, folder("started"))
+
+
+@case(1)
+def files_that_were_not_verified(rank, world):
+    """A cut file is found by torch, whose error is none of Python's Exceptions."""
+    model, optimizer = build("alone", "adagrad")
+    save_tables(model, folder("short"))
+    (file,) = folder("short").glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="could not be written or read whole"):
+        load_tables(model, folder("short"), verify=False)
+    (folder("short") / ".metadata").write_bytes(b"no pickle")
+    with pytest.raises(CheckpointError, match=r"\.metadata is damaged"):
+        load_tables(model, folder("short"), verify=False)
+    del optimizer
+
+
 @case(3)
 def damage(rank, world):
     """One rank finds a changed file, and all raise."""

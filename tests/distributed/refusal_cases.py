@@ -1,10 +1,13 @@
 """What ranks may not do, or not differ in: an error on every rank, at once."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 
-from prefixmem_fast import DecodingState, attach, optim
+from prefixmem_fast import AddressSpec, DecodingState, PrefixMem, PrefixMemConfig, attach, optim
 from prefixmem_fast.distributed import ExchangeError, load_tables, replicate, save_tables, shard, to_torchrec
+from prefixmem_fast.distributed.exchange import Exchange
 from tests.distributed.examples import RULES, batches, encoder, loss_of
 from tests.distributed.processes import case
 from tests.helpers import models
@@ -111,6 +114,24 @@ def managed_tables_are_frozen_and_cleared_with_the_encoder(rank, world):
         other = LAYOUTS[layout](encoder("sparse"))
         with pytest.warns(UserWarning, match=r"no optimizer of prefixmem_fast\.optim holds it"):
             other(CODES[rank])
+
+
+@case(2)
+def codes_of_large_codebooks(rank, world):
+    """They do not fit int16, and ranks may have them in other dtypes."""
+    spec = AddressSpec((40_000,) * 3, heads=2, table_rows=50)
+    for layout in LAYOUTS.values():
+        model = layout(PrefixMem(PrefixMemConfig(spec, memory_dim=8, hidden_size=3), grad="sparse"))
+        optimizer = optim.SGD([model.memory.weight], lr=0.1)
+        codes = torch.tensor([[39_999, 5, 7]], dtype=(torch.int32, torch.int64)[rank])
+        model(codes).sum().backward()
+        optimizer.step()
+
+
+@case(2)
+def ranks_wait_as_long_as_the_default_group(rank, world):
+    exchange = Exchange()
+    assert exchange.group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=60)
 
 
 @case(2)

@@ -194,9 +194,11 @@ def a_schedule_moves_managed_tables(rank, world):
     assert torch.equal(model.prefixmem.memory.weight, before)
     state = optimizer.state_dict()
     assert state["apart"]["state"][0]["step"] == 1
-    other = optimizer_of(replicate(build(models.encoder, "fused"), managed=True))
+    other = optim.for_model(replicate(build(models.encoder, "fused"), managed=True), 5e-3)
     other.load_state_dict(state)
     assert int(next(iter(other.apart.state.values()))["step"]) == 1
+    other.param_groups[0]["lr"] = 1e-3
+    assert other.apart.follows() == pytest.approx(1e-3 / 2e-2)  # of the rate that the saved one began with
 
 
 @case(2)

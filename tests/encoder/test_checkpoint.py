@@ -291,8 +291,8 @@ def flip(path, place):
         (lambda c, w: c.write_text("[]"), "is not of prefixmem_fast .its format is 'list'"),
         (lambda c, w: c.write_text('{"model_type": "qwen3"}'), "is not of prefixmem_fast .its format is None"),
         (
-            lambda c, w: edit(c, lambda v: v.update(format_version=3, package_version="9.0")),
-            r"format version 3, written by prefixmem_fast 9.0; prefixmem_fast 0.1.0 reads versions 1 and 2",
+            lambda c, w: edit(c, lambda v: v.update(format_version=4, package_version="9.0")),
+            r"format version 4, written by prefixmem_fast 9.0; prefixmem_fast 0.1.0 reads versions 1, 2, 3",
         ),
         (
             lambda c, w: edit(c, lambda v: v["encoder"].update(memory_dim=4), digest=False),

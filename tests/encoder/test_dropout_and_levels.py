@@ -93,6 +93,7 @@ def test_dropout_is_no_part_of_the_files(tmp_path):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_each_active_level_is_w_out_of_its_memory(active_levels, autocast):
     """Also where another module has taken the place of W_out, as adapters do: inactive levels stay zero."""
+    torch._dynamo.reset()  # it compiles one function so often, and no more
     memory = encoder(spec={"active_levels": active_levels})
     memory.out_proj = torch.nn.Sequential(memory.out_proj, torch.nn.Linear(memory.config.hidden_size, 7))
     codes = CODES[:24].view(2, 12, 3)

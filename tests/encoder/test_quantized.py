@@ -279,7 +279,7 @@ def with_dtype(name, dtype):
         (with_dtype("memory.scales", "bfloat16"), "holds 'memory.scales' as float32"),
         (with_dtype("out_proj.weight", "int8"), "its first tensor is of int8"),
         (lambda v: v.update(format_version=1), r"'memory.values'\]\['dtype'\] is 'int8', not one of float32"),
-        (lambda v: v.update(format_version=3), "format version 3, .* reads versions 1 and 2"),
+        (lambda v: v.update(format_version=4), "format version 4, .* reads versions 1, 2, 3"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(change, message, tmp_path):
