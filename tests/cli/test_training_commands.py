@@ -131,9 +131,8 @@ def same_curves(two, one):
         assert [row[name] for row in two[curve]] == pytest.approx([row[name] for row in one[curve]], rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "grad", ["sparse", pytest.param("dense", marks=pytest.mark.slow), pytest.param("fused", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("grad", ["dense", "sparse", "fused"])
 def test_two_processes_of_torchrun_are_two_batches_a_step(tmp_path, flags, capsys, grad):
     """Every process takes the next batch of the stream, so two of them are an accumulation of two."""
     still = json.dumps({**TINY, "embd_pdrop": 0.0, "resid_pdrop": 0.0})

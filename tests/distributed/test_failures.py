@@ -3,7 +3,7 @@ import pytest
 from tests.distributed.failure_cases import LAYOUTS, SCENARIOS
 from tests.distributed.processes import start
 
-ALWAYS = (("shard", "skips"), ("replicate", "killed before"))
+ALWAYS = (("shard", "skips"),)
 ALL = [
     pytest.param(layout, what, marks=() if (layout, what) in ALWAYS else pytest.mark.slow)
     for layout in LAYOUTS

@@ -2,7 +2,13 @@ import pytest
 
 from tests.distributed.hosts import problem, torchrun, two_hosts
 
-CASES = {"every_rule_and_gradient", "fifty_steps", "means_of_ranks", "two_dimensions"}
+CASES = {
+    "every_rule_and_gradient",
+    "fifty_steps",
+    "means_of_ranks",
+    "tables_that_nobody_holds_whole",
+    "two_dimensions",
+}
 
 
 @pytest.mark.slow
