@@ -88,7 +88,7 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for weight in group["params"]:
-                grad, state = weight.grad, table_state(weight)
+                grad, state = weight.grad, getattr(weight, "prefixmem_table", None) or table_state(weight)
                 if grad is None:
                     if state.unspent and state.exchange is not None:
                         raise RuntimeError(
