@@ -2,9 +2,8 @@
 
 config.json holds the encoder's config with its address spec, the vocabulary, and for each tensor its dtype, shape,
 SHA-256 and the files that hold its rows, each with its own where several processes have written them; a digest over all
-of it comes last. Weights files bear their content's digest
-in their names, so a new checkpoint never overwrites the files of the old one, and replacing config.json, one rename,
-makes the new one valid at once.
+of it comes last. Weights files bear their content's digest in their names, so a new checkpoint never overwrites the
+files of the old one, and replacing config.json, one rename, makes the new one valid at once.
 
 A file is named by its bare name: nothing outside the folder, or for a model's files outside the model's, is read,
 written or removed. A reader believes no number before it has held it against the headers of the weights files.
@@ -101,7 +100,7 @@ def _save(
     check_replaceable(path / CONFIG, _ENCODER)
     if alone:
         remove_leftovers(path, rf"{WEIGHTS}|config\.json")
-    before, replaced, old = weights_in(path), files_named(path), _identity(path / CONFIG)
+    before, replaced, old = weights_in(path), files_named(path), identity(path / CONFIG)
     entries = None if weights else _entries_in_model(list(tensors), path.parent)
     written: list[Path] = []
     try:
@@ -115,7 +114,7 @@ def _save(
         version = QUANTIZED_VERSION if quantized else FORMAT_VERSION
         write_json(path / CONFIG, _ENCODER, {"package_version": __version__, **values}, version)
     except BaseException:
-        if _identity(path / CONFIG) == old:  # a config.json that is new names the new files, however late the failure
+        if identity(path / CONFIG) == old:  # a config.json that is new names the new files, however late the failure
             for file in written:
                 if file.name not in before:
                     file.unlink(missing_ok=True)
@@ -442,7 +441,7 @@ def _is_ours(file: Path, kind: str) -> bool:
     return isinstance(stored, dict) and stored.get("format") == kind
 
 
-def _identity(file: Path) -> tuple[int, ...] | None:
+def identity(file: Path) -> tuple[int, ...] | None:
     """What tells a file, or a link, from another that is put in its place; None where none is there."""
     try:
         found = os.lstat(file)

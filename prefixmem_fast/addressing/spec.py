@@ -139,10 +139,11 @@ class AddressSpec:
             raise ValueError(
                 f"part = {part} with heads = {heads}; give (first, of), with first + heads of `of` at most"
             )
-        if max_order * (heads if part is None else part[1]) > _MOST_PRIMES:
+        hashes = heads if part is None else part[1]
+        if max_order * hashes > _MOST_PRIMES:
             raise ValueError(
-                f"max_order = {max_order} times heads = {heads if part is None else part[1]} is above {_MOST_PRIMES}, "
-                "the most primes of a spec; lower one of them"
+                f"max_order = {max_order} times heads = {hashes} is above {_MOST_PRIMES}, the most primes of a spec; "
+                "lower one of them"
             )
 
         rows = self.table_rows
@@ -214,7 +215,7 @@ class AddressSpec:
             total_rows=starts[-1],
         )
         low, high, bits = self._prime_range()
-        first, of = self.part or (0, heads)
+        first, of = self.place
         primes = draw_primes(orders * of, low, high, self.seed)
         of_position = [primes[i * of : (i + 1) * of] for i in range(orders)]
         self._set(product_bits=bits, multipliers=tuple(tuple(own[first : first + heads]) for own in of_position))
@@ -222,7 +223,7 @@ class AddressSpec:
 
     def _prime_range(self) -> tuple[int, int, int]:
         """Primes of the upper half of what the product width allows: the high bits of XOR are then all in use."""
-        count = self.max_order * (self.part or (0, self.heads))[1]
+        count = self.max_order * self.place[1]
         code_bits = (max(self.codebook_sizes) - 1).bit_length()
         for bits in (31, 63):
             high = 1 << max(bits - code_bits, 0)
@@ -301,9 +302,14 @@ class AddressSpec:
         start, stop = _checks.integer("start", start), _checks.integer("stop", stop)
         if not 0 <= start < stop <= self.heads:
             raise ValueError(f"start = {start} and stop = {stop}; give 0 <= start < stop <= {self.heads}, the heads")
-        first, of = self.part or (0, self.heads)
+        first, of = self.place
         part = None if stop - start == of else (first + start, of)
         return replace(self, heads=stop - start, part=part)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The first of these heads among all, and how many all are: `part`, or 0 and H."""
+        return self.part or (0, self.heads)
 
     @property
     def _first_order(self) -> int:

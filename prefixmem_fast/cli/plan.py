@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, type=kind, metavar=metavar, default=default, help=text)
 
     parser.add_argument("--gpus", type=_whole, metavar="W", required=True, help="one rank on each")
-    number("--gpus-per-host", "N", 8, "of a full host; fewer --gpus share one host")
+    number("--gpus-per-host", "N", 8, "GPUs of one host; with fewer --gpus all are on one")
     number("--gpu-gb", "GB", 80.0, "memory of a GPU")
     number("--host-gb", "GB", 2000.0, "memory of a host, of which tables may take 80 %%")
     number("--room", "SHARE", 0.7, "of a GPU's memory that tables may take")
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizer", choices=ROW_OPTIMIZERS, default="row-adagrad", help="of the tables (default: %(default)s)"
     )
     parser.add_argument(
-        "--gradients", choices=SENT_DTYPES, help="dtype of S and of its gradient between ranks (default: the tables')"
+        "--gradients", choices=SENT_DTYPES, help="dtype of the gradient of S between ranks (default: the tables')"
     )
     number("--batch", "M", 16_384, "Semantic IDs a rank in a step; what dense DDP sends is divided among them")
     parser.add_argument("--encoder-alone", action="store_true", help="no language model trains beside the encoder")

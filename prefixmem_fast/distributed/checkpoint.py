@@ -72,7 +72,8 @@ def save_tables(model: nn.Module, folder: str | Path) -> None:
 
         def finish() -> None:
             files = {**digests, ".metadata": sha256_of(new / ".metadata")}
-            tables = {name: _described(memory) for name, memory in memories.items()}
+            rules = {name: _optimizer_of(m).rule if _state_of(m) else None for name, m in memories.items()}
+            tables = {name: _described(memory, rules[name]) for name, memory in memories.items()}
             values = {"format": _FORMAT, "version": _VERSION, "package_version": __version__}
             write_text(new / MANIFEST, json.dumps({**values, "tables": tables, "files": files}, indent=1) + "\n")
             flush_folder(new)
@@ -116,8 +117,8 @@ def load_tables(model: nn.Module, folder: str | Path, *, verify: bool = True) ->
     for name, memory in memories.items():
         memory.before_write()
         finish_updates(memory.weight)
-        optimizer = table_state(memory.weight).optimizer
-        if not isinstance(optimizer, RowOptimizer):
+        optimizer = _optimizer_of(memory)
+        if optimizer is None:
             if stored["tables"][name]["rule"] is not None:
                 warnings.warn(
                     f"{folder} has the state of an optimizer of {name}, and none of prefixmem_fast.optim holds it "
@@ -151,28 +152,37 @@ def _told(folder: Path) -> Iterator[None]:
 
 def _entries(name: str, memory: PrefixMemory) -> dict[str, Tensor]:
     """Views of the table and of its optimizer's state, by names that do not depend on the layout."""
-    weight = memory.weight.detach()
-    tensors = {"weight": weight}
-    optimizer = table_state(memory.weight).optimizer
-    state = dict(optimizer.state.get(memory.weight, {})) if isinstance(optimizer, RowOptimizer) else {}
+    state = _state_of(memory)
     entries = {f"{name}.step": state.pop("step")} if state else {}
-    tensors |= state
+    tensors = {"weight": memory.weight.detach(), **state}
     for order, head, rows, _ in blocks_of(memory):
         for kind, tensor in tensors.items():
             entries[f"{name}.order{order + 1}.head{head + 1}.{kind}"] = tensor[rows]
     return entries
 
 
-def _described(memory: PrefixMemory) -> dict[str, Any]:
+def _optimizer_of(memory: PrefixMemory) -> RowOptimizer | None:
     optimizer = table_state(memory.weight).optimizer
+    return optimizer if isinstance(optimizer, RowOptimizer) else None
+
+
+def _state_of(memory: PrefixMemory) -> dict[str, Tensor]:
+    optimizer = _optimizer_of(memory)
+    return {} if optimizer is None else dict(optimizer.state.get(memory.weight, {}))
+
+
+def _described(memory: PrefixMemory, rule: str | None) -> dict[str, Any]:
+    """
+    Args:
+        rule: of the optimizer; None where the rows alone count.
+    """
     config = memory.config if memory.division is None else memory.division.config
-    started = isinstance(optimizer, RowOptimizer) and bool(optimizer.state.get(memory.weight))
     return {
         "spec": config.spec.to_dict(),
         "earlier_codes": config.earlier_codes,
         "row_width": config.row_width,
         "dtype": str(memory.weight.dtype).removeprefix("torch."),
-        "rule": optimizer.rule if started else None,
+        "rule": rule,
     }
 
 
@@ -180,11 +190,9 @@ def _check_tables(folder: Path, stored: dict[str, Any], memories: dict[str, Pref
     if stored.keys() != memories.keys():
         raise CheckpointError(f"{folder} holds the tables {sorted(stored)}, the model {sorted(memories)}; give its own")
     for name, memory in memories.items():
-        own, found = _described(memory), dict(stored[name])
-        optimizer = table_state(memory.weight).optimizer
-        own["rule"] = optimizer.rule if isinstance(optimizer, RowOptimizer) else None
-        if own["rule"] is None or found["rule"] is None:  # the rows alone are read
-            own["rule"] = found["rule"] = None
+        found, optimizer = stored[name], _optimizer_of(memory)
+        rows_alone = optimizer is None or found["rule"] is None
+        own = _described(memory, found["rule"] if rows_alone else optimizer.rule)
         differ = [key for key in own if found.get(key) != own[key]]
         if differ:
             raise CheckpointError(

@@ -144,7 +144,7 @@ class SIDs:
     """
 
     def __init__(self, source: Tensor | TokenStream, spec: AddressSpec) -> None:
-        self._spec, self._kept, self._stream = spec, None, None
+        self._kept, self._stream = None, None
         if isinstance(source, TokenStream):
             self._stream: StreamSIDs | None = stream_sids(source, spec)
             self._shape: tuple[int, ...] = tuple(source.input_ids.shape)

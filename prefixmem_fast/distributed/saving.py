@@ -18,12 +18,14 @@ from ..checkpoint import (
     bytes_of,
     check_replaceable,
     files_named,
+    identity,
     parts_of,
     weights_in,
     write_json,
     write_tensors,
 )
 from ..encoder import PrefixMem, PrefixMemory
+from ..encoder.saving import tensors_of
 from ..sid import SIDVocabulary
 from .ranks import gathered, on_all, on_first, rank
 from .tables import blocks_of, memories_of
@@ -74,23 +76,25 @@ def _save(encoder: PrefixMem, folder: Path, vocabulary: SIDVocabulary | None, li
         on_first(begin)
         before: set[str] = set()
         replaced: set[str] = set()
+        config: tuple[int, ...] | None = None
 
         def look() -> None:
+            nonlocal config
             if not folder.is_dir():
                 raise OSError(f"{folder} is not there on rank {rank()}; give a folder that all ranks share")
             before.update(weights_in(folder))
             replaced.update(files_named(folder))
+            config = identity(folder / CONFIG)
 
         on_all(look)
         own = _rows_here(encoder, limit)
-        digests = {place: entry_of(chunks_of(rows))["sha256"] for place, rows in own.items()}
-        all_digests = {place: digest for found in gathered(digests) for place, digest in found.items()}
-        name = hashlib.sha256("".join(all_digests[place] for place in sorted(all_digests)).encode()).hexdigest()[:12]
-        places = [sorted(found) for found in gathered(list(own))]
+        of_ranks = gathered({place: entry_of(chunks_of(rows)) for place, rows in own.items()})
+        parts = {place: entry for found in of_ranks for place, entry in sorted(found.items())}
+        name = hashlib.sha256("".join(parts[place]["sha256"] for place in sorted(parts)).encode()).hexdigest()[:12]
+        file_of = {
+            place: f"memory-{name}-{n:05}-of-{len(parts):05}.safetensors" for n, place in enumerate(parts, start=1)
+        }
         written: list[Path] = []
-        files = {place: (r, i) for r, found in enumerate(places) for i, place in enumerate(found)}
-        number = {place: n for n, place in enumerate(sorted(files, key=files.__getitem__), start=1)}
-        file_of = {place: f"memory-{name}-{n:05}-of-{len(number):05}.safetensors" for place, n in number.items()}
 
         def write() -> None:
             for place, rows in own.items():
@@ -102,12 +106,12 @@ def _save(encoder: PrefixMem, folder: Path, vocabulary: SIDVocabulary | None, li
             if missing:
                 raise OSError(f"{folder} has no {missing[0]} of another rank; give a folder that all ranks share")
             entries: dict[str, Any] = defaultdict(lambda: {"shape": [0], "parts": []})
-            for place in sorted(file_of):
-                entry, (count, shape, dtype) = entries[place[0]], sizes[place]
-                entry |= {"dtype": dtype, "shape": [entry["shape"][0] + count, *shape]}
-                part = {"file": file_of[place], "key": place[0], "rows": count, "sha256": all_digests[place]}
-                entry["parts"].append(part)
-            tensors = {tensor: entries[tensor] for tensor in _names(encoder)}
+            for place, part in sorted(parts.items()):
+                entry, (count, *width) = entries[place[0]], part["shape"]
+                entry |= {"dtype": part["dtype"], "shape": [entry["shape"][0] + count, *width]}
+                where = {"file": file_of[place], "key": place[0], "rows": count}
+                entry["parts"].append({**where, "sha256": part["sha256"]})
+            tensors = {tensor: entries[tensor] for tensor in tensors_of(encoder)}
             values = {
                 "package_version": __version__,
                 "encoder": encoder.config.to_dict(),
@@ -119,40 +123,29 @@ def _save(encoder: PrefixMem, folder: Path, vocabulary: SIDVocabulary | None, li
                 with suppress(OSError):
                     (folder / old).unlink()
 
-        described = {p: (len(t), list(t.shape[1:]), str(t.dtype).removeprefix("torch.")) for p, t in own.items()}
-        sizes = {place: size for found in gathered(described) for place, size in found.items()}
         try:
             on_all(write)
             on_first(finish)
         except BaseException:
-            for file in written:
-                if file.name not in before:
-                    file.unlink(missing_ok=True)
+            if identity(folder / CONFIG) == config:  # a config.json that is new names the new files
+                for file in written:
+                    if file.name not in before:
+                        file.unlink(missing_ok=True)
             raise
-
-
-def _names(encoder: PrefixMem) -> list[str]:
-    """Names of the tensors of a whole encoder, tables first: readers take the dtype from the first."""
-    tables = [f"{name}.weight" for name in memories_of(encoder)]
-    return [*tables, *(name for name, _ in encoder.named_parameters() if name not in tables)]
 
 
 def _rows_here(encoder: PrefixMem, limit: int) -> dict[tuple[str, int], Tensor]:
     """The rows that this rank writes, by tensor and first row; of ranks that hold copies, one writes."""
+    memories = {
+        f"{name}.weight": memory for name, memory in memories_of(encoder).items() if memory.division is not None
+    }
     rows: dict[tuple[str, int], Tensor] = {}
-    for name, memory in memories_of(encoder).items():
-        division = memory.division
-        if division is None:
-            if rank() == 0:
-                rows |= _split(f"{name}.weight", 0, memory.weight.detach(), limit)
-        elif division.is_first_copy:
-            for start, block in _neighbours(memory):
-                rows |= _split(f"{name}.weight", start, block, limit)
-    if rank() == 0:
-        tables = {f"{name}.weight" for name in memories_of(encoder)}
-        for name, tensor in encoder.named_parameters():
-            if name not in tables:
-                rows |= _split(name, 0, tensor.detach(), limit)
+    for name, tensor in tensors_of(encoder).items():
+        blocks = [(0, tensor)] if rank() == 0 else []
+        if name in memories:
+            blocks = _neighbours(memories[name]) if memories[name].division.is_first_copy else []
+        for first, block in blocks:
+            rows |= _split(name, first, block, limit)
     return rows
 
 

@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .._pages import ask_for_huge_pages
 from ..addressing import TokenStream
 from ..encoder import PrefixMem, PrefixMemConfig, PrefixMemory
+from ..encoder.prefixmem import first_lag_weights
 from ..operation.table_state import table_state
 from .exchange import Exchange, SIDs
 from .plan import shard_ranks
@@ -110,14 +111,13 @@ def _make_rest(model: nn.Module, exchange: Exchange, device: torch.device | str 
     """W_out, W_head and weights of lags that are on the meta device, the same on all ranks of a group."""
     for encoder in model.modules():
         if isinstance(encoder, PrefixMem) and encoder.out_proj.weight.is_meta:
-            own = [encoder.out_proj, *([] if encoder.head_proj is None else [encoder.head_proj])]
-            for projection in own:
+            for projection in filter(None, (encoder.out_proj, encoder.head_proj)):
                 projection.to_empty(device=device or torch.get_default_device())
                 projection.reset_parameters()
                 exchange.broadcast(projection.weight.detach(), "making W_out")
             if encoder.lag_weights is not None:
-                lags = torch.arange(encoder.config.lags, device=own[0].weight.device, dtype=own[0].weight.dtype)
-                encoder.lag_weights = nn.Parameter(torch.exp2(-lags))
+                out = encoder.out_proj.weight
+                encoder.lag_weights = first_lag_weights(encoder.config.lags, out.device, out.dtype)
 
 
 def _ranks_of(mesh: DeviceMesh | None, heads: int) -> tuple[list[int], list[int]]:

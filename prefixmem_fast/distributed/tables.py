@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import torch.distributed as dist
 from torch import nn
 
 from ..addressing import AddressSpec
 from ..encoder import PrefixMemory, QuantizedMemory
+from ..operation.table_state import table_state
+from .ranks import several
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
 
@@ -53,13 +54,9 @@ def trained_by_rows(model: nn.Module, *, meta: bool = False) -> dict[str, Prefix
             )
         if memory.weight.is_meta and not meta:
             raise ValueError(f"{where} is on the meta device; load its tables before this call")
-        if exchange_of(memory) is not None:
+        if table_state(memory.weight).exchange is not None:
             raise ValueError(f"{where} is replicated or divided already; one call is enough")
     return memories
-
-
-def exchange_of(memory: PrefixMemory):
-    return getattr(getattr(memory.weight, "prefixmem_table", None), "exchange", None)
 
 
 def process_group_is_needed() -> bool:
@@ -68,14 +65,13 @@ def process_group_is_needed() -> bool:
     Raises:
         ValueError: torchrun has started several, and they have not met yet.
     """
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size() > 1
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    met = dist.is_available() and dist.is_initialized()
+    if not met and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             f"WORLD_SIZE = {os.environ['WORLD_SIZE']}, and torch.distributed is not initialised; call this after "
             "torch.distributed.init_process_group(), which Hugging Face's TrainingArguments and Accelerator call too"
         )
-    return False
+    return several()
 
 
 def hide_from_ddp(model: nn.Module, name: str) -> None:
@@ -87,13 +83,6 @@ def hide_from_ddp(model: nn.Module, name: str) -> None:
         setattr(module, _IGNORED, ignored)
 
 
-def managed_tables(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The tables that are none of the model's parameters."""
-    for module in model.modules():
-        if isinstance(module, PrefixMemory) and not isinstance(module, QuantizedMemory) and module.managed:
-            yield module.weight
-
-
 def blocks_of(memory: PrefixMemory) -> list[tuple[int, int, slice, slice]]:
     """(order, head, its rows here, its rows in the whole table) of the tables that are here, all counted from 0."""
     own = memory.config.spec
@@ -102,7 +91,7 @@ def blocks_of(memory: PrefixMemory) -> list[tuple[int, int, slice, slice]]:
 
 def blocks_within(whole: AddressSpec, own: AddressSpec) -> list[tuple[int, int, slice, slice]]:
     """The same of a spec for some of another's heads."""
-    first, _ = own.part or (0, own.heads)
+    first, _ = own.place
     return [
         (n, first + h, _rows(own, n, h), _rows(whole, n, first + h))
         for n in range(own.max_order)

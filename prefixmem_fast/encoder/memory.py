@@ -110,7 +110,8 @@ class PrefixMemory(nn.Module):
 
     def requires_grad_(self, requires_grad: bool = True) -> PrefixMemory:
         """As of every module, also of a managed table."""
-        self.weight.requires_grad_(requires_grad)
+        if self.managed:
+            self.weight.requires_grad_(requires_grad)
         return super().requires_grad_(requires_grad)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -75,8 +75,7 @@ class PrefixMem(nn.Module):
         self.memory = kind(config, **options, tables=tables, overlap=overlap, device=device, dtype=dtype)
         self.lag_weights = None
         if config.lags > 1:
-            lags = torch.arange(config.lags, device=device, dtype=dtype or torch.get_default_dtype())
-            self.lag_weights = nn.Parameter(torch.exp2(-lags))
+            self.lag_weights = first_lag_weights(config.lags, device, dtype or torch.get_default_dtype())
         self.out_proj = OutputProjection(config, device=device, dtype=dtype)
         self.head_proj = OutputProjection(config, device=device, dtype=dtype) if config.output_slot else None
         self.cross_item = None
@@ -91,8 +90,8 @@ class PrefixMem(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> PrefixMem:
         """As of every module, also of managed tables."""
         for module in self.modules():
-            if isinstance(module, PrefixMemory) and module.managed:
-                module.weight.requires_grad_(requires_grad)
+            if isinstance(module, PrefixMemory):
+                module.requires_grad_(requires_grad)
         return super().requires_grad_(requires_grad)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -424,6 +423,11 @@ class PrefixMem(nn.Module):
         if not self.training or not self.dropout:
             return S
         return S * nn.functional.dropout(S.new_ones(*S.shape[:-1], 1), self.dropout)
+
+
+def first_lag_weights(lags: int, device: torch.device | str | None, dtype: torch.dtype) -> nn.Parameter:
+    """2^-lag, what the weights of lags start from."""
+    return nn.Parameter(torch.exp2(-torch.arange(lags, device=device, dtype=dtype)))
 
 
 def _leave_shards_alone(encoder: PrefixMem, state_dict: dict[str, Tensor], prefix: str, _: object) -> None:

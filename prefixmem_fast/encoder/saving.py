@@ -56,7 +56,7 @@ def save_encoder(
             module.division.save(encoder, Path(path), vocabulary, max_shard_size)
             return
     values = None if vocabulary is None else vocabulary.to_dict()
-    tensors = {name: tensor.contiguous() for name, tensor in _tensors_of(encoder).items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors_of(encoder).items()}
     checkpoint.save(
         Path(path), encoder.config.to_dict(), values, tensors, max_shard_size=max_shard_size, weights=weights
     )
@@ -87,8 +87,8 @@ def load_encoder(
         stored_dtype = getattr(torch, first["dtype"])
         with torch.inference_mode(False), torch.no_grad():  # loaded while serving, it can still be trained
             encoder = _on_meta(kind, config, folder, dtype=dtype or stored_dtype, **options)
-            names = [name for name in _tensors_of(encoder) if not (fresh and _OUTPUT.fullmatch(name))]
-            wanted = {name: _tensors_of(encoder)[name] for name in names}
+            names = [name for name in tensors_of(encoder) if not (fresh and _OUTPUT.fullmatch(name))]
+            wanted = {name: tensors_of(encoder)[name] for name in names}
             sources = checkpoint.check_tensors(wanted, folder, stored)
             if options.get("tables") == "mapped":
                 for name in [name for name in names if name.endswith(_TABLE)]:
@@ -101,9 +101,9 @@ def load_encoder(
             except RuntimeError as error:
                 if "alloc" not in str(error) and "memory" not in str(error):
                     raise
-                size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors_of(encoder).values())
+                size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(encoder).values())
                 raise MemoryError(f"{folder}: the encoder takes {size} bytes, more than there is ({error})") from None
-            targets = {name: tensor for name, tensor in _tensors_of(encoder).items() if name in names}
+            targets = {name: tensor for name, tensor in tensors_of(encoder).items() if name in names}
             for tensor in targets.values():
                 ask_for_huge_pages(tensor)
             checkpoint.copy_tensors(targets, folder, stored, verify=verify)
@@ -189,7 +189,7 @@ def load_weights(encoder: Encoder, path: str | Path) -> bool:
                 f"{folder / CONFIG} is of another encoder: it differs in {', '.join(names)}\n"
                 f"  checkpoint: {values}\n  encoder:    {json.dumps({name: own.get(name) for name in names})[:4000]}"
             )
-        return checkpoint.copy_tensors(_tensors_of(encoder), folder, stored)
+        return checkpoint.copy_tensors(tensors_of(encoder), folder, stored)
 
     return checkpoint.read_with(path, load)
 
@@ -203,7 +203,7 @@ def same_weights(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tensors_of(encoder: Encoder) -> dict[str, Tensor]:
+def tensors_of(encoder: Encoder) -> dict[str, Tensor]:
     """Parameters, then buffers: what a quantized encoder keeps its tables in. Managed tables come first, by name."""
     managed = {
         f"{name}.weight" if name else "weight": module.weight

@@ -135,18 +135,16 @@ def _check_fusible(weight: Tensor, state: TableState) -> None:
     check_unscaled(weight.device.type)
 
 
-def check_unscaled(kind: str, grad: str = "fused", of: str = "") -> None:
+def check_unscaled(kind: str, what: str = 'grad="fused"', instead: str = 'use bfloat16, or grad="sparse"') -> None:
     """Refuse gradients of GradScaler, where they come from devices of this kind and it does not unscale them."""
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
-        other = "" if of else ', or grad="sparse"'
         raise RuntimeError(
-            f'grad="{grad}"{of and " of "}{of} would apply gradients as GradScaler scaled them, and autocast is in '
-            f"float16; use bfloat16{other}"
+            f"{what} would apply gradients as GradScaler scaled them, and autocast is in float16; {instead}"
         )
 
 
 def _check_managed(weight: Tensor, state: TableState) -> None:
-    check_unscaled(weight.device.type, "sparse", "a table that is none of the model's parameters")
+    check_unscaled(weight.device.type, 'grad="sparse" of a managed or divided table', "use bfloat16")
     if state.optimizer is None and not state.warned:
         state.warned = True
         warnings.warn(

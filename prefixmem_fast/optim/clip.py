@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..encoder import PrefixMemory, QuantizedMemory
+from ..encoder import PrefixMemory
 from ..operation.spent_gradient import FusedGradient
 
 
@@ -43,7 +43,7 @@ def clip_grad_norm_(
         raise ValueError(f"max_norm = {max_norm!r} is not a number of 0 or more")
     divided: list[PrefixMemory] = []
     if isinstance(parameters, nn.Module):
-        apart = [memory for memory in parameters.modules() if _is_apart(memory)]
+        apart = [m for m in parameters.modules() if isinstance(m, PrefixMemory) and m.managed]
         divided = [memory for memory in apart if memory.division is not None]
         parameters = [*parameters.parameters(), *(memory.weight for memory in apart)]
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
@@ -71,7 +71,3 @@ def clip_grad_norm_(
             if group:
                 torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
     return total
-
-
-def _is_apart(module: nn.Module) -> bool:
-    return isinstance(module, PrefixMemory) and not isinstance(module, QuantizedMemory) and module.managed

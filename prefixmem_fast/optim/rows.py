@@ -88,7 +88,7 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for weight in group["params"]:
-                grad, state = weight.grad, getattr(weight, "prefixmem_table", None) or table_state(weight)
+                grad, state = weight.grad, weight.prefixmem_table  # there since the table is held
                 if grad is None:
                     if state.unspent and state.exchange is not None:
                         raise RuntimeError(
@@ -114,6 +114,9 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As of every torch optimizer; after a fused step there is nothing to do, and torch's own takes its time."""
         if any(weight.grad is not None for group in self.param_groups for weight in group["params"]):
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    weight.prefixmem_table.unspent = False
             super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -210,6 +213,9 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
         held = state.pop("held", ())
         self.follows = None
         super().__setstate__(state)
+        for group in self.param_groups:
+            for weight in group["params"]:
+                table_state(weight)  # which a copy of a parameter has not
         for weight in held:
             if table_state(weight).optimizer is None:
                 table_state(weight).optimizer = self

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -222,3 +223,32 @@ def test_the_length_of_a_prefix_takes_plain_operators():
     assert prefix_length(codes, (5, 4, 7)).tolist() == [3, 1, 0, 2]
     graph = make_fx(lambda codes: prefix_length(codes, (5, 4, 7)))(codes).graph
     assert not [node for node in graph.nodes if "cumprod" in str(node.target)]
+
+
+@pytest.mark.parametrize("mode", ["prefix", "suffix", "full"])
+def test_a_spec_of_some_heads_has_their_rows(mode):
+    """Under any split, and of a part again; the rows of a head within its tables are those of the whole."""
+    whole = AddressSpec((7, 5, 6), heads=4, table_rows=20, mode=mode)
+    codes = torch.cartesian_prod(*(torch.arange(-1, size) for size in whole.codebook_sizes))
+    rows = prefix_rows(codes, whole)
+    for start, stop in ((0, 1), (1, 3), (2, 4), (0, 4)):
+        part = whole.for_heads(start, stop)
+        own = prefix_rows(codes, part)
+        for n, h in itertools.product(range(whole.max_order), range(stop - start)):
+            mine, theirs = own[:, :, n, h], rows[:, :, n, start + h]
+            assert torch.equal(mine >= 0, theirs >= 0)
+            assert torch.equal(
+                (mine - part.offsets[n][h])[mine >= 0], (theirs - whole.offsets[n][start + h])[mine >= 0]
+            )
+        assert AddressSpec.from_dict(json.loads(part.key)) == part
+    assert whole.for_heads(0, 4) == whole
+    assert whole.for_heads(1, 4).for_heads(1, 2) == whole.for_heads(2, 3)
+    assert "part" not in whole.to_dict()
+
+
+@pytest.mark.parametrize("heads", [(-1, 2), (2, 2), (3, 2), (0, 5)])
+def test_heads_that_a_spec_has_not(heads):
+    with pytest.raises(ValueError, match="give 0 <= start < stop <= 4, the heads"):
+        AddressSpec((7, 5), heads=4, table_rows=20).for_heads(*heads)
+    with pytest.raises(ValueError, match=r"part = \(3, 4\) with heads = 2"):
+        AddressSpec((7, 5), heads=2, table_rows=20, part=(3, 4))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from prefixmem_fast import PrefixMem, attach
 from prefixmem_fast._weights import CheckpointError
-from prefixmem_fast.distributed import load_tables, replicate, save_pretrained, save_tables, shard
+from prefixmem_fast.distributed import load_tables, replicate, save_pretrained, save_tables, saving, shard
 from prefixmem_fast.distributed.ranks import gathered
 from tests.distributed.examples import RULES, alone, batches, encoder, loss_of, tables_of
 from tests.distributed.processes import case
@@ -97,6 +97,24 @@ def save_whole_encoders(rank, world):
     dist.barrier()
     with pytest.raises(ValueError, match="belongs to something else"):
         model.save_pretrained(folder("theirs"))
+
+
+@case(2)
+def save_that_fails_late(rank, world):
+    """Once config.json is new, its files stay, whatever comes after."""
+    model, _keep = build("shard", "adagrad")
+
+    def fail(_):
+        raise RuntimeError("late")
+
+    parts_of, saving.parts_of = saving.parts_of, fail
+    try:
+        with pytest.raises(RuntimeError, match="late"):
+            model.save_pretrained(folder("late"))
+    finally:
+        saving.parts_of = parts_of
+    read = PrefixMem.from_pretrained(folder("late"))
+    assert torch.equal(model.memory.weight, model.memory.division.part_of(read.memory.weight.detach()))
 
 
 @case(2)

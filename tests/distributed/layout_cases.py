@@ -10,6 +10,7 @@ from prefixmem_fast.distributed import replicate, shard
 from prefixmem_fast.distributed.ranks import gathered
 from tests.distributed.examples import RULES, alone, batches, encoder, loss_of, state_of
 from tests.distributed.processes import case
+from tests.helpers.models import lagged_encoder
 
 LAYOUTS = (replicate, shard)
 COUNTS = {  # SIDs of each rank: equal, ragged, none
@@ -129,6 +130,11 @@ def tables_that_nobody_holds_whole(rank, world):
     loss_of(model, batches((8,) * world, 1)[0][rank], 1.0).backward()
     optimizer.step()
     assert not torch.equal(model.memory.weight, weight)
+    lagged = shard(lagged_encoder(grad="fused", device="meta")).cross_item
+    assert torch.equal(lagged.lag_weights, torch.tensor([1.0, 0.5, 0.25]))
+    heads = gathered(lagged.head_proj.weight.detach())
+    assert all(torch.equal(other, heads[0]) for other in heads)
+    assert heads[0].any()
 
 
 @case(4)

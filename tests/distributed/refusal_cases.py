@@ -1,6 +1,8 @@
 """What ranks may not do, or not differ in: an error on every rank, at once."""
 
+import warnings
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch
 from prefixmem_fast import AddressSpec, DecodingState, PrefixMem, PrefixMemConfig, attach, optim
 from prefixmem_fast.distributed import ExchangeError, load_tables, replicate, save_tables, shard, to_torchrec
 from prefixmem_fast.distributed.exchange import Exchange
+from prefixmem_fast.distributed.ranks import gathered
+from prefixmem_fast.huggingface.table_checkpoints import TableCheckpoints
 from tests.distributed.examples import RULES, batches, encoder, loss_of
 from tests.distributed.processes import case
 from tests.helpers import models
@@ -114,6 +118,49 @@ def managed_tables_are_frozen_and_cleared_with_the_encoder(rank, world):
         other = LAYOUTS[layout](encoder("sparse"))
         with pytest.warns(UserWarning, match=r"no optimizer of prefixmem_fast\.optim holds it"):
             other(CODES[rank])
+
+
+@case(2)
+def a_callback_says_what_max_grad_norm_does_not_reach(rank, world):
+    arguments = SimpleNamespace(max_grad_norm=1.0, output_dir="nowhere")
+    for layout, told in (("managed", True), ("shard", True), ("replicate", False)):
+        model = LAYOUTS[layout](encoder("fused"))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            TableCheckpoints().on_train_begin(arguments, SimpleNamespace(global_step=0), None, model=model)
+        assert any("max_grad_norm = 1.0 does not reach" in str(warning.message) for warning in found) == told
+
+
+@case(2)
+def parts_round_by_bits_of_their_own(rank, world):
+    model = shard(encoder("fused", dtype=torch.bfloat16))
+    optimizer = optim.SGD([model.memory.weight], lr=0.1, seed=5)
+    seed = optimizer.begin(model.memory.weight).seed
+    assert (seed == 5) == (rank == 0)
+    assert len(set(gathered(seed))) == world
+
+
+@case(2)
+def a_skipped_batch_is_no_lost_gradient(rank, world):
+    model = replicate(encoder("sparse"))
+    optimizer = RULES["sgd"]([model.memory.weight], lr=0.1)
+    loss_of(model, CODES[rank], 1.0).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    loss_of(model, CODES[rank], 1.0).backward()
+    model.memory.weight.grad = None  # as a wrapper does
+    with pytest.raises(RuntimeError, match=r"the gradient of the table of shape .* is gone"):
+        optimizer.step()
+
+
+@case(2)
+def norms_that_are_not_finite(rank, world):
+    model = shard(encoder("sparse"))
+    optimizer = optim.for_model(model, 0.1)
+    loss_of(model, CODES[rank], float("inf")).backward()
+    with pytest.raises(RuntimeError, match=r"the total norm of order 2\.0 is"):
+        optim.clip_grad_norm_(model, 1.0, error_if_nonfinite=True)
+    del optimizer
 
 
 @case(2)

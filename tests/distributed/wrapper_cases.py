@@ -96,6 +96,9 @@ def ddp_around_more_than_it_was_told_of(rank, world):
         larger = replicate(Larger(build(models.encoder, grad)))
         train(larger, optimizer_of(larger), stream(world), rank, world, wrapped=DistributedDataParallel(larger))
         close(larger.model, one_process(models.encoder, grad, world))
+        inner = replicate(Larger(build(models.encoder, grad))).model  # a wrapper of a part of it is told as well
+        train(inner, optimizer_of(inner), stream(world), rank, world, wrapped=DistributedDataParallel(inner))
+        close(inner, one_process(models.encoder, grad, world))
 
 
 @case(2)

@@ -295,6 +295,10 @@ def flip(path, place):
             r"format version 4, written by prefixmem_fast 9.0; prefixmem_fast 0.1.0 reads versions 1, 2, 3",
         ),
         (
+            lambda c, w: edit(c, lambda v: v.update(format_version=3)),
+            r"\['parts'\]\[0\]\['sha256'\] is None, not a digest of 64 hexadecimal digits",
+        ),
+        (
             lambda c, w: edit(c, lambda v: v["encoder"].update(memory_dim=4), digest=False),
             "config.json is damaged or edited: its digest is",
         ),
