@@ -109,6 +109,9 @@ def managed_tables_are_frozen_and_cleared_with_the_encoder(rank, world):
         loss_of(model, CODES[rank], 1.0).backward()
         model.zero_grad()
         assert model.memory.weight.grad is None
+        loss_of(model, CODES[rank], 1.0).backward()
+        optimizer.step()  # the model around it has no zero_grad that reaches the table
+        assert model.memory.weight.grad is None
         model.requires_grad_(False)
         assert not model.memory.weight.requires_grad
         model.requires_grad_(True)

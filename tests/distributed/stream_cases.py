@@ -8,7 +8,13 @@ from tests.distributed.processes import case
 from tests.distributed.token_examples import stream
 from tests.helpers import models
 
-MAKES = (models.encoder, models.cross_item_encoder, models.lagged_encoder)
+
+def encoder_with_a_gap(**options):
+    """A Semantic ID that is cut after its second code reads the rows of its first alone."""
+    return models.encoder(spec={"active_levels": (1, 3)}, **options)
+
+
+MAKES = (models.encoder, encoder_with_a_gap, models.cross_item_encoder, models.lagged_encoder)
 VOCABULARY = models.vocabulary()
 
 
