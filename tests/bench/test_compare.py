@@ -131,34 +131,16 @@ def repository(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("b", "code", "rounds"),
-    [
-        pytest.param("slow", 1, "3", id="a planted slow-down", marks=pytest.mark.slow),
-        pytest.param("fast", 0, "3", id="the same again", marks=pytest.mark.slow),
-    ],
-)
-def test_revisions_run_in_turns(repository, b, code, rounds):
-    command = [
-        sys.executable,
-        "-m",
-        "bench",
-        "compare",
-        "fast",
-        b,
-        "--names",
-        "tokens",
-        "--quick",
-        "--rounds",
-        rounds,
-        "--json",
-    ]
+@pytest.mark.slow
+def test_revisions_run_in_turns(repository):
+    """The wait of 50 ms is found in B, and in B alone: each side ran its own library."""
+    command = [sys.executable, "-m", "bench", "compare", "fast", "slow"]
+    command += ["--names", "tokens", "--quick", "--rounds", "3", "--json"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr[-2000:]
+    assert done.returncode == 1, done.stderr[-2000:]
     (figure,) = [json.loads(line) for line in done.stdout.splitlines()]
     assert figure["what"].startswith("tokens, prefixmem_fast, forward")
-    if code:
-        assert figure["b"] - figure["a"] == pytest.approx(50, abs=25)
+    assert figure["a"] < 50 <= figure["b"]
 
 
 @pytest.mark.parametrize(("rounds", "code"), [(1, 0), (2, 0), (3, 1)])

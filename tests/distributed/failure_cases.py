@@ -66,7 +66,7 @@ def scenario(rank, world):
         assert "rank 0 got no answer from the other 1 of ranks [0, 1]" in text, text
         assert "restart all ranks from the last checkpoint" in text
         print("stopped")
-    assert time.monotonic() - begun < SECONDS + 2
+    assert time.monotonic() - begun < SECONDS + 15  # the default of gloo is half an hour
     assert torch.equal(model.memory.weight, before[0])
     assert int(optimizer.state[model.memory.weight]["step"]) == before[1]
     sys.stdout.flush()
