@@ -26,7 +26,7 @@ CACHES = ("--I1=32768,8,64", "--D1=32768,8,64", "--LL=1048576,16,64")
 COUNTED = {
     "forward": ("prefixmem_forward",),
     "step": ("prefixmem_plan", "prefixmem_sum", "prefixmem_free_plan"),
-    "decode": ("prefixmem_decode",),
+    "window": ("prefixmem_last_tokens",),
 }
 # Of one_call.cpp, but for the first two, which it is given.
 TABLE_ROWS, WIDTH, HEADS, LEVELS, ACTIVE = 20_000, 64, 4, 5, 2
@@ -89,7 +89,7 @@ def count(program: Path, call: str, sids: int, dtype: str, first_codes: int) -> 
     collected = [int(value) for value in re.search(r"Collected : ([\d ]+)", text)[1].split()]
     step = [str(program), "step", *given]
     rows = int(subprocess.run(step, capture_output=True, text=True, check=True).stdout.split()[1])
-    # S or its gradient; a decoding step reads one order's rows and a running sum, and writes S of one level.
+    # S or its gradient; a window has the rows of its last token, at the last active level.
     vectors = sids * HEADS * WIDTH / LINE
     lines_a_row = WIDTH * itemsize / LINE
     if call == "forward":
@@ -97,7 +97,7 @@ def count(program: Path, call: str, sids: int, dtype: str, first_codes: int) -> 
     elif call == "step":
         floor = rows * (lines_a_row + 1) + vectors * ACTIVE * itemsize + sids * LEVELS * 8 / LINE
     else:
-        floor = sids * HEADS * lines_a_row + vectors * (4 + itemsize) + sids * (LEVELS + 2) * 8 / LINE
+        floor = rows * lines_a_row + vectors * itemsize + sids * (LEVELS - 1) * 8 / LINE
     return Counts(collected[0], collected[7] + collected[8], floor)
 
 

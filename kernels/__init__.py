@@ -1,7 +1,7 @@
 """Triton kernels of PrefixMem, one file a family. Installed as `prefixmem_fast.kernels`.
 
     forward.py           S over codes and over a token stream
-    decode.py            S of one more token a sequence
+    windows.py           S of the last token of each window
     atomic_backward.py   dense gradient by float32 atomics
     sorted_backward.py   the sorting backward: a dense gradient with fixed bits, a list of touched rows, or their update
       sorted_codes.py      the sort: one serves all orders, because prefixes nest

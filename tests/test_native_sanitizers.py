@@ -15,7 +15,6 @@ import random, torch
 from prefixmem_fast import AddressSpec, optim
 from prefixmem_fast.addressing import TokenStream
 from prefixmem_fast.operation import native
-from prefixmem_fast.operation.interface import PrefixState
 from tests.helpers.cases import FLOATS, token_case
 
 draw = random.Random(0)
@@ -46,13 +45,9 @@ for i in range(CASES):
             native.fused_update(grad, source, spec, optimizer.begin(weight))
             sparse = torch.sparse_coo_tensor(torch.cat([rows, rows])[None], torch.cat([sums, sums]), weight.shape)
             native.sparse_update(sparse, optimizer.begin(weight))
-    state = PrefixState(
-        torch.full((1, 3, levels), -1),
-        torch.zeros(1, 3, dtype=torch.int64),
-        torch.zeros(3, spec.heads, width, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
-    )
-    for tokens in ids.T[:20]:
-        native.decoding_step(tokens, table, state, weight.detach(), spec)
+    out = torch.empty(3, spec.heads * width, dtype=dtype)
+    for end in range(1, 20):
+        native.read_windows(ids[:, max(end - 6, 0) : end], table, weight.detach(), spec, out)
 print("done")
 """
 

@@ -49,7 +49,7 @@ def _only(spec: AddressSpec, level: int) -> AddressSpec:
 
 
 class Stepped:
-    """The library's: a step reads the rows of one order."""
+    """The library's."""
 
     def __init__(self, encoder: PrefixMem, sequences: int) -> None:
         self.vocabulary = vocabulary_of(encoder.config.spec)
@@ -123,10 +123,10 @@ def decoding(device: str, sequences: int, table_rows: int, dtype: str) -> Case:
         contenders.append(Contender(name, make))
         graphed = (lambda make=make: Graphed(make(), spec.levels, batches[0][:, 0])) if device == "cuda" else None
         contenders.append(Contender(f"{name}, CUDA graph", graphed, "needs a GPU"))
-    # A step reads ids and their level and code, H rows, W_out, and writes m; every order is read once in a SID.
+    # A step at an active level reads the last tokens with their level and code, their rows and W_out, and writes m.
     itemsize = workload.torch_dtype.itemsize
-    rows = spec.max_order * HEADS * WIDTH * itemsize * sequences
+    rows = sum(min(level, spec.max_order) for level in spec.active_levels) * HEADS * WIDTH * itemsize * sequences
     projected = len(spec.active_levels) * (HEADS * WIDTH * HIDDEN + sequences * HIDDEN) * itemsize
-    floor = spec.levels * sequences * 16 + rows + projected
+    floor = sum(range(1, spec.levels + 1)) * sequences * 16 + rows + projected
     floors = {"step": Floor(floor / spec.levels, floor / spec.levels)}
     return Case(contenders, step, check, floors=floors, steps=spec.levels)

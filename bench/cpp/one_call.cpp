@@ -1,4 +1,4 @@
-// One call of the CPU kernels on a given batch, for valgrind to count: forward | step | decode, M SIDs, T rows a table,
+// One call of the CPU kernels on a given batch, for valgrind to count: forward | step | window, M SIDs, T rows a table,
 // w columns, bytes a number, 1 for float32 and 0 for bfloat16, distinct first codes. The spec is hashed, L = 5, N = 4,
 // H = 4, levels 3 and 4.
 #include <cstdio>
@@ -25,7 +25,7 @@ uint64_t draw(uint64_t below) {  // SplitMix64
 
 int main(int count, char** words) {
   if (count != 7) return 2;
-  const bool step = !std::strcmp(words[1], "step"), decode = !std::strcmp(words[1], "decode");
+  const bool step = !std::strcmp(words[1], "step"), window = !std::strcmp(words[1], "window");
   const int64_t sids = std::atoll(words[2]), rows = std::atoll(words[3]), width = std::atoll(words[4]);
   const int64_t dtype = std::atoll(words[5]) ? FLOAT32 : BFLOAT16, bytes = bytes_of(DType(dtype)), first = std::atoll(words[6]);
   const int64_t codebooks[] = {2048, 2048, 2048, 2048, 2048}, active[] = {3, 4}, exact[4] = {};
@@ -43,17 +43,13 @@ int main(int count, char** words) {
   void* S = aligned_alloc(64, sids * 2 * vector_bytes);
   std::memset(S, 0, sids * 2 * vector_bytes);
   const Source source{codes.data(), 8, sids, nullptr, 8, nullptr, 8, nullptr, 0, 0, 0, 0};
-  std::vector<int64_t> held(sids * 5, -1), level(sids, 3), tokens(sids);
+  std::vector<int64_t> tokens(sids * 4);  // up to the last active level
   std::vector<int32_t> token_table;
-  for (int32_t code = 0; code < 2048; ++code) token_table.insert(token_table.end(), {4, code});
-  std::vector<float> total(sids * 4 * width);
-  for (int64_t m = 0; m < sids; ++m) {
-    for (int l = 0; l < 3; ++l) held[m * 5 + l] = codes[m * 5 + l];
-    tokens[m] = codes[m * 5 + 3];
-  }
-  if (decode) {
-    prefixmem_decode(spec, token_table.data(), 2048, tokens.data(), 8, sids, held.data(), level.data(), total.data(),
-                     table, nullptr, dtype, width, S, dtype, 1);
+  for (int32_t id = 0; id < 4 * 2048; ++id) token_table.insert(token_table.end(), {id / 2048 + 1, id % 2048});
+  for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = int64_t(i % 4 * 2048) + codes[i / 4 * 5 + i % 4];
+  if (window) {
+    prefixmem_last_tokens(spec, token_table.data(), 4 * 2048, tokens.data(), 8, sids, 4, 4, table, nullptr, dtype, width, S,
+                          dtype, 1);
   } else if (step) {
     UpdateNumbers update{table, nullptr, sums, width, int32_t(dtype), ROW_ADAGRAD, dtype == BFLOAT16, 7, 0.01, 1, 1e-10, 0, 0, 1, 1};
     double squares = 0;

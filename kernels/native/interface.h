@@ -37,10 +37,10 @@ int64_t prefixmem_rows(const prefixmem::Spec*, const void* codes, int64_t code_b
                        int64_t threads);
 int64_t prefixmem_forward(const prefixmem::Spec*, const prefixmem::Source*, const void* rows, const float* scales,
                           int64_t dtype, int64_t width, void* out, int64_t out_dtype, int64_t threads);
-int64_t prefixmem_decode(const prefixmem::Spec*, const int32_t* token_table, int64_t vocabulary, const void* tokens,
-                         int64_t token_bytes, int64_t sequences, int64_t* codes, int64_t* level, void* total,
-                         const void* rows, const float* scales, int64_t dtype, int64_t width, void* out,
-                         int64_t out_dtype, int64_t threads);
+int64_t prefixmem_last_tokens(const prefixmem::Spec*, const int32_t* token_table, int64_t vocabulary,
+                              const void* tokens, int64_t token_bytes, int64_t count, int64_t length, int64_t stride,
+                              const void* rows, const float* scales, int64_t dtype, int64_t width, void* out,
+                              int64_t out_dtype, int64_t threads);
 prefixmem::Plan* prefixmem_plan(const prefixmem::Spec*, const prefixmem::Source*, int64_t threads);
 void prefixmem_free_plan(prefixmem::Plan*);
 int64_t prefixmem_number(prefixmem::Plan*, int64_t* out);

@@ -4,8 +4,8 @@
 #include <numeric>
 #include <vector>
 
-#include "decode.h"
 #include "forward.h"
+#include "last_tokens.h"
 #include "prefix_sums.h"
 #include "update.h"
 #include "windows.h"
@@ -77,12 +77,11 @@ inline void forward(const Table& table, const Spec& spec, const Sids& sids, void
   });
 }
 
-inline void decode(const Table& table, const Spec& spec, const TokenTable& tokens, const Integers& ids,
-                   const PrefixState& state, void* out, int64_t sequences, int threads) {
-  const int64_t chunks = (sequences + SEQUENCES_A_CHUNK - 1) / SEQUENCES_A_CHUNK;
+inline void last_tokens(const Table& table, const Spec& spec, const TokenWindows& windows, void* out, int threads) {
+  const int64_t chunks = (windows.count + WINDOWS_A_CHUNK - 1) / WINDOWS_A_CHUNK;
   with_rows(table, [&](auto rows, auto number) {
-    parallel(chunks, sequences * spec.heads > FEW_ROWS ? threads : 1, [&](int64_t chunk) {
-      decoding_chunk<decltype(rows), decltype(number)>(table, spec, tokens, ids, state, out, chunk, sequences);
+    parallel(chunks, windows.count * spec.rows_a_sid() > FEW_ROWS ? threads : 1, [&](int64_t chunk) {
+      windows_chunk<decltype(rows), decltype(number)>(table, spec, windows, out, chunk);
     });
   });
 }

@@ -89,14 +89,14 @@ int64_t prefixmem_forward(const Spec* spec, const Source* source, const void* ro
   });
 }
 
-int64_t prefixmem_decode(const Spec* spec, const int32_t* token_table, int64_t vocabulary, const void* tokens,
-                         int64_t token_bytes, int64_t sequences, int64_t* codes, int64_t* level, void* total,
-                         const void* rows, const float* scales, int64_t dtype, int64_t width, void* out,
-                         int64_t out_dtype, int64_t threads) {
+int64_t prefixmem_last_tokens(const Spec* spec, const int32_t* token_table, int64_t vocabulary, const void* tokens,
+                              int64_t token_bytes, int64_t count, int64_t length, int64_t stride, const void* rows,
+                              const float* scales, int64_t dtype, int64_t width, void* out, int64_t out_dtype,
+                              int64_t threads) {
   return guarded([&] {
     const Table table{rows, scales, DType(dtype), DType(out_dtype), width};
-    decode(table, *spec, {token_table, vocabulary}, {tokens, int32_t(token_bytes)}, {codes, level, total}, out,
-           sequences, int(threads));
+    const TokenWindows windows{{tokens, int32_t(token_bytes)}, {token_table, vocabulary}, count, length, stride};
+    last_tokens(table, *spec, windows, out, int(threads));
     return int64_t(0);
   });
 }

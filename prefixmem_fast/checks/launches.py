@@ -20,7 +20,7 @@ from .._dtypes import QUANTIZED_DTYPES, SUM_DTYPES, accumulator
 from .._triton import TRITON_PROBLEM, interpreting
 from ..addressing import AddressSpec, TokenStream
 from ..operation.backends import functions_of
-from ..operation.interface import PrefixState, QuantizedTable
+from ..operation.interface import QuantizedTable
 from ..operation.rules import RULES, Hyper, RowUpdate
 
 WIDTH = 64  # the paper: d_mem = 256 over 4 heads
@@ -103,24 +103,21 @@ def launches(spec: AddressSpec, dtype: torch.dtype, width: int, sids: int = 65_5
         meta(1, sids), meta(sids, width, dtype=dtype), weight.shape, device="meta", check_invariants=False
     )
     stream = TokenStream(ids, table, segments)
-    state = PrefixState(meta(1, 256, spec.levels), meta(1, 256), meta(256, spec.heads, width, dtype=wide))
-    steps = {"token_step": lambda: triton.decoding_step(meta(256), table, state, weight, spec)}
-    if spec.history:  # whose steps are token sums
-        steps = {}
+    windows = meta(256, spec.levels + spec.gap), table
+    last = meta(256, spec.heads * width, dtype=dtype)
     quantized: dict[str, Callable[[], Any]] = {}
     for kind, values in QUANTIZED_DTYPES.items() if dtype in SUM_DTYPES else ():
         rest = QuantizedTable(meta(*weight.shape, dtype=values), meta(len(weight), dtype=torch.float32)), spec, dtype
         quantized[f"{kind}_prefix_memory_fwd"] = partial(triton.quantized_forward, codes, *rest)
         quantized[f"{kind}_token_memory_fwd"] = partial(triton.quantized_forward, stream, *rest)
-        if steps:
-            quantized[f"{kind}_token_step"] = partial(triton.quantized_decoding_step, meta(256), table, state, *rest)
+        quantized[f"{kind}_window_memory"] = partial(triton.read_windows, *windows, rest[0], spec, last)
     return {
         "prefix_memory_fwd": lambda: triton.forward(codes, weight, spec),
         "token_memory_fwd": lambda: triton.forward(stream, weight, spec),
         "prefix_memory_bwd": lambda: triton.dense_gradient(grad, codes, spec),
         "token_memory_bwd": lambda: triton.dense_gradient(token_grad, stream, spec),
         "prefix_rows": lambda: triton.prefix_rows(codes, spec),
-        **steps,
+        "window_memory": lambda: triton.read_windows(*windows, weight, spec, last),
         "deterministic_bwd": lambda: triton.dense_gradient(grad, codes, spec, deterministic=True),
         "deterministic_token_bwd": lambda: triton.dense_gradient(token_grad, stream, spec, deterministic=True),
         "sparse_bwd": lambda: triton.row_sums(grad, codes, spec, dtype),
@@ -134,7 +131,7 @@ def sids_of(launcher: str, spec: AddressSpec, sids: int) -> int | None:
     """SIDs of a launch of `launches`; None where it is not given SIDs."""
     if launcher == "sparse_update":
         return None
-    if launcher.endswith("token_step"):
+    if launcher.endswith("window_memory"):
         return 256
     return 8 * sids // spec.item_levels if "token" in launcher else sids
 

@@ -21,12 +21,10 @@ from torch import Tensor
 
 from .. import optim
 from ..addressing import AddressSpec, TokenStream, window_codes
-from ..encoder import DecodingState, PrefixMem, PrefixMemConfig
-from ..operation import prefix_memory, prefix_rows, token_memory
+from ..operation import prefix_memory, prefix_rows, token_memory, window_memory
 from ..operation import triton as backend
 from ..operation.quantization import quantize
 from ..operation.quantized import quantized_prefix_memory
-from ..sid import SIDVocabulary
 from .watching import Watcher, watched
 
 SECTOR = 32  # bytes
@@ -236,16 +234,17 @@ def rows() -> Count:
 
 
 def decoding(level: int, sequences: int = READ) -> Count:
-    """An id and its entry in, the rows of one order, the sum of the level before in and out, S out."""
+    """The last tokens of each sequence and their entries in, the rows of the newest one's orders, S of it out."""
     spec = spec_of(table_rows=3000)
-    encoder = PrefixMem(PrefixMemConfig(spec, H * W, 8), backend="triton", dtype=torch.bfloat16)
-    ids = {l * CODES + c: (l + 1, c) for l in range(L) for c in range(CODES)}
-    state = DecodingState(encoder, SIDVocabulary.from_table(ids, (CODES,) * L), sequences)
-    codes = codes_of(sequences)
-    for l in range(level):
-        with counted(weight=encoder.memory.weight) as traffic:
-            state.step(l * CODES + codes[:, l])
-    floor = sequences * (8 + 8 + H * W * 2 + (1 + (level > 1)) * H * W * 4 + H * W * 2)
+    codes, last = codes_of(sequences), spec.active_levels[-1]
+    ids = torch.arange(L) * CODES + codes
+    table = torch.stack([torch.arange(L * CODES) // CODES + 1, torch.arange(L * CODES) % CODES], 1).int()
+    windows = torch.cat([ids[:, level:], ids[:, :level]], 1)  # the end of an item before, and one under way
+    weight = torch.randn(spec.total_rows, W).bfloat16()
+    with counted(weight=weight) as traffic:
+        window_memory(windows, table, weight, spec, backend="triton")
+    rows = level if level in spec.active_levels else 0
+    floor = sequences * (last * (8 + 8) + rows * H * W * 2 + H * W * 2)
     return Count(f"decoding step, level {level}", traffic, floor, STREAM, sequences, FORWARD_LAUNCHES)
 
 

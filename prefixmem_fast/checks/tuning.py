@@ -20,7 +20,6 @@ from .._launch import Launch
 from ..addressing import AddressSpec
 from ..kernels.settings import DEFAULTS, SETTINGS, Settings
 from ..operation.backends import functions_of
-from ..operation.interface import PrefixState
 from ..operation.rules import Hyper, RowUpdate
 
 REPEATS = 15
@@ -148,23 +147,11 @@ def works_on(
     def reset() -> None:
         weight.zero_(), accumulated.zero_()
 
-    tokens = torch.arange(sequences, device=device) % codebook
-    table = torch.stack([torch.ones(codebook, dtype=torch.int32), torch.arange(codebook, dtype=torch.int32)], 1).to(
-        device
-    )
+    windows = torch.arange(5, device=device) * codebook + codes[:sequences]
+    levels = torch.arange(5, dtype=torch.int32).repeat_interleave(codebook) + 1
+    table = torch.stack([levels, torch.arange(codebook, dtype=torch.int32).repeat(5)], 1).to(device)
+    last = zeros(sequences, spec.heads * 64, dtype=torch.bfloat16)
 
-    def decode() -> Tensor:
-        return triton.decoding_step(tokens, table, states[triton.state_copies(weight, spec)], weight, spec)
-
-    class States(dict):
-        """One for each number of copies, which follows from the setting that is measured."""
-
-        def __missing__(self, copies: int) -> PrefixState:
-            codes, level = zeros(copies, sequences, 5, dtype=torch.int64), zeros(copies, sequences, dtype=torch.int64)
-            self[copies] = PrefixState(codes, level, zeros(sequences, spec.heads, 64))
-            return self[copies]
-
-    states = States()
     step_of_table = Work(lambda: triton.fused_update(dS, codes, spec, update), reset)
     return {
         "forward": Work(lambda: triton.forward(codes, weight, spec)),
@@ -172,5 +159,5 @@ def works_on(
         "edges": step_of_table,
         "merge": step_of_table,
         "atomics": Work(lambda: triton.dense_gradient(dS, codes, spec)),  # into new zeros at each call
-        "decoding": Work(decode),
+        "decoding": Work(lambda: triton.read_windows(windows[:, :4], table, weight, spec, last)),
     }

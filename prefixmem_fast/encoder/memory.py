@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from .._pages import ask_for_huge_pages
 from ..addressing import TokenStream
 from ..operation import prefix_memory, token_memory
-from ..operation.functions import check_options
+from ..operation.functions import check_options, window_memory
 from ..operation.table_state import table_state
 from ..sid import SIDVocabulary
 from .config import PrefixMemConfig
-from .host_tables import HOST, HostReader, check_tables, device_of_table, staying_on_host
+from .host_tables import HOST, HostReader, check_tables, copy_across, device_of_table, staying_on_host
 from .table_worker import OverlappedTable
 
 
@@ -226,6 +226,24 @@ class PrefixMemory(nn.Module):
         """
         stream = TokenStream(input_ids, self.token_table(input_ids, vocabulary), segment_ids)
         return self.read_own(stream) if self.division is None else self.division.read(self, stream)
+
+    def read_window(self, windows: Tensor, vocabulary: SIDVocabulary, out: Tensor | None = None) -> Tensor:
+        """S of the last token of each window ``[n, W]``: ``[n, memory_dim]``, forward alone; see `window_memory`.
+
+        Raises:
+            ValueError: the vocabulary's codebooks are not the spec's.
+        """
+        table = self.token_table(windows, vocabulary)
+        if self.division is None and self.tables == "device":
+            return self._read_own_window(windows, table, out)
+        if self.division is None:
+            S = copy_across(self._read_own_window(copy_across(windows, HOST), table), windows.device)
+        else:
+            S = self.division.read(self, TokenStream(windows, table))[:, -1]
+        return S if out is None else out.copy_(S)
+
+    def _read_own_window(self, windows: Tensor, token_table: Tensor, out: Tensor | None = None) -> Tensor:
+        return window_memory(windows, token_table, self.weight, self.config.spec, backend=self.backend, out=out)
 
     def token_table(self, input_ids: Tensor, vocabulary: SIDVocabulary) -> Tensor:
         """The vocabulary's table where the tokens are read: on their device, or on the table's host."""

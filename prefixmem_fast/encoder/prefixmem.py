@@ -415,6 +415,88 @@ class PrefixMem(nn.Module):
             return encoded
         return encoded + self.cross_item.encode_stream(input_ids, vocabulary, segment_ids, new_tokens=new_tokens)
 
+    def encode_window(
+        self,
+        windows: Tensor,
+        vocabulary: SIDVocabulary,
+        *,
+        out: Tensor | None = None,
+        workspace: Tensor | None = None,
+    ) -> Tensor:
+        """m of the last token of each window, as `encode_tokens` has it where the windows are its rows; forward alone.
+
+        A step of decoding reads so. On a GPU it waits for nothing, and a CUDA graph can hold it: the memory is one
+        launch and W_out one product, and tables of cross-item orders are as many again. With `out` and `workspace`
+        nothing is allocated, lags aside, whose windows are made in PyTorch.
+
+        Args:
+            windows: int32 or int64 ``[n, W]``, tokens in their order; -1 where none stands before the others. The last
+                ``config.lookback + 1`` of them say what the last one reads.
+            vocabulary: as for `encode_tokens`.
+            out: ``[n, hidden_size]`` in the dtype of W_out, to be written.
+            workspace: contiguous, in the dtype of the table, with n times the largest `memory_dim` elements or more,
+                for S.
+
+        Returns:
+            `out`, or a new tensor ``[n, hidden_size]``.
+
+        Raises:
+            TypeError, ValueError: an argument is not as stated.
+        """
+        return self.encode_last(windows, vocabulary, out=out, workspace=workspace).m
+
+    @torch.no_grad()
+    def encode_last(
+        self,
+        windows: Tensor,
+        vocabulary: SIDVocabulary,
+        *,
+        out: Tensor | None = None,
+        workspace: Tensor | None = None,
+    ) -> Encoded:
+        """`encode_window`, and with it what tables with `output_slot` add to the model's last hidden states."""
+        total, encoder = None, self
+        while encoder is not None:
+            S = encoder._drop(encoder._read_last(windows, vocabulary, workspace))
+            encoded = encoder._project_last(S, out, add=total is not None)
+            if total is None:
+                total = encoded
+            elif out is None:
+                total = total + encoded
+            else:
+                total = total.with_head(encoded.head)
+            encoder = encoder.cross_item
+        return total
+
+    def _read_last(self, windows: Tensor, vocabulary: SIDVocabulary, workspace: Tensor | None) -> Tensor:
+        if self._windows_first:
+            return self.read_tokens(windows, vocabulary, new_tokens=1)[:, 0]
+        if workspace is not None:
+            shape = len(windows), self.config.memory_dim
+            workspace = workspace.view(-1)[: shape[0] * shape[1]].view(shape)
+        return self.memory.read_window(windows, vocabulary, workspace)
+
+    def _project_last(self, S: Tensor, out: Tensor | None, add: bool) -> Encoded:
+        """`project`, into `out` where it is given, or added to what is there. On a CPU nothing is multiplied where no
+        token is at an active level; a GPU would have to wait to know."""
+        on_host = S.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+        nothing = on_host and not bool(S.any())
+        if out is None:
+            if not nothing:
+                return self.project(S)
+            zeros = S.new_zeros(len(S), self.config.hidden_size)
+            return Encoded(zeros, None if self.head_proj is None else zeros)
+        if nothing:
+            out if add else out.zero_()
+        elif type(self.out_proj) is not OutputProjection:  # wrapped, by LoRA say
+            m = self.out_proj(S)
+            out.add_(m) if add else out.copy_(m)
+        elif add:
+            torch.addmm(out, S, self.out_proj.weight.t(), out=out)
+        else:
+            torch.mm(S, self.out_proj.weight.t(), out=out)
+        return Encoded(out, None if self.head_proj is None else self.head_proj(S))
+
     def project(self, S: Tensor) -> Encoded:
         """What is added to a model at tokens of S ``[.., memory_dim]``."""
         return Encoded(self.out_proj(S), None if self.head_proj is None else self.head_proj(S))

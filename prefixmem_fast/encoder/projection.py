@@ -19,8 +19,13 @@ class Encoded(NamedTuple):
     head: Tensor | None = None
 
     def __add__(self, other: Encoded) -> Encoded:
-        heads = [head for head in (self.head, other.head) if head is not None]
-        return Encoded(self.m + other.m, sum(heads[1:], heads[0]) if heads else None)
+        return Encoded(self.m + other.m, self.head).with_head(other.head)
+
+    def with_head(self, head: Tensor | None) -> Encoded:
+        """The same with `head` added to what goes to the last hidden states."""
+        if head is None:
+            return self
+        return self._replace(head=head if self.head is None else self.head + head)
 
 
 class OutputProjection(nn.Linear):

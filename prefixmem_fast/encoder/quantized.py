@@ -15,7 +15,12 @@ from .._choices import TABLES
 from .._dtypes import QUANTIZED_DTYPES
 from ..operation.functions import check_options
 from ..operation.interface import QuantizedTable
-from ..operation.quantized import check_sum_dtype, quantized_prefix_memory, quantized_token_memory
+from ..operation.quantized import (
+    check_sum_dtype,
+    quantized_prefix_memory,
+    quantized_token_memory,
+    quantized_window_memory,
+)
 from ..sid import SIDVocabulary
 from .config import PrefixMemConfig
 from .memory import PrefixMemory, check_config
@@ -105,6 +110,10 @@ class QuantizedMemory(PrefixMemory):
         options = {"segment_ids": segment_ids, "dtype": self.dtype, "backend": self.backend}
         token_table = self.token_table(input_ids, vocabulary)
         return quantized_token_memory(input_ids, token_table, self.table, self.config.spec, **options)
+
+    def _read_own_window(self, windows: Tensor, token_table: Tensor, out: Tensor | None = None) -> Tensor:
+        options = {"dtype": self.dtype, "backend": self.backend, "out": out}
+        return quantized_window_memory(windows, token_table, self.table, self.config.spec, **options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, quantization={self.config.quantization}, dtype={self.dtype}"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoder import PrefixMem
+from ..encoder.projection import Encoded
 from ..sid import SIDVocabulary
 from .kv_cache import cache_argument, cache_given, cache_returned, parameters_of
 from .token_history import begin_history, history_of
@@ -202,16 +203,9 @@ class Attachment:
             if segments.shape[-1] != tokens.shape[1] or len(segments) not in (1, len(tokens)):
                 raise ValueError(f"segment_ids has shape {tuple(segments.shape)}; give {tuple(tokens.shape)}")
             segments = segments.expand_as(tokens)
-        new, context, context_segments = tokens.shape[1], tokens, segments
-        if call.before is not None:
-            context = torch.cat([call.before, tokens], 1)
-        if call.cache is not None:
-            past = self._past(call.cache, tokens)
-            context = torch.cat([past.to(tokens.dtype), tokens], 1)
-            if segments is not None:
-                context_segments = torch.cat([segments.new_zeros(past.shape), segments], 1)
-        m, head = self.encoder.encode_stream(context, self.vocabulary, context_segments, new_tokens=new)
-        if segments is not None:  # what comes next goes on with the last sequence alone
+        before = call.before if call.cache is None else self._past(call.cache, tokens)
+        m, head = self._encode(before, tokens, segments)
+        if segments is not None and tokens.shape[1] > 1:  # what comes next goes on with the last sequence alone
             tokens = torch.where(segments == segments[:, -1:], tokens, -1)
         call.tokens.append(tokens)
         if call.cache is not None:
@@ -221,6 +215,21 @@ class Attachment:
             return _with_head(embedded, head)
         self._calls_of.head = head
         return embedded
+
+    def _encode(self, before: Tensor | None, tokens: Tensor, segments: Tensor | None) -> Encoded:
+        """What is added at tokens ``[B, T]``, of those before them ``[B, W]`` and their segments; 0 is that of the
+        beginning of `before`."""
+        if before is None:
+            return self.encoder.encode_stream(tokens, self.vocabulary, segments)
+        before = before.to(tokens.dtype)
+        if tokens.shape[1] == 1 and isinstance(self.encoder, PrefixMem) and not torch.is_grad_enabled():
+            if segments is not None:
+                before = torch.where(segments == 0, before, -1)
+            return self.encoder.encode_last(torch.cat([before, tokens], 1), self.vocabulary)
+        context = torch.cat([before, tokens], 1)
+        if segments is not None:
+            segments = torch.cat([segments.new_zeros(before.shape), segments], 1)
+        return self.encoder.encode_stream(context, self.vocabulary, segments, new_tokens=tokens.shape[1])
 
     def embed_beams(self, tokens: Tensor) -> Tensor:
         """Input embeddings ``[B, K, d]`` of the last tokens of beams ``[B, K, T]``, to be given as inputs_embeds."""
@@ -361,6 +370,8 @@ def _segments_of(*, segment_ids: Tensor | None = None, position_ids: Tensor | No
     if segment_ids is not None:
         begins = torch.nn.functional.pad(segment_ids.diff(dim=-1) != 0, (1, 0))
     elif position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1]:
+        if position_ids.shape[1] == 1:  # a step of decoding
+            return (position_ids == 0).long()
         begins = torch.cat([position_ids[:, :1] == 0, position_ids.diff(dim=1) < 1], 1)
     else:
         return None

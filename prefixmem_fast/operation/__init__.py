@@ -1,6 +1,6 @@
 """The operation: codes, or a token stream, and the table to the memory S, and its gradient back to the table.
 
-functions.py      what users call: prefix_rows, prefix_memory, token_memory
+functions.py      what users call: prefix_rows, prefix_memory, token_memory, window_memory
 operators.py      the same as torch custom operators, with their derivatives
 quantized.py      the same of tables of 8 bits a number: quantized_prefix_memory, quantized_token_memory
 quantization.py   a table to 8 bits a number with a scale a row, and back
@@ -18,6 +18,6 @@ rounding.py       stochastic rounding of bfloat16 tables
 """
 
 from .backends import BackendError
-from .functions import prefix_memory, prefix_rows, token_memory
+from .functions import prefix_memory, prefix_rows, token_memory, window_memory
 
-__all__ = ["BackendError", "prefix_memory", "prefix_rows", "token_memory"]
+__all__ = ["BackendError", "prefix_memory", "prefix_rows", "token_memory", "window_memory"]

@@ -18,22 +18,19 @@ from torch import Tensor
 from .._dtypes import accumulator
 from ..addressing import AddressSpec, TokenStream, prefix_rows, window_codes
 from ..addressing.addresses import cut_prefix, order_rows
-from ..addressing.token_stream import token_entries
-from .interface import PrefixState, QuantizedTable, RowSums
+from .interface import QuantizedTable, RowSums
 from .quantization import dequantized
 from .rules import RowUpdate
 
 __all__ = [
-    "decoding_step",
     "dense_gradient",
     "forward",
     "fused_update",
     "prefix_rows",
-    "quantized_decoding_step",
     "quantized_forward",
+    "read_windows",
     "row_sums",
     "sparse_update",
-    "state_copies",
 ]
 
 # Bytes of one temporary tensor: it stays in a level-2 cache, while larger ones wait for new pages.
@@ -345,61 +342,12 @@ def _argsort_prefixes(codes: Tensor, spec: AddressSpec) -> Tensor:
     return order
 
 
-# Decoding
+# Windows
 
 
-def state_copies(weight: Tensor, spec: AddressSpec) -> int:
-    return 1
-
-
-def decoding_step(tokens: Tensor, token_table: Tensor, state: PrefixState, weight: Tensor, spec: AddressSpec) -> Tensor:
-    """S ``[B, H * w]`` after one more token; see `reference.decoding_step`. Each order is hashed once a step."""
-    return _decoding_step(tokens, token_table, state, weight, spec, weight.dtype)
-
-
-def quantized_decoding_step(
-    tokens: Tensor,
-    token_table: Tensor,
-    state: PrefixState,
-    table: QuantizedTable,
-    spec: AddressSpec,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The same of a quantized table; see `reference.quantized_decoding_step`."""
-    return _decoding_step(tokens, token_table, state, table, spec, dtype)
-
-
-def _decoding_step(
-    tokens: Tensor,
-    token_table: Tensor,
-    state: PrefixState,
-    table: Tensor | QuantizedTable,
-    spec: AddressSpec,
-    dtype: torch.dtype,
-) -> Tensor:
-    codes, level, total = state.codes[0], state.level[0], state.total
-    token_level, code = token_entries(tokens, token_table)
-    level.copy_(torch.where((token_level == 1) | (token_level == level + 1), token_level, 0))
-    levels = torch.arange(1, spec.levels + 1)
-    codes.copy_(torch.where(levels == level[:, None], code[:, None], torch.where((level > 1)[:, None], codes, -1)))
-    total.masked_fill_((level <= 1 if spec.mode == "prefix" else level >= 0)[:, None, None], 0)
-    for rows in _rows_at_level(codes, level, spec):
-        read = _gather(table, rows.clamp(min=0).flatten()).view(total.shape)
-        total.add_(torch.where((rows >= 0)[..., None], read, 0))
-    active = (level[:, None] == level.new_tensor(spec.active_levels)).any(1)
-    return torch.where(active[:, None, None], total, 0).to(dtype).flatten(1)
-
-
-def _rows_at_level(codes: Tensor, level: Tensor, spec: AddressSpec) -> Iterator[Tensor]:
-    """Rows ``[B, H]``, -1 for none, that a level adds to the sum before it; level 0 adds none."""
-    last_order = min(spec.max_order, spec.levels)
-    if spec.mode != "prefix":
-        rows = prefix_rows(codes, spec)  # [B, L, N, H]
-        rows = rows.take_along_dim((level.clamp(min=1) - 1)[:, None, None, None], 1).squeeze(1)  # [B, N, H]
-        yield from torch.where((level > 0)[:, None, None], rows, -1).unbind(1)
-        return
-    codes, length = cut_prefix(codes, spec)
-    rows = torch.stack([order_rows(codes[:, :n].clamp(min=0), n, spec) for n in range(1, last_order + 1)], 1)
-    rows = rows.take_along_dim((level.clamp(1, last_order) - 1)[:, None, None], 1).squeeze(1)  # [B, H]
-    exists = (level > 0) & (level <= last_order) & (length >= level)
-    yield torch.where(exists[:, None], rows, -1)
+def read_windows(
+    windows: Tensor, token_table: Tensor, table: Tensor | QuantizedTable, spec: AddressSpec, out: Tensor
+) -> None:
+    """S of the last token of each window; see `reference.read_windows`."""
+    row_width = out.shape[1] // spec.heads
+    out.copy_(_forward(TokenStream(windows, token_table), table, row_width, spec, out.dtype)[:, -1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -11,7 +13,8 @@ from .._choices import BACKENDS, GRADS
 from .._dtypes import CODE_DTYPES, TABLE_DTYPES
 from ..addressing import AddressSpec, TokenStream
 from . import operators
-from .backends import choose_backend
+from .backends import choose_backend, functions_of
+from .interface import QuantizedTable
 from .row_gradients import read_memory
 
 _ID_DTYPES = (torch.int32, torch.int64)
@@ -129,6 +132,67 @@ def token_memory(
     return read_memory(weight, stream, spec, backend, grad)
 
 
+def window_memory(
+    windows: Tensor,
+    token_table: Tensor,
+    weight: Tensor,
+    spec: AddressSpec,
+    *,
+    backend: str = "auto",
+    out: Tensor | None = None,
+) -> Tensor:
+    """S of the last token of each window, as `token_memory` has it where the windows are its rows; forward alone.
+
+    A step of decoding reads so. On a GPU it is one launch, which a CUDA graph can hold.
+
+    Args:
+        windows: int32 or int64 ``[n, W]``, tokens in their order; -1 where none stands before the others.
+        token_table, weight, spec, backend: as for `token_memory`.
+        out: ``[n, H * w]`` in the dtype of `weight`, contiguous, to be written; nothing else is allocated.
+
+    Returns:
+        `out`, or a new tensor; zero where the last token is at no active level of a SID.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape or value is not as stated.
+        BackendError: the backend cannot run on these tensors.
+    """
+    check_spec(spec)
+    check_weight(weight, spec)
+    return read_windows(windows, token_table, weight, None, spec, backend, weight.dtype, out)
+
+
+def read_windows(
+    windows: Tensor,
+    token_table: Tensor,
+    table: Tensor,
+    scales: Tensor | None,
+    spec: AddressSpec,
+    backend: str,
+    dtype: torch.dtype,
+    out: Tensor | None,
+) -> Tensor:
+    """`window_memory` of a table or the values of a quantized one, which have been checked."""
+    _checks.tensor("windows", windows, _ID_DTYPES, 2, "[n, W]")
+    if not windows.shape[1]:
+        raise ValueError(f"windows has shape {tuple(windows.shape)}; give a token or more a window")
+    check_token_table(token_table)
+    shape = (len(windows), spec.heads * table.shape[1])
+    if out is None:
+        out = table.new_empty(shape, dtype=dtype)
+    elif out.shape != shape or out.dtype != dtype or not out.is_contiguous():
+        strides = "" if out.is_contiguous() else ", not contiguous"
+        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}{strides}; give contiguous {dtype} {shape}")
+    backend = choose_backend(backend, windows=windows, token_table=token_table, weight=table, out=out)
+    if type(out) is Tensor and not torch.compiler.is_compiling():  # the operator costs 10 us of Python more
+        given = table if scales is None else QuantizedTable(table, scales)
+        with nullcontext() if not torch.is_grad_enabled() else torch.no_grad():
+            functions_of(backend).read_windows(windows, token_table, given, spec, out)
+    else:
+        operators.read_windows(windows, token_table, table, scales, out, spec.key, backend)
+    return out
+
+
 def check_options(backend: str, grad: str, deterministic: bool) -> None:
     """Refuse unknown ways to compute.
 
@@ -165,15 +229,19 @@ def check_codes(codes: Tensor, levels: int) -> None:
 def check_stream(stream: TokenStream) -> None:
     input_ids, token_table, segment_ids = stream
     _checks.tensor("input_ids", input_ids, _ID_DTYPES, 2, "[B, T]")
-    _checks.tensor("token_table", token_table, (torch.int32,), 2, "[V, 2]")
-    if token_table.shape[1] != 2:
-        raise ValueError(f"token_table has shape {tuple(token_table.shape)}; give [V, 2], (level, code) of each id")
+    check_token_table(token_table)
     if segment_ids is not None:
         _checks.tensor("segment_ids", segment_ids, _ID_DTYPES, 2, "[B, T]")
         if segment_ids.shape != input_ids.shape:
             raise ValueError(
                 f"segment_ids has shape {tuple(segment_ids.shape)}; give that of input_ids, {tuple(input_ids.shape)}"
             )
+
+
+def check_token_table(token_table: Tensor) -> None:
+    _checks.tensor("token_table", token_table, (torch.int32,), 2, "[V, 2]")
+    if token_table.shape[1] != 2:
+        raise ValueError(f"token_table has shape {tuple(token_table.shape)}; give [V, 2], (level, code) of each id")
 
 
 def check_spec(spec: AddressSpec) -> None:

@@ -6,14 +6,12 @@
     row_sums(grad, source, spec, dtype)                      dS to the touched rows and their sums
     fused_update(grad, source, spec, update)                 dS to an update of the touched rows
     sparse_update(grad, update)                              a sparse gradient to an update of its rows
-    state_copies(weight, spec)                               copies of a prefix state that a step needs
-    decoding_step(tokens, token_table, state, weight, spec)  one token of each sequence to S
     quantized_forward(source, table, spec, dtype)            S of a quantized table
-    quantized_decoding_step(tokens, token_table, state, table, spec, dtype)
+    read_windows(windows, token_table, table, spec, out)     S of the last token of each window, of either table
 
 `source` is codes ``[M, L]`` or a `TokenStream`, `grad` is dS, `update` a `RowUpdate`. `table` is a `QuantizedTable`,
 whose S is summed in float32 and rounded once, to `dtype`: float32, bfloat16 or float16. There is no gradient of it.
-`state_copies` takes its values for `weight`.
+`windows` are tokens ``[n, W]``, and `out` is contiguous ``[n, H * w]``; nothing is returned.
 """
 
 from __future__ import annotations
@@ -29,10 +27,8 @@ FUNCTIONS = (
     "row_sums",
     "fused_update",
     "sparse_update",
-    "state_copies",
-    "decoding_step",
     "quantized_forward",
-    "quantized_decoding_step",
+    "read_windows",
 )
 
 
@@ -64,17 +60,3 @@ class RowSums(NamedTuple):
     rows: Tensor
     sums: Tensor
     unique: bool
-
-
-class PrefixState(NamedTuple):
-    """Where each of B sequences stands within a SID.
-
-    Attributes:
-        codes: int64 ``[copies, B, L]``, the codes of the SID under way, then -1.
-        level: int64 ``[copies, B]``, how many they are; 0 after text.
-        total: ``[B, H, w]``, S of that level, in the accumulator's dtype.
-    """
-
-    codes: Tensor
-    level: Tensor
-    total: Tensor

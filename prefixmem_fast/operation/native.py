@@ -17,7 +17,7 @@ from .. import _native
 from .._dtypes import accumulator
 from ..addressing import AddressSpec, TokenStream
 from . import cpu
-from .interface import PrefixState, QuantizedTable, RowSums
+from .interface import QuantizedTable, RowSums
 from .rounding import mix_seed, mix_word
 from .rules import RULES, RowUpdate
 
@@ -94,7 +94,7 @@ class _Functions:
             ("free_spec", None, [p]),
             ("rows", i, [p, p, i, i, p, i]),
             ("forward", i, [p, p, p, p, i, i, p, i, i]),
-            ("decode", i, [p, p, i, p, i, i, p, p, p, p, p, i, i, p, i, i]),
+            ("last_tokens", i, [p, p, i, p, i, i, i, i, p, p, i, i, p, i, i]),
             ("plan", p, [p, p, i]),
             ("free_plan", None, [p]),
             ("number", i, [p, p]),
@@ -384,62 +384,16 @@ def _count(update: RowUpdate, squares: float) -> None:
         update.squares.append(torch.tensor([squares], dtype=accumulator(update.weight.dtype), device="cpu"))
 
 
-# Decoding
+# Windows
 
 
-def state_copies(weight: Tensor, spec: AddressSpec) -> int:
-    return 1
-
-
-def decoding_step(tokens: Tensor, token_table: Tensor, state: PrefixState, weight: Tensor, spec: AddressSpec) -> Tensor:
-    """S ``[B, H * w]`` after one more token; see `reference.decoding_step`."""
-    return _decoding_step(tokens, token_table, state, weight, None, spec, weight.dtype)
-
-
-def quantized_decoding_step(
-    tokens: Tensor,
-    token_table: Tensor,
-    state: PrefixState,
-    table: QuantizedTable,
-    spec: AddressSpec,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The same of a quantized table; see `reference.quantized_decoding_step`."""
-    return _decoding_step(tokens, token_table, state, *table, spec, dtype)
-
-
-def _decoding_step(
-    tokens: Tensor,
-    token_table: Tensor,
-    state: PrefixState,
-    rows: Tensor,
-    scales: Tensor | None,
-    spec: AddressSpec,
-    dtype: torch.dtype,
-) -> Tensor:
-    held = state.total.dtype == accumulator(dtype) and all(tensor.is_contiguous() for tensor in state)
-    if not held:  # the table has become one of another dtype
-        if scales is not None:
-            return cpu.quantized_decoding_step(tokens, token_table, state, QuantizedTable(rows, scales), spec, dtype)
-        return cpu.decoding_step(tokens, token_table, state, rows, spec)
-    tokens, token_table = tokens.contiguous(), token_table.contiguous()
-    table, _held = _table(rows, scales)
-    out = torch.empty((len(tokens), spec.heads * rows.shape[1]), dtype=dtype, device="cpu")
-    _checked(
-        _library().decode(
-            _given(spec),
-            _at(token_table),
-            len(token_table),
-            _at(tokens),
-            tokens.element_size(),
-            len(tokens),
-            _at(state.codes),
-            _at(state.level),
-            _at(state.total),
-            *table,
-            _at(out),
-            _DTYPES[dtype],
-            torch.get_num_threads(),
-        )
-    )
-    return out
+def read_windows(
+    windows: Tensor, token_table: Tensor, table: Tensor | QuantizedTable, spec: AddressSpec, out: Tensor
+) -> None:
+    """S of the last token of each window; see `reference.read_windows`."""
+    windows = windows if windows.stride(1) == 1 else windows.contiguous()
+    given, _held = _table(*(table if isinstance(table, QuantizedTable) else (table, None)))
+    token_table = token_table.contiguous()
+    ids = _at(windows), windows.element_size(), *windows.shape, windows.stride(0)
+    to = _at(out), _DTYPES[out.dtype], torch.get_num_threads()
+    _checked(_library().last_tokens(_given(spec), _at(token_table), len(token_table), *ids, *given, *to))

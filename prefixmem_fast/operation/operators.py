@@ -218,6 +218,25 @@ def _(input_ids, token_table, segment_ids, values, scales, spec, dtype, backend)
     return scales.new_empty((*input_ids.shape, _spec(spec).heads * values.shape[1]), dtype=dtype)
 
 
+# Windows of tokens: forward alone, into a tensor that is given
+
+
+def _read_windows(
+    windows: Tensor, token_table: Tensor, table: Tensor, scales: Tensor | None, out: Tensor, spec: str, backend: str
+) -> None:
+    given = table if scales is None else QuantizedTable(table, scales)
+    functions_of(backend).read_windows(windows, token_table, given, _spec(spec), out)
+
+
+_library.define(
+    "read_windows" + torch.library.infer_schema(_read_windows, mutates_args=("out",)),
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("read_windows", _read_windows, "CompositeExplicitAutograd")
+read_windows = torch.ops.prefixmem_fast.read_windows.default
+_fake_of(read_windows)(lambda *_: None)
+
+
 def _torch_asks_for_it() -> bool:
     """Whether torch asks for the same bits run after run."""
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()

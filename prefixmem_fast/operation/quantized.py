@@ -10,7 +10,7 @@ from .._dtypes import QUANTIZED_DTYPES, SUM_DTYPES
 from ..addressing import AddressSpec, TokenStream
 from . import operators
 from .backends import choose_backend
-from .functions import as_given, check_codes, check_spec, check_stream, two_dimensional
+from .functions import as_given, check_codes, check_spec, check_stream, read_windows, two_dimensional
 from .interface import QuantizedTable
 
 
@@ -72,6 +72,31 @@ def quantized_token_memory(
     tensors = {name: tensor for name, tensor in stream._asdict().items() if tensor is not None}
     backend = choose_backend(backend, **tensors, **table._asdict())
     return operators.quantized_token_memory(*stream, *table, spec.key, dtype, backend)
+
+
+def quantized_window_memory(
+    windows: Tensor,
+    token_table: Tensor,
+    table: QuantizedTable,
+    spec: AddressSpec,
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    out: Tensor | None = None,
+) -> Tensor:
+    """`window_memory` of a quantized table.
+
+    Args:
+        windows, token_table, spec, backend: as for `window_memory`.
+        table, dtype: as for `quantized_prefix_memory`, which says what is raised too.
+        out: contiguous ``[n, H * w]`` in `dtype`, to be written.
+
+    Returns:
+        `out`, or a new tensor.
+    """
+    check_spec(spec)
+    check_quantized(table, spec, dtype)
+    return read_windows(windows, token_table, *table, spec, backend, dtype, out)
 
 
 def check_quantized(table: QuantizedTable, spec: AddressSpec, dtype: torch.dtype) -> None:

@@ -17,22 +17,19 @@ from torch import Tensor
 from .._dtypes import accumulator
 from ..addressing import AddressSpec, TokenStream, prefix_rows, window_codes
 from ..addressing.addresses import active_rows
-from ..addressing.token_stream import token_entries
-from .interface import PrefixState, QuantizedTable, RowSums
+from .interface import QuantizedTable, RowSums
 from .quantization import dequantized
 from .rules import RowUpdate
 
 __all__ = [
-    "decoding_step",
     "dense_gradient",
     "forward",
     "fused_update",
     "prefix_rows",
-    "quantized_decoding_step",
     "quantized_forward",
+    "read_windows",
     "row_sums",
     "sparse_update",
-    "state_copies",
 ]
 
 
@@ -135,55 +132,11 @@ def sparse_update(grad: Tensor, update: RowUpdate) -> None:
     update.apply(touched, sums)
 
 
-def state_copies(weight: Tensor, spec: AddressSpec) -> int:
-    return 1
+def read_windows(
+    windows: Tensor, token_table: Tensor, table: Tensor | QuantizedTable, spec: AddressSpec, out: Tensor
+) -> None:
+    """S of the last token of each window ``[n, W]``, its tokens in their order, into ``out [n, H * w]``.
 
-
-def decoding_step(tokens: Tensor, token_table: Tensor, state: PrefixState, weight: Tensor, spec: AddressSpec) -> Tensor:
-    """S ``[B, H * w]`` after one more token ``[B]`` of each sequence; the state moves on in place.
-
-    In prefix mode S_l = S_{l-1} + e_l: a step reads the H rows of order l alone. The other modes sum a level anew.
+    It is that of a token stream whose rows are the windows; what stands before them is text.
     """
-    return _decoding_step(tokens, token_table, state, weight, spec, weight.dtype)
-
-
-def quantized_decoding_step(
-    tokens: Tensor,
-    token_table: Tensor,
-    state: PrefixState,
-    table: QuantizedTable,
-    spec: AddressSpec,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`decoding_step` of the float32 table that a quantized one stands for; S in `dtype`."""
-    return _decoding_step(tokens, token_table, state, table, spec, dtype)
-
-
-def _decoding_step(
-    tokens: Tensor,
-    token_table: Tensor,
-    state: PrefixState,
-    table: Tensor | QuantizedTable,
-    spec: AddressSpec,
-    dtype: torch.dtype,
-) -> Tensor:
-    level, code = token_entries(tokens, token_table)
-    level = torch.where((level == 1) | (level == state.level[0] + 1), level, 0)
-    levels = torch.arange(1, spec.levels + 1, device=level.device)
-    before = torch.where((level > 1)[:, None], state.codes[0], -1)
-    codes = torch.where(levels == level[:, None], code[:, None], before)
-    state.codes.copy_(codes.expand_as(state.codes))
-    state.level.copy_(level.expand_as(state.level))
-
-    rows = prefix_rows(codes, spec)  # [B, L, N, H]
-    rows = rows.take_along_dim((level.clamp(min=1) - 1)[:, None, None, None], 1).squeeze(1)  # [B, N, H]
-    if spec.mode == "prefix":  # only order l is new
-        orders = torch.arange(1, spec.max_order + 1, device=level.device)
-        rows = torch.where((orders == level[:, None])[..., None], rows, -1)
-    else:
-        state.total.masked_fill_((level > 0)[:, None, None], 0)
-    state.total.masked_fill_((level <= 1)[:, None, None], 0)
-    for row in torch.where((level > 0)[:, None, None], rows, -1).unbind(1):  # [B, H]
-        state.total.add_(torch.where(row[..., None] >= 0, _read(table, row.clamp(min=0)), 0))
-    active = (level[:, None] == level.new_tensor(spec.active_levels)).any(1)
-    return torch.where(active[:, None, None], state.total, 0).to(dtype).flatten(1)
+    out.copy_(_forward(TokenStream(windows, token_table), table, spec, out.dtype)[:, -1])

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ..addressing import AddressSpec, TokenStream
-from ..kernels import atomic_backward, decode, rows, sorted_backward
+from ..kernels import atomic_backward, rows, sorted_backward
 from ..kernels import forward as forward_kernels
+from ..kernels import windows as window_kernels
 from ..kernels.update import Destination, Epilogue, halves, logarithm, pair
-from .interface import PrefixState, QuantizedTable, RowSums
+from .interface import QuantizedTable, RowSums
 from .rounding import mix_seed
 from .rules import RowUpdate
 
@@ -62,27 +63,16 @@ def sparse_update(grad: Tensor, update: RowUpdate) -> None:
         sorted_backward.update_sparse(touched, values, *_epilogue_of(update), update.squares)
 
 
-def state_copies(weight: Tensor, spec: AddressSpec) -> int:
-    """One for each column tile: a program then reads only what it alone writes."""
-    return decode.column_tiles(weight, spec)
-
-
-def decoding_step(tokens: Tensor, token_table: Tensor, state: PrefixState, weight: Tensor, spec: AddressSpec) -> Tensor:
-    with torch.cuda.device_of(weight):
-        return decode.token_step(tokens.contiguous(), token_table, *state, weight.contiguous(), spec)
-
-
-def quantized_decoding_step(
-    tokens: Tensor,
-    token_table: Tensor,
-    state: PrefixState,
-    table: QuantizedTable,
-    spec: AddressSpec,
-    dtype: torch.dtype,
-) -> Tensor:
-    with torch.cuda.device_of(table.values):
-        values, scales = _bytes_of(table), table.scales.contiguous()
-        return decode.token_step(tokens.contiguous(), token_table, *state, values, spec, scales, dtype)
+def read_windows(
+    windows: Tensor, token_table: Tensor, table: Tensor | QuantizedTable, spec: AddressSpec, out: Tensor
+) -> None:
+    windows = windows if windows.stride(1) == 1 else windows.contiguous()
+    if isinstance(table, QuantizedTable):
+        weight, scales = _bytes_of(table), table.scales.contiguous()
+    else:
+        weight, scales = table.contiguous(), None
+    with torch.cuda.device_of(out):
+        window_kernels.window_memory(windows, token_table.contiguous(), weight, spec, out, scales)
 
 
 def _bytes_of(table: QuantizedTable) -> Tensor:

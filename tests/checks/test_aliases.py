@@ -10,7 +10,6 @@ from prefixmem_fast.addressing import TokenStream
 from prefixmem_fast.checks.aliases import audited
 from prefixmem_fast.kernels import sorted_backward
 from prefixmem_fast.operation import triton as backend
-from prefixmem_fast.operation.interface import PrefixState
 from prefixmem_fast.operation.quantization import quantize
 from tests.helpers.cases import mostly_slow, token_case
 
@@ -45,14 +44,9 @@ def every_function(mode, width=20):
     quantized = quantize(weight.detach(), "int8"), spec, torch.float32
     for source in (codes, stream):
         backend.quantized_forward(source, *quantized)
-    copies = backend.state_copies(weight, spec)
-    state = PrefixState(
-        torch.full((copies, 5, 4), -1), torch.zeros(copies, 5, dtype=torch.int64), torch.zeros(5, 3, width)
-    )
-    for position in range(3):
-        tokens = stream.input_ids[0, position : position + 5]
-        backend.decoding_step(tokens, stream.token_table, state, weight, spec)
-        backend.quantized_decoding_step(tokens, stream.token_table, state, *quantized)
+    out = torch.empty(2, 3 * width)
+    backend.read_windows(stream.input_ids[:, :7], stream.token_table, weight.detach(), spec, out)
+    backend.read_windows(stream.input_ids[:, :7], stream.token_table, quantized[0], spec, out)
 
 
 KERNELS = {
@@ -62,7 +56,7 @@ KERNELS = {
     "prefix_memory_bwd_kernel",
     "token_memory_bwd_kernel",
     "token_codes_kernel",
-    "token_step_kernel",
+    "window_memory_kernel",
     "sum_rows_kernel",
 }
 SORTING = {"pack_codes_kernel", "prefixes_kernel", "mark_sorted_kernel", "sum_prefixes_kernel", "sum_edges_kernel"}
@@ -89,19 +83,6 @@ def test_rows_wider_than_a_warp():
     with audited() as audit:
         every_function("prefix", width=260)
     assert not audit.hazards
-
-
-def test_the_race_of_the_decoding_step_is_found(monkeypatch):
-    """Levels of a state, loaded by each warp and stored by one: a late warp would take a SID for text."""
-    monkeypatch.setattr(tl, "debug_barrier", lambda **_: None)
-    spec, _, weight = case()
-    ids, table = token_case(spec, (2, 19))
-    state = PrefixState(torch.full((1, 5, 4), -1), torch.zeros(1, 5, dtype=torch.int64), torch.zeros(5, 3, 20))
-    with audited() as audit:
-        backend.decoding_step(ids[0, :5], table, state, weight.detach(), spec)
-    assert {(hazard.kernel, hazard.what) for hazard in audit.hazards} == {
-        ("token_step_kernel", "loads and then stores with no barrier in between")
-    }
 
 
 @triton.jit

@@ -1,9 +1,20 @@
+import copy
+
 import pytest
 import torch
 
 from prefixmem_fast import AddressSpec, DecodingState, PrefixMem, PrefixMemConfig, SIDVocabulary
+from prefixmem_fast.operation import token_memory, window_memory
 from tests.helpers.cases import BACKENDS, MODES, mostly_slow, slow
-from tests.helpers.models import SIZES, TOKENS, encoder, sid, vocabulary
+from tests.helpers.models import (
+    SIZES,
+    TOKENS,
+    cross_item_encoder,
+    encoder,
+    lagged_encoder,
+    sid,
+    vocabulary,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,8 +35,7 @@ def test_steps_are_the_encoder_over_the_whole_sequence(mode, backend):
         for t in range(prompt, tokens.shape[1]):
             torch.testing.assert_close(state.step(tokens[order, t]), whole[order, t], rtol=1e-6, atol=1e-6)
             memory = one.memory.read_tokens(tokens[order, : t + 1], known)[:, -1]
-            active = (state.level == 1) | (state.level == 3)
-            assert torch.equal(state.total.flatten(1)[active], memory[active])
+            assert torch.equal(one.memory.read_window(state.tokens, known), memory)
             moved = torch.randint(0, len(tokens), (len(tokens),), generator=generator)
             state.reorder(moved)
             order = order[moved]
@@ -40,29 +50,85 @@ def test_steps_are_the_encoder_over_the_whole_sequence(mode, backend):
         slow("full", torch.float64),
     ],
 )
-def test_the_kernel_is_the_pytorch_step(mode, dtype):
-    """Several blocks of sequences and several column tiles, each with a copy of codes and levels."""
+def test_windows_of_every_backend_are_those_of_the_reference(mode, dtype):
+    """Several blocks of sequences and several column tiles; bit for bit."""
     torch.manual_seed(0)
     spec = AddressSpec(SIZES, table_rows=50, heads=3, max_order=2, mode=mode, active_levels=(1, 2))
-    config = PrefixMemConfig(spec, memory_dim=3 * 1100, hidden_size=4, memory_init_std=1.0)
-    kernel = PrefixMem(config, backend="triton").to(dtype)
-    plain = PrefixMem(config, backend="reference").to(dtype)
-    plain.load_state_dict(kernel.state_dict())
-    states = [DecodingState(one, vocabulary(), 5) for one in (kernel, plain)]
-    assert len(states[0]._state.codes) > 1
+    weight = torch.randn(spec.total_rows, 1100).to(dtype)
     first = [token for token, (level, _) in enumerate(vocabulary().table.tolist()) if level]
-    for step in range(6):
-        tokens = torch.tensor(first)[torch.randint(len(first), (5,))]
-        tokens[0] = sid(1, 3, 4)[step % 3]
-        found, expected = (state.step(tokens) for state in states)
-        assert torch.equal(states[0].codes, states[1].codes)
-        assert torch.equal(states[0].level, states[1].level)
-        active = (states[0].level == 1) | (states[0].level == 2)
-        assert torch.equal(states[0].total[active], states[1].total[active])
-        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
-        assert (states[0]._state.codes == states[0].codes).all()
-        for state in states:
-            state.reorder(torch.tensor([0, 2, 1, 4, 4]))
+    ids = torch.tensor(first)[torch.randint(len(first), (5, 12))]
+    ids[0] = torch.tensor(sid(1, 3, 4) * 4)
+    table, met = vocabulary().table, 0
+    for begin, end in ((0, 1), (0, 2), (3, 5), (2, 12), (11, 12)):
+        windows = ids[:, begin:end]
+        expected = token_memory(windows, table, weight, spec, backend="reference")[:, -1]
+        for backend in BACKENDS:
+            out = torch.full_like(expected, torch.nan)
+            assert window_memory(windows, table, weight, spec, backend=backend, out=out) is out
+            if (backend, dtype) == ("triton", torch.bfloat16):  # the interpreter cuts where a GPU rounds
+                torch.testing.assert_close(out, expected, rtol=2**-7, atol=0)
+            else:
+                assert torch.equal(out, expected)
+            assert torch.equal(window_memory(windows.int(), table, weight, spec, backend=backend), out)
+        met += bool(expected.any())
+    assert met >= 3
+
+
+def test_what_a_window_may_be():
+    one = encoder()
+    table, weight, spec = vocabulary().table, one.memory.weight.detach(), one.config.spec
+    width = spec.heads * weight.shape[1]
+    assert window_memory(torch.empty(0, 3, dtype=torch.int64), table, weight, spec).shape == (0, width)
+    with pytest.raises(ValueError, match=r"windows has shape \(2, 0\); give a token or more a window"):
+        window_memory(torch.zeros(2, 0, dtype=torch.int64), table, weight, spec)
+    for out, message in (
+        (torch.zeros(2, width + 1), rf"give contiguous torch.float32 \(2, {width}\)"),
+        (torch.zeros(width, 2).t(), "not contiguous; give"),
+        (torch.zeros(2, width).double(), "out is torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            window_memory(torch.zeros(2, 3, dtype=torch.int64), table, weight, spec, out=out)
+    with pytest.raises(TypeError, match=r"windows has dtype torch\.float32"):
+        window_memory(torch.zeros(2, 3), table, weight, spec)
+
+
+def encoders():
+    """With tables alone, with cross-item orders, with lags and a head, quantized, in bfloat16."""
+    yield encoder()
+    yield cross_item_encoder()
+    yield lagged_encoder()
+    yield encoder().quantize("int8")
+    yield encoder().bfloat16()
+
+
+@pytest.mark.parametrize("one", list(encoders()))
+def test_a_window_is_encoded_into_what_is_given(one):
+    """m and nothing else is written, of text and SIDs, and with W_out wrapped as LoRA wraps it."""
+    ids = torch.tensor([[*sid(1, 3, 4), *sid(0, 1, 5)], [7, *sid(0, 1, 5), *sid(1, 3)], [9, 9, 9, 9, 9, 9]])
+    known, dtype = vocabulary(), one.out_proj.weight.dtype
+    for end in (1, 5, 6):
+        windows = ids[:, :end]
+        expected, head = one.encode_stream(windows, known)
+        found = one.encode_last(windows, known)
+        torch.testing.assert_close(found.m, expected[:, -1], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+        assert (found.head is None) == (head is None)
+        if head is not None:
+            torch.testing.assert_close(found.head, head[:, -1], rtol=1e-5, atol=1e-5)
+        out = torch.full((3, one.config.hidden_size), torch.nan, dtype=dtype)
+        workspace = torch.full((4 * 32,), torch.nan, dtype=dtype)
+        assert one.encode_window(windows, known, out=out, workspace=workspace) is out
+        torch.testing.assert_close(out, found.m, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+        wrapped = copy.deepcopy(one)
+        wrapped.out_proj = torch.nn.Sequential(wrapped.out_proj)
+        assert torch.equal(wrapped.encode_window(windows, known, out=torch.empty_like(out)), out)
+
+
+def test_a_window_in_a_compiled_graph():
+    one, known = encoder(), vocabulary()
+    compiled = torch.compile(lambda windows: one.encode_window(windows, known), fullgraph=True, backend="aot_eager")
+    windows = torch.tensor([sid(1, 3, 4), [7, *sid(1, 3)]])
+    with torch.no_grad():
+        assert torch.equal(compiled(windows), one.encode_window(windows, known))
 
 
 def test_decoding_state_errors_and_batch_changes():
@@ -98,7 +164,7 @@ def test_a_cpu_multiplies_nothing_by_w_out_where_no_level_is_active():
     state, rows = DecodingState(encoder, vocabulary, 3), []
     encoder.out_proj.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     first, second = state.step(torch.tensor([0, 1, 2])), state.step(torch.tensor([9, 10, 1]))
-    assert rows == [0, 3]
+    assert rows == [3]
     assert first.shape == second.shape == (3, 4)
     assert not first.any()
     assert second[:2].any(1).all()

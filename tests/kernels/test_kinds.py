@@ -27,7 +27,7 @@ from prefixmem_fast import AddressSpec, optim
 from prefixmem_fast._launch import Launch, forget
 from prefixmem_fast.checks import machine_code
 from prefixmem_fast.operation import backends
-from prefixmem_fast.operation.interface import PrefixState, QuantizedTable
+from prefixmem_fast.operation.interface import QuantizedTable
 from prefixmem_fast.operation.rules import Hyper, RowUpdate
 
 made, kernels, cumsum = [], set(), torch.cumsum
@@ -98,9 +98,8 @@ def arguments(spec, dtype):
     yield from ({**usual, "codes": codes.to(kind)} for kind in (torch.int32, torch.int16))
     yield {**usual, "first": None}
 
-def step_of(spec):
-    state = PrefixState(torch.zeros(1, 9, 5).long(), torch.zeros(1, 9).long(), torch.zeros(9, spec.heads, 64))
-    return torch.zeros(9).long(), torch.zeros(7, 2).int(), state
+def windows_of(spec, dtype):
+    return torch.zeros(9, 11).long()[:, :6], torch.zeros(7, 2).int(), spec, torch.zeros(9, spec.heads * 64, dtype=dtype)
 
 def of_every_alignment(spec, weight, codes, grad, first, second, lr, step, rows, values):
     dtype = weight.dtype
@@ -129,7 +128,8 @@ for target, chosen in (("sm_90", specs), ("sm_80", specs[:1])):
             values, scales = torch.zeros(spec.total_rows, 64, dtype=values), torch.zeros(spec.total_rows)
             for table in (values, scales), (moved(values), scales), (values, moved(scales)):
                 triton.quantized_forward(torch.zeros(40, 5, dtype=torch.int64), QuantizedTable(*table), spec, dtype)
-                triton.quantized_decoding_step(*step_of(spec), QuantizedTable(*table), spec, dtype)
+                windows, entries, *rest = windows_of(spec, dtype)
+                triton.read_windows(windows, entries, QuantizedTable(*table), *rest)
     forget()
 print(json.dumps(Counter(made)))
 """
@@ -191,7 +191,7 @@ def compiled():
 
 # Two binaries: of many SIDs the rows are sorted and not claimed; sums of a list have leaves and inner nodes.
 TWO = ("prefixes_kernel", "sum_rows_kernel")
-LAUNCHERS = ("fwd", "bwd", "rows", "token_step", "update")
+LAUNCHERS = ("fwd", "bwd", "rows", "window_memory", "update")
 
 
 def test_a_new_batch_size_compiles_nothing(compiled):

@@ -9,7 +9,7 @@ from prefixmem_fast import AddressSpec
 from prefixmem_fast.addressing import TokenStream
 from prefixmem_fast.operation import reference
 from prefixmem_fast.operation import triton as backend
-from prefixmem_fast.operation.interface import PrefixState, QuantizedTable
+from prefixmem_fast.operation.interface import QuantizedTable
 from prefixmem_fast.operation.quantization import dequantized, quantize
 from tests.helpers.cases import MODES, assert_exact_sums, mostly_slow, token_case
 from tests.helpers.quantized import KINDS
@@ -71,26 +71,16 @@ def test_strided_tables_and_codes(kind):
 @pytest.mark.parametrize(
     ("mode", "kind"), mostly_slow(lambda mode, kind: (mode, kind) == ("prefix", "fp8"), MODES, KINDS)
 )
-def test_the_decoding_kernel_is_the_pytorch_step(mode, kind):
-    """Several blocks of sequences and, of wide rows, several column tiles."""
+def test_the_kernel_of_windows_is_the_reference(mode, kind):
+    """Several blocks of windows and, of wide rows, several column tiles."""
     spec = AddressSpec((6, 30, 9), heads=3, max_order=2, table_rows=50, mode=mode, active_levels=(1, 2))
     ids, token_table = token_case(spec, (5, 9))
-    table = table_of(kind, spec, 1100)
-    copies = backend.state_copies(table.values, spec)
-    assert copies > 1
-    states = [
-        PrefixState(torch.full((n, 5, 3), -1), torch.zeros(n, 5, dtype=torch.int64), torch.zeros(5, 3, 1100))
-        for n in (copies, 1)
-    ]
-    met = False
-    for tokens in ids.unbind(1):
-        found, expected = (
-            functions.quantized_decoding_step(tokens, token_table, state, table, spec, torch.float32)
-            for functions, state in ((backend, states[0]), (reference, states[1]))
-        )
+    table, met = table_of(kind, spec, 1100), False
+    for end in range(1, 10):
+        found, expected = torch.full((2, 5, 3300), torch.nan)
+        backend.read_windows(ids[:, :end], token_table, table, spec, found)
+        reference.read_windows(ids[:, :end], token_table, table, spec, expected)
         assert torch.equal(found, expected)
-        assert (states[0].codes == states[1].codes).all()
-        assert (states[0].level == states[1].level).all()
         met = met or bool(found.any())
     assert met
 

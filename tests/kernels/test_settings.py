@@ -14,7 +14,6 @@ from prefixmem_fast.cli import main
 from prefixmem_fast.kernels import settings, tiles
 from prefixmem_fast.kernels.settings import DEFAULTS, SETTINGS, Settings, file_of, settings_for, store
 from prefixmem_fast.operation.backends import functions_of
-from prefixmem_fast.operation.interface import PrefixState
 from prefixmem_fast.operation.rules import Hyper, RowUpdate
 
 FASTEST = Settings(4096, 8, 2, 1200, 4096, 1, 1536, 2048, 2048)
@@ -147,29 +146,11 @@ def test_launches_take_the_choice_and_fixed_bits_do_not():
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_decoding_state_is_read_as_it_was_made():
-    """The setting decides how many copies a state has; one made before a change goes on."""
-    triton, spec = functions_of("triton"), AddressSpec((3,) * 3, heads=2, table_rows=40)
+@pytest.mark.parametrize("size", SETTINGS["decode_bytes"].candidates)
+def test_windows_of_every_setting(size):
     works = tuning.works_on("cpu", sids=4, sequences=3, table_rows=20, codebook=3)
-    with tiles.trying(DEFAULTS._replace(decode_bytes=2048)):
+    with tiles.trying(DEFAULTS._replace(decode_bytes=size)):
         works["decoding"].call()
-    weight = torch.zeros(spec.total_rows, 1024)
-    copies = {}
-    for size in SETTINGS["decode_bytes"].candidates:
-        with tiles.trying(DEFAULTS._replace(decode_bytes=size)):
-            copies[size] = triton.state_copies(weight, spec)
-    assert copies == {2048: 4, 4096: 2, 8192: 1}
-    tokens, table = torch.zeros(2, dtype=torch.int64), torch.tensor([[1, 0]], dtype=torch.int32)
-    for made in (4, 2, 1, 3):
-        state = PrefixState(
-            torch.full((made, 2, 3), -1), torch.zeros(made, 2, dtype=torch.int64), torch.zeros(2, 2, 1024)
-        )
-        if made == 3:
-            with pytest.raises(ValueError, match="the state has 3 copies"):
-                triton.decoding_step(tokens, table, state, weight, spec)
-        else:
-            triton.decoding_step(tokens, table, state, weight, spec)
-            assert state.level.tolist() == [[1, 1]] * made
 
 
 # The measurement, with a device whose times are known

@@ -17,7 +17,7 @@ from prefixmem_fast._dtypes import SUM_DTYPES
 from prefixmem_fast.addressing import TokenStream
 from prefixmem_fast.checks import oracle
 from prefixmem_fast.operation import native, reference
-from prefixmem_fast.operation.interface import PrefixState, QuantizedTable
+from prefixmem_fast.operation.interface import QuantizedTable
 from prefixmem_fast.operation.quantization import quantize
 from tests.helpers.cases import FLOATS, MODES, assert_row_sums, token_case
 from tests.helpers.strategies import codes_for, specs
@@ -79,28 +79,21 @@ def test_any_token_stream(spec, seed, packed):
 # Tables of 8 bits a number
 
 
-def assert_same_steps(ids, token_table, table, spec, dtype):
-    """S of each step and the states after all; tokens are ``[T, B]``."""
-    batch, width = ids.shape[1], table.values.shape[1]
-    ours, theirs = (
-        PrefixState(
-            torch.full((1, batch, spec.levels), -1),
-            torch.zeros((1, batch), dtype=torch.int64),
-            torch.zeros((batch, spec.heads, width)),
-        )
-        for _ in range(2)
-    )
-    for tokens in ids:
-        S = native.quantized_decoding_step(tokens, token_table, ours, table, spec, dtype)
-        assert S.dtype == dtype
-        assert torch.equal(S, reference.quantized_decoding_step(tokens, token_table, theirs, table, spec, dtype))
-    assert all(map(torch.equal, ours, theirs))
+def assert_same_windows(ids, token_table, table, spec, dtype):
+    """The windows of each length that end in a token, as parts of a larger tensor; every element is written."""
+    width = (table.values if isinstance(table, QuantizedTable) else table).shape[1] * spec.heads
+    for end in range(1, ids.shape[1] + 1):
+        for windows in (ids[:, :end], ids[:, max(end - 3, 0) : end]):
+            found, expected = (torch.full((len(ids), width), torch.nan, dtype=dtype) for _ in range(2))
+            native.read_windows(windows, token_table, table, spec, found)
+            reference.read_windows(windows, token_table, table, spec, expected)
+            assert torch.equal(found, expected)
 
 
 @given(specs(), st.sampled_from((1, 3, 64)), st.sampled_from(QUANTIZATIONS), st.sampled_from(SUM_DTYPES), st.data())
 @settings(max_examples=200)
 def test_any_quantized_table(spec, width, kind, dtype, data):
-    """Codes, tokens and steps, and what is not contiguous."""
+    """Codes, tokens and windows, and what is not contiguous."""
     codes, seed = data.draw(codes_for(spec)), data.draw(st.integers(0, 10**6))
     ids, token_table = token_case(spec, (3, 11), seed)
     ids = ids if seed % 2 else ids.int()
@@ -111,8 +104,7 @@ def test_any_quantized_table(spec, width, kind, dtype, data):
         S = native.quantized_forward(source, table, spec, dtype)
         assert S.dtype == dtype
         assert torch.equal(S, reference.quantized_forward(source, table, spec, dtype))
-    if not spec.history:  # whose steps are token sums
-        assert_same_steps(ids.t(), token_table, table, spec, dtype)
+    assert_same_windows(ids, token_table, table, spec, dtype)
 
 
 @pytest.mark.parametrize(("mode", "dtype"), list(zip(MODES, SUM_DTYPES, strict=True)))
@@ -128,7 +120,7 @@ def test_a_quantized_table_by_any_threads(kind, mode, dtype):
         torch.set_num_threads(count)
         for source, S in zip(sources, expected, strict=True):
             assert torch.equal(native.quantized_forward(source, table, spec, dtype), S)
-        assert_same_steps(ids.t(), token_table, table, spec, dtype)
+        assert_same_windows(ids, token_table, table, spec, dtype)
 
 
 KINDS = {
