@@ -55,7 +55,10 @@ setup(
         "bench": [*train, "nvidia-ml-py"],
         "test": [*train, "faiss-cpu", "pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools>=68"],
     },
-    entry_points={"console_scripts": ["prefixmem = prefixmem_fast.cli:main"]},
+    entry_points={
+        "console_scripts": ["prefixmem = prefixmem_fast.cli:main"],
+        "vllm.general_plugins": ["prefixmem_fast = prefixmem_fast.serving.vllm:register"],
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Environment :: GPU :: NVIDIA CUDA",

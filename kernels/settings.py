@@ -15,7 +15,7 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefixmem_fast._environment import installed_version
+from prefixmem_fast._environment import cache_folder, installed_version
 from prefixmem_fast._files import check_writable, read_json, write_text
 from prefixmem_fast._version import __version__
 
@@ -51,16 +51,11 @@ def off() -> bool:
 
 def file_of(gpu: str) -> Path | None:
     """Where the choice for a GPU of this name is kept; None where the user has no folder for it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not cache.is_absolute():  # as the XDG base directory specification says
-        try:
-            cache = Path.home() / ".cache"
-        except RuntimeError:
-            return None
-        if not cache.is_absolute():
-            return None
+    cache = cache_folder()
+    if cache is None:
+        return None
     name = "-".join([gpu, "triton", installed_version("triton") or "none", "prefixmem_fast", __version__])
-    return cache / "prefixmem_fast" / "tune" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.json"
+    return cache / "tune" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.json"
 
 
 def settings_for(gpu: str) -> Settings:

@@ -63,18 +63,10 @@ class SIDLogitsProcessor(LogitsProcessor):
         Raises:
             ValueError: the trie or `eos_token_id` has token ids of V or more.
         """
-        largest = max(self.trie.largest_token, self.eos_token_id)
-        if largest >= scores.shape[1]:
-            raise ValueError(f"the trie and eos_token_id reach token id {largest}, the scores {scores.shape[1] - 1}")
         nodes = self.trie.follow(
             self._nodes_of_prompts(input_ids[:, : self.prompt_length]), input_ids[:, self.prompt_length :]
         )
-        allowed = self.trie.allowed(nodes, scores.shape[1])  # indices into the N * V scores
-        allowed_scores = torch.take(scores, allowed)
-        ended = ((nodes < 0) | self.trie.is_leaf(nodes)).nonzero().squeeze(1)  # a whole SID, or no prefix of one
-        if len(ended):
-            allowed = torch.cat([allowed, ended * scores.shape[1] + self.eos_token_id])
-            allowed_scores = torch.cat([allowed_scores, allowed_scores.new_zeros(len(ended))])
+        allowed, allowed_scores = self.trie.allowed_scores(nodes, scores, self.eos_token_id)
         masked = self._all_masked(scores)
         masked.view(-1).scatter_(0, allowed, allowed_scores)
         if self.reuse_scores and not (masked.is_inference() or masked.requires_grad):

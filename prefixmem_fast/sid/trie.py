@@ -6,11 +6,19 @@ Nodes are numbered level by level and in token order: the root is 0, the childre
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import _checks
+from .._files import write_file
+from .._inputs import clipped, input_file
 from .catalogue import Catalogue
 from .vocabulary import SIDVocabulary
 
@@ -24,6 +32,7 @@ class SIDTrie:
         begin, end: ids of two text tokens that stand before and after each SID, where the sequences have them.
 
     Attributes:
+        catalogue, vocabulary, begin, end: as given.
         levels: L.
         largest_token: the largest token id in it.
         prefixes: distinct prefixes of each length, 1 .. L.
@@ -47,6 +56,7 @@ class SIDTrie:
         before, after = ([] if token is None else [tokens.new_full((len(tokens), 1), token)] for token in (begin, end))
         tokens = torch.cat([*before, tokens, *after], 1)
         self.catalogue, self.vocabulary = catalogue, vocabulary
+        self.begin, self.end = begin, end
         self.levels, self.depth = levels, tokens.shape[1]
         self.largest_token = int(tokens.max())
 
@@ -142,6 +152,68 @@ class SIDTrie:
         place += torch.arange(total, device=nodes.device)
         return torch.take(token, place).add_(torch.repeat_interleave(rows, count, output_size=total))
 
+    def allowed_scores(self, nodes: Tensor, scores: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Which scores ``[N, V]`` of the next token stay, where the search stands at nodes int64 ``[N]``.
+
+        Args:
+            end: the token id that alone follows a whole SID, and what is no prefix of one, at a score of 0.
+
+        Returns:
+            int64 ``[E]`` indices into the N * V scores, and the scores there.
+
+        Raises:
+            ValueError: the trie or `end` has token ids of V or more.
+        """
+        width = scores.shape[1]
+        if max(self.largest_token, end) >= width:
+            raise ValueError(
+                f"the trie and eos_token_id reach token id {max(self.largest_token, end)}, the scores {width - 1}"
+            )
+        allowed = self.allowed(nodes, width)
+        kept = torch.take(scores, allowed)
+        ended = ((nodes < 0) | self.is_leaf(nodes)).nonzero().squeeze(1)
+        if not len(ended):
+            return allowed, kept
+        return torch.cat([allowed, ended * width + end]), torch.cat([kept, kept.new_zeros(len(ended))])
+
+    def save(self, path: str | Path) -> None:
+        """Write the trie into a safetensors file, for processes that load it by its path.
+
+        Raises:
+            OSError: the file cannot be written; what was there is left as it was.
+        """
+        arrays = {
+            "codes": self.catalogue.codes.contiguous(),
+            "codebook_sizes": torch.tensor(self.catalogue.codebook_sizes),
+            "items": _bytes_of(self.catalogue.items),
+            "vocabulary": _bytes_of(self.vocabulary.to_dict()),
+            "ends": torch.tensor([-1 if token is None else token for token in (self.begin, self.end)]),
+        }
+        metadata = {"format": "prefixmem_fast.SIDTrie", "version": "1"}
+        write_file(Path(path), lambda temporary: save_file(arrays, temporary, metadata))
+
+    @classmethod
+    def load(cls, path: str | Path) -> SIDTrie:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, or was not written by `save`.
+        """
+        path = input_file("trie", path, (".safetensors",))
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("format") != "prefixmem_fast.SIDTrie":
+                    raise ValueError("it holds no trie; write one with SIDTrie.save")
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            items, vocabulary = (json.loads(bytes(arrays[name].numpy())) for name in ("items", "vocabulary"))
+            catalogue = Catalogue(items, arrays["codes"], arrays["codebook_sizes"].tolist())
+            vocabulary = SIDVocabulary.from_dict(vocabulary)
+            begin, end = (None if token < 0 else token for token in arrays["ends"].tolist())
+            return cls(catalogue, vocabulary, begin=begin, end=end)
+        except Exception as error:  # a damaged file fails in as many ways as it is read
+            raise ValueError(f"trie {path}: {clipped(error)}") from error
+
     def items_of(self, nodes: Tensor) -> list[tuple[str, ...]]:
         """The items of leaves ``[N]``; none for other nodes."""
         names = []
@@ -156,6 +228,11 @@ class SIDTrie:
         leaf = (nodes.cpu() - self._first_leaf).clamp(min=-1)
         codes = self.catalogue.codes[self._items[self._first_item[leaf.clamp(min=0)]]]
         return torch.where(leaf[:, None] >= 0, codes, -1).to(nodes.device)
+
+
+def _bytes_of(value: Any) -> Tensor:
+    """A value as JSON in a tensor."""
+    return torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
 
 
 def _token(name: str, value: int) -> int:

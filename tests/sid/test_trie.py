@@ -1,7 +1,11 @@
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from prefixmem_fast import Catalogue, SIDTrie, SIDVocabulary
 
@@ -115,3 +119,46 @@ def test_wrappers_are_two_text_tokens(wrappers):
     vocabulary = SIDVocabulary.from_table({10: (1, 0), 20: (2, 0)}, (1, 1))
     with pytest.raises(ValueError, match="give two different tokens that stand for no code"):
         SIDTrie(Catalogue(["a"], torch.tensor([[0, 0]])), vocabulary, **wrappers)
+
+
+@given(tries())
+def test_a_saved_trie_is_the_same(made):
+    trie, _ = made
+    trie.catalogue = Catalogue([f"{i} ä\0\ud800" for i in range(len(trie.catalogue))], trie.catalogue.codes, None)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trie.safetensors")
+        trie.save(file)
+        again = SIDTrie.load(file)
+        assert [path.name for path in Path(folder).iterdir()] == [file.name]
+    assert (again.begin, again.end, again.depth) == (trie.begin, trie.end, trie.depth)
+    assert again.vocabulary == trie.vocabulary
+    nodes = torch.arange(-1, sum(trie.prefixes) + 3)
+    assert again.items_of(nodes) == trie.items_of(nodes)
+    assert torch.equal(again.sids_of(nodes), trie.sids_of(nodes))
+    assert torch.equal(again.allowed(nodes, 40), trie.allowed(nodes, 40))
+
+
+def test_a_file_that_is_no_trie_is_refused(tmp_path):
+    vocabulary = SIDVocabulary.from_table({10: (1, 0)}, (1,))
+    file = tmp_path / "trie.safetensors"
+    SIDTrie(Catalogue(["a"], torch.tensor([[0]])), vocabulary).save(file)
+    whole = file.read_bytes()
+    for content in (b"", whole[:-1], whole[:60], whole.replace(b"[10, 1, 0", b"[10, 1, 7"), b"\xff" * 100):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"trie .*trie\.safetensors"):
+            SIDTrie.load(file)
+    save_file({"codes": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=r"it holds no trie; write one with SIDTrie\.save"):
+        SIDTrie.load(file)
+    with pytest.raises(FileNotFoundError, match="trie .* is not there"):
+        SIDTrie.load(tmp_path / "none.safetensors")
+
+
+def test_scores_that_stay():
+    catalogue = Catalogue(["a", "b"], torch.tensor([[0, 0], [1, 0]]))
+    trie = SIDTrie(catalogue, SIDVocabulary.from_table({5: (1, 0), 6: (1, 1), 7: (2, 0)}, (2, 1)))
+    scores = torch.arange(32.0).view(4, 8)
+    kept, found = trie.allowed_scores(torch.tensor([0, 1, 3, -1]), scores, 2)
+    assert dict(zip(kept.tolist(), found.tolist(), strict=True)) == {5: 5, 6: 6, 15: 15, 18: 0, 26: 0}
+    with pytest.raises(ValueError, match="reach token id 9, the scores 7"):
+        trie.allowed_scores(torch.tensor([0]), scores[:1], 9)
