@@ -15,7 +15,7 @@ TRITONS := 3.4.0 3.6.0 3.8.0
 COMMA := ,
 TRITON_FOLDERS := $(TRITONS:%=.venv-triton/%/ready)
 
-.PHONY: test test-slow test-all test-oldest test-newest test-torchrec test-deepspeed triton-releases compile-report demo bench gpu lint format clean
+.PHONY: test test-slow test-all test-oldest test-newest test-torchrec test-deepspeed test-page triton-releases compile-report demo bench gpu lint format clean
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow" tests
@@ -42,6 +42,12 @@ test-deepspeed: .venv-deepspeed/ready
 		pytest hypothesis wheel 'setuptools<81'
 	.venv-deepspeed/bin/python -m pip install --quiet --no-build-isolation deepspeed==0.19.8
 	touch $@
+
+# The page of prefixmem serve in Chromium, which is installed where it is missing and this user may install it.
+test-page: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,page]'
+	command -v chromium chromium-browser google-chrome > /dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }
+	PREFIXMEM_PAGE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/serving/test_page.py
 
 .venv-%/ready: setup.py
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*

@@ -25,6 +25,7 @@ version = next(
 )
 
 train = ["transformers>=4.57.1", "accelerate", "peft", "pyyaml", "pyarrow", "matplotlib", "sacrebleu"]
+serve = ["transformers>=4.57.1", "fastapi", "uvicorn", "prometheus-client"]
 
 setup(
     name="prefixmem_fast",
@@ -39,7 +40,11 @@ setup(
     ],
     # Top-level packages named "kernels" and "bench" would shadow others; the Hugging Face package "kernels" is one.
     package_dir={"prefixmem_fast.kernels": "kernels", "prefixmem_fast.bench": "bench"},
-    package_data={"prefixmem_fast.kernels": ["native/*"], "prefixmem_fast.bench": ["cpp/*"]},
+    package_data={
+        "prefixmem_fast.kernels": ["native/*"],
+        "prefixmem_fast.bench": ["cpp/*"],
+        "prefixmem_fast.serving": ["page/*"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -52,8 +57,20 @@ setup(
         "hf": ["transformers>=4.57.1"],
         "train": train,
         "index": ["faiss-cpu"],
+        "serve": serve,
+        "page": ["playwright"],
         "bench": [*train, "nvidia-ml-py"],
-        "test": [*train, "faiss-cpu", "pytest", "pytest-xdist", "hypothesis", "ruff", "setuptools>=68"],
+        "test": [
+            *train,
+            *serve,
+            "faiss-cpu",
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "httpx2",
+            "ruff",
+            "setuptools>=68",
+        ],
     },
     entry_points={
         "console_scripts": ["prefixmem = prefixmem_fast.cli:main"],

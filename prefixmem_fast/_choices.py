@@ -17,3 +17,4 @@ COLLISIONS = ("keep", "last-level", "extra-level")
 LAYOUTS = ("items-first", "levels-first")
 ROW_OPTIMIZERS = ("sgd", "row-adagrad", "row-adam", "lazy-adam")  # rules of operation/rules.py, as options name them
 SENT_DTYPES = ("bfloat16", "float32")  # of tables on several GPUs, and of numbers between them
+ENGINES = ("auto", "transformers", "vllm")

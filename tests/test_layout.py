@@ -23,6 +23,7 @@ FLOORS = (
     "distributed",
     "huggingface",
     "recommender",
+    "serving",
     "checks",
     "package",
     "examples",

@@ -30,6 +30,7 @@ COMMANDS = {
     "pretrain": "Pre-train an encoder alone: by a classification head, or in a small Tiger or causal LM.",
     "train": "Train a recommender on Semantic IDs: any causal LM or T5 of transformers, with the encoder or without.",
     "evaluate": "Evaluate a trained run: TF-L by level, recall, NDCG and hit rates by beam search, beside counting.",
+    "serve": "Answer over HTTP which items come next after a history, and show the search on a page.",
     "demo": "The whole path on a synthetic catalogue: pre-train, train with and without the encoder, evaluate, draw.",
 }
 _OF_WRITING = ("writ", "serializ", "No space", "Writer")

@@ -8,7 +8,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .train import check_libraries, folder_name, quiet_transformers
+from .._progress import quiet_transformers
+from .train import check_libraries, folder_name
 
 if TYPE_CHECKING:
     from ..recommender.training.config import RunConfig

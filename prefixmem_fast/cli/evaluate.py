@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .._choices import PARTS, SEARCHES
-from .._progress import Progress
-from .train import check_libraries, folder_name, quiet_transformers
+from .._progress import Progress, quiet_transformers
+from .train import check_libraries, folder_name
 
 _BEAMS = 20
 

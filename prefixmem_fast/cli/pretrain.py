@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .train import add_run_arguments, config_of, quiet_transformers, summary
+from .._progress import quiet_transformers
+from .train import add_run_arguments, config_of, summary
 
 if TYPE_CHECKING:
     from ..recommender.training.config import RunConfig

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from .._progress import quiet_transformers
 
 if TYPE_CHECKING:
     from ..recommender.training.config import RunConfig
@@ -72,22 +72,6 @@ def check_libraries(*others: str) -> None:
     missing = [name for name in ("transformers", "accelerate", *others) if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"{missing[0]} is not installed: pip install 'prefixmem_fast[train]'")
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Within it transformers shows neither its bars of loading and writing weights nor warnings."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def summary(report: dict, out: str) -> str:

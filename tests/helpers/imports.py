@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("prefixmem_fast", "kernels", "bench", "tests")
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 # Peers of the benchmarks, what a GPU machine alone has, and what has an environment of its own.
-OPTIONAL = ("deepspeed", "fbgemm_gpu", "liger_kernel", "pynvml", "torchrec")
+OPTIONAL = ("deepspeed", "fbgemm_gpu", "liger_kernel", "playwright", "pynvml", "torchrec", "vllm")
 
 
 def module_name(file: Path) -> str:

@@ -35,15 +35,24 @@ class Beams:
 
 
 @torch.no_grad()
-def beam_search(model: nn.Module, input_ids: Tensor, levels: int, num_beams: int, trie: SIDTrie | None = None) -> Beams:
+def beam_search(
+    model: nn.Module,
+    input_ids: Tensor,
+    levels: int,
+    num_beams: int,
+    trie: SIDTrie | None = None,
+    kept: list[Beams] | None = None,
+) -> Beams:
     """The `num_beams` most likely SIDs after each history, as beam search finds them.
 
     Args:
         model: of transformers, in eval mode, with an encoder attached or without.
         input_ids: int64 ``[B, T]``, no padding, ending between SIDs.
-        levels: L.
+        levels: L, or the tokens of a SID where others stand around its codes.
         trie: if given, beams stay among the prefixes of its catalogue; the probabilities are those of the whole
             vocabulary all the same.
+        kept: if given, the beams of each level are appended, prefixes ``[B, K, l]``; encoder-decoders and models with
+            a sliding window are searched once a level for it.
 
     Returns:
         one search a row of `input_ids`.
@@ -52,7 +61,12 @@ def beam_search(model: nn.Module, input_ids: Tensor, levels: int, num_beams: int
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     sliding = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
     if is_encoder_decoder(model) or sliding:
-        return _by_generate(model, input_ids, levels, num_beams, trie)
+        for level in range(1, levels) if kept is not None else ():
+            kept.append(_by_generate(model, input_ids, level, num_beams, trie))
+        found = _by_generate(model, input_ids, levels, num_beams, trie)
+        if kept is not None:
+            kept.append(found)
+        return found
     batch, length = input_ids.shape
     encoder = getattr(model, NAME, None)
     reads = None if encoder is None else unwrapped(encoder).config
@@ -77,6 +91,8 @@ def beam_search(model: nn.Module, input_ids: Tensor, levels: int, num_beams: int
             ).logits
         beams, nodes, beam = _grow(beams, logits, nodes, num_beams, trie)
         sees = sees.gather(1, beam[..., None].expand(-1, -1, sees.shape[2]))
+        if kept is not None:
+            kept.append(beams)
     return beams
 
 

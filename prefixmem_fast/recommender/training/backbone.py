@@ -163,9 +163,14 @@ def _attend_in_float32(model: nn.Module) -> None:
 
 def longest_input(model: nn.Module) -> int | None:
     """Tokens that fit a model's positions; None where there is no limit."""
-    if getattr(model.config, "is_encoder_decoder", False) and not hasattr(model.config, "max_position_embeddings"):
+    return positions_of(model.config)
+
+
+def positions_of(model_config: Any) -> int | None:
+    """The same from the configuration of a model alone."""
+    if getattr(model_config, "is_encoder_decoder", False) and not hasattr(model_config, "max_position_embeddings"):
         return None  # T5's positions are relative
-    return getattr(model.config, "max_position_embeddings", None)
+    return getattr(model_config, "max_position_embeddings", None)
 
 
 def _description(config: RunConfig) -> tuple[dict[str, Any] | None, str | None]:

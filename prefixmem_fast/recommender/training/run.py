@@ -175,12 +175,24 @@ def load_run(folder: str | Path) -> Run:
     Raises:
         FileNotFoundError, ValueError: the folder holds no finished run, or its data are not where they were.
     """
-    from ...checkpoint import FOLDER
-    from ...encoder import PrefixMem, SIDTransformer
-    from ...encoder.saving import kind_of_encoder
-    from ...huggingface.attach import attach
-    from .backbone import load_model, load_tokenizer
+    from .backbone import load_tokenizer
 
+    folder, config, inputs = finished_run(folder)
+    config = located(config, inputs, folder, DATA)
+    data = load_data(config)
+    tokenizer = load_tokenizer(str(folder / MODEL))
+    model, vocabulary = load_with_encoder(folder / MODEL, tokenizer)
+    text = data.text if config.interleaved or config.pairs else None
+    tokens = tokens_of(data.catalogue, vocabulary, tokenizer, text, config.max_text_tokens)
+    return Run(config, data, model, tokenizer, vocabulary, tokens)
+
+
+def finished_run(folder: str | Path) -> tuple[Path, RunConfig, dict[str, Any]]:
+    """The folder of a finished run, its options, and what it keeps of its inputs; its files are compared.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder holds no finished run, or its files are not those that it wrote.
+    """
     marked = RunFolder.read(folder)
     folder = marked.path
     if marked.kind == CLASSIFICATION:
@@ -199,16 +211,22 @@ def load_run(folder: str | Path) -> Run:
     problem = marked.problem_of(folder / MODEL)
     if problem is not None:
         raise ValueError(f"run {folder}: {problem}; bring the old files back, or train anew")
-    config = located(RunConfig(**options), inputs, folder, DATA)
-    data = load_data(config)
-    model, tokenizer = load_model(folder / MODEL), load_tokenizer(str(folder / MODEL))
-    vocabulary = SIDVocabulary.from_pretrained(folder / MODEL, tokenizer)
-    if (folder / MODEL / FOLDER).is_dir():
-        kind = {"prefixmem": PrefixMem, "sid-transformer": SIDTransformer}[kind_of_encoder(folder / MODEL)]
-        attach(model, kind.from_pretrained(folder / MODEL), vocabulary)
-    text = data.text if config.interleaved or config.pairs else None
-    tokens = tokens_of(data.catalogue, vocabulary, tokenizer, text, config.max_text_tokens)
-    return Run(config, data, model.eval(), tokenizer, vocabulary, tokens)
+    return folder, RunConfig(**options), inputs
+
+
+def load_with_encoder(folder: Path, tokenizer: Any | None) -> tuple[nn.Module, SIDVocabulary]:
+    """A saved model in eval mode, with its encoder attached if it has one, and its vocabulary."""
+    from ...checkpoint import FOLDER
+    from ...encoder import PrefixMem, SIDTransformer
+    from ...encoder.saving import kind_of_encoder
+    from ...huggingface.attach import attach
+    from .backbone import load_model
+
+    model, vocabulary = load_model(folder), SIDVocabulary.from_pretrained(folder, tokenizer)
+    if (folder / FOLDER).is_dir():
+        kind = {"prefixmem": PrefixMem, "sid-transformer": SIDTransformer}[kind_of_encoder(folder)]
+        attach(model, kind.from_pretrained(folder), vocabulary)
+    return model.eval(), vocabulary
 
 
 def stream_of(run: Run) -> tuple[SequenceStream, Callable]:

@@ -94,6 +94,19 @@ def test_the_tree_is_what_generate_finds(family, kind, monkeypatch):
         torch.testing.assert_close(found.scores, other.scores, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "mistral_sliding", "t5"])
+def test_the_beams_of_each_level(family):
+    model = made_model(family, "prefixmem")
+    for made, allowed in ((None, None), (trie(), SIDS)):
+        kept = []
+        found = beam_search(model, HISTORIES, 3, 6, made, kept)
+        assert [beams.tokens.shape[2] for beams in kept] == [1, 2, 3]
+        assert kept[-1] is found
+        for level, beams in enumerate(kept, 1):
+            for row, history in enumerate(HISTORIES):
+                check(beams, row, plain_search(model, history, level, 6, allowed))
+
+
 @pytest.mark.parametrize("family", GENERATE)
 def test_sliding_windows_and_encoder_decoders_take_generate(family, monkeypatch):
     monkeypatch.setattr(module, "_by_generate", lambda *given: given)
