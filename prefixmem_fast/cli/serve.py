@@ -26,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", choices=ENGINES, default="auto", help="auto takes vllm where it is installed (default: %(default)s)"
     )
+    parser.add_argument(
+        "--vllm",
+        type=json.loads,
+        metavar="JSON",
+        help="further arguments of vllm.LLM",
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-history", type=int, help="items of a history (default: as in training, else 256)")
     limits.add_argument("--max-beams", type=int, default=50, help="beams of a search (default: %(default)s)")
@@ -63,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
         options.catalogue,
         max_history=options.max_history,
         max_beams=options.max_beams,
+        vllm=options.vllm,
         start=options.start,
         begin=options.begin,
         end=options.end,

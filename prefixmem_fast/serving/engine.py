@@ -93,11 +93,14 @@ class Engine(Protocol):
         ``codebook_sizes``, and ``limits``: ``min_history``, ``max_history``, ``max_beams``."""
 
 
-def make_engine(kind: str, folder: str | Path, catalogue: str | Path, **options: Any) -> Engine:
-    """An engine by its name, `_choices.ENGINES`; "auto" takes vLLM where it is installed.
+def make_engine(
+    kind: str, folder: str | Path, catalogue: str | Path, *, vllm: dict[str, Any] | None = None, **options: Any
+) -> Engine:
+    """An engine by its name, `_choices.ENGINES`; "auto" takes vLLM where it is installed and serves such a model.
 
     Args:
         folder, catalogue, options: of `TransformersEngine`; other engines take the same.
+        vllm: further arguments of `vllm.LLM`, where that is the engine.
 
     Raises:
         ModuleNotFoundError, OSError, TypeError, ValueError: the engine's library is not installed, or an argument is
@@ -105,11 +108,20 @@ def make_engine(kind: str, folder: str | Path, catalogue: str | Path, **options:
     """
     _checks.choice("engine", kind, ENGINES)
     if kind == "auto":
-        kind = "vllm" if find_spec("vllm") is not None else "transformers"
+        kind = "vllm" if find_spec("vllm") is not None and _vllm_serves(folder) else "transformers"
     if kind == "vllm" and find_spec("vllm") is None:
         raise ValueError("engine = 'vllm', and vllm is not installed: install it, or give 'transformers'")
+    if kind == "vllm":
+        options["engine"] = vllm
     name = {"transformers": "TransformersEngine", "vllm": "VLLMEngine"}[kind]
     return getattr(import_module(f".{kind}_engine", __package__), name)(folder, catalogue, **options)
+
+
+def _vllm_serves(folder: str | Path) -> bool:
+    from .folder import model_folder
+    from .vllm import serves
+
+    return serves(model_folder(folder))
 
 
 def check_request(request: Request, limits: dict[str, int]) -> None:

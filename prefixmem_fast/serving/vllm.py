@@ -117,6 +117,13 @@ def engine_arguments(
     return {**arguments, **options}
 
 
+def serves(folder: str | Path) -> bool:
+    """Whether a folder holds a model with an encoder that vLLM can serve."""
+    folder = Path(folder)
+    kind = read_json(folder / "config.json").get("model_type")
+    return (folder / FOLDER / "config.json").is_file() and kind in ARCHITECTURES
+
+
 def settings_of(vllm_config: Any) -> dict[str, Any]:
     """What `engine_arguments` has set, in any of the engine's processes."""
     config = vllm_config.additional_config
