@@ -26,6 +26,7 @@ version = next(
 
 train = ["transformers>=4.57.1", "accelerate", "peft", "pyyaml", "pyarrow", "matplotlib", "sacrebleu"]
 serve = ["transformers>=4.57.1", "fastapi", "uvicorn", "prometheus-client"]
+export = ["onnx", "onnxscript", "onnxruntime"]
 
 setup(
     name="prefixmem_fast",
@@ -44,6 +45,7 @@ setup(
         "prefixmem_fast.kernels": ["native/*"],
         "prefixmem_fast.bench": ["cpp/*"],
         "prefixmem_fast.serving": ["page/*"],
+        "prefixmem_fast.examples": ["*.cpp"],
     },
     python_requires=">=3.10",
     install_requires=[
@@ -58,11 +60,13 @@ setup(
         "train": train,
         "index": ["faiss-cpu"],
         "serve": serve,
+        "export": export,
         "page": ["playwright"],
         "bench": [*train, "nvidia-ml-py"],
         "test": [
             *train,
             *serve,
+            *export,
             "faiss-cpu",
             "pytest",
             "pytest-xdist",

@@ -50,6 +50,7 @@ _PACKAGES = (
     "operation",
     "optim",
     "recommender",
+    "serving",
     "sid",
 )
 __all__ = [

@@ -10,6 +10,8 @@ A code below 0 or at least K_l ends the prefix: an order whose window reaches th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,20 +27,33 @@ def prefix_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
     Returns:
         int64 ``[..., L, N, H]``; -1 where the order does not exist at the level or the prefix has ended.
     """
-    codes, length = cut_prefix(codes, spec)
-    rows = codes.new_full((*codes.shape[:-1], spec.levels, spec.max_order, spec.heads), -1)
-    for level in range(1, spec.levels + 1):
-        for order in spec.orders_at(level):
-            first, last = spec.window(level, order)
-            alive = (length >= last)[..., None]
-            window = codes[..., first - 1 : last].clamp(min=0)
-            rows[..., level - 1, order - 1, :] = torch.where(alive, order_rows(window, order, spec), -1)
-    return rows
+    return _rows_of_levels(codes, spec, range(1, spec.levels + 1))
 
 
 def active_rows(codes: Tensor, spec: AddressSpec) -> Tensor:
     """`prefix_rows` of the active levels: ``[..., A, N, H]``."""
-    return prefix_rows(codes, spec)[..., [level - 1 for level in spec.active_levels], :, :]
+    return _rows_of_levels(codes, spec, spec.active_levels)
+
+
+def _rows_of_levels(codes: Tensor, spec: AddressSpec, levels: Sequence[int]) -> Tensor:
+    codes, length = cut_prefix(codes, spec)
+    rows = codes.new_full((*codes.shape[:-1], len(levels), spec.max_order, spec.heads), -1)
+    of_window: dict[tuple[int, int], Tensor] = {}  # levels of prefix mode read the same windows
+    for place, level in enumerate(levels):
+        for order in spec.orders_at(level):
+            first, last = window = spec.window(level, order)  # of `order` codes
+            if window not in of_window:
+                alive = (length >= last)[..., None]
+                read = codes[..., first - 1 : last].clamp(min=0)
+                of_window[window] = torch.where(alive, order_rows(read, order, spec), -1)
+            rows[..., place, order - 1, :] = of_window[window]
+    return rows
+
+
+def rows_at(codes: Tensor, level: Tensor, spec: AddressSpec) -> Tensor:
+    """`active_rows` ``[..., A, N, H]`` of windows ``[..., L]`` at the level ``[...]``; -1 at every other one."""
+    here = level[..., None] == level.new_tensor(spec.active_levels)  # [..., A]
+    return torch.where(here[..., None, None], active_rows(codes, spec), -1)
 
 
 def item_windows(codes: Tensor, spec: AddressSpec, history: int | None = None) -> Tensor:

@@ -57,15 +57,18 @@ def token_codes(stream: TokenStream, levels: int) -> tuple[Tensor, Tensor]:
         if l > 1:
             in_sid = _shift(in_sid, False) & (token_level == l)
             if stream.segment_ids is not None:
-                in_sid[:, 1:] &= stream.segment_ids[:, 1:] == stream.segment_ids[:, :-1]
+                in_sid = in_sid & _same_segment(stream, 1)
             codes = torch.where(in_sid[..., None], _shift(codes, -1), codes)
         codes[..., l - 1] = torch.where(in_sid, token_code, codes[..., l - 1])
         level = torch.where(in_sid, l, level)
     return codes, level
 
 
-def window_codes(stream: TokenStream, spec: AddressSpec) -> tuple[Tensor, Tensor]:
+def window_codes(stream: TokenStream, spec: AddressSpec, history: int | None = None) -> tuple[Tensor, Tensor]:
     """The windows that end at the tokens of a stream ``[B, T]``; see `AddressSpec`.
+
+    Args:
+        history: in place of the spec's; both are 1 at least.
 
     Returns:
         codes: int64 ``[B, T, spec.levels]``, the codes of the window up to the token, then -1.
@@ -75,16 +78,17 @@ def window_codes(stream: TokenStream, spec: AddressSpec) -> tuple[Tensor, Tensor
     codes, level = token_codes(stream, L)
     if not spec.history:
         return codes, level
+    history = history or spec.history
     whole = level == L
     items = whole.long()  # whole items that end here, one directly after the other
-    for _ in range(spec.history - 1):
+    for _ in range(history - 1):
         items = torch.where(whole & _same_segment(stream, L), 1 + _shift(items, 0, L), whole.long())
     windows = codes.new_full((*level.shape, spec.levels), -1)
     place = torch.zeros_like(level)
     for l in range(L):  # codes of this item; without one the token is the last of the item before
-        ends_before = (items if l == 0 else _shift(items, 0, l)) >= spec.history
+        ends_before = (items if l == 0 else _shift(items, 0, l)) >= history
         here = ends_before & (whole if l == 0 else (level == l) & _same_segment(stream, l))
-        earlier = _shift(codes, -1, l + spec.gap)
+        earlier = _shift(codes, -1, l + (history - 1) * L)
         own = codes if l else torch.full_like(codes, -1)
         windows = torch.where(here[..., None], torch.cat([earlier, own], -1), windows)
         place = torch.where(here, L + l, place)
@@ -188,16 +192,12 @@ def lagged_windows(stream: TokenStream, spec: AddressSpec, lags: int, new_tokens
 
 def _same_segment(stream: TokenStream, back: int) -> Tensor:
     """Where the token `back` before stands in the same row and segment: bool ``[B, T]``."""
+    there = _shift(torch.ones_like(stream.input_ids, dtype=torch.bool), False, back)
     segments = stream.segment_ids
-    if segments is None:
-        segments = torch.zeros_like(stream.input_ids)
-    same = torch.zeros_like(segments, dtype=torch.bool)
-    same[:, back:] = segments[:, back:] == segments[:, : max(segments.shape[1] - back, 0)]
-    return same
+    return there if segments is None else there & (segments == _shift(segments, 0, back))
 
 
 def _shift(x: Tensor, fill: bool | int, by: int = 1) -> Tensor:
     """Move every entry `by` tokens to the right, `fill` coming in from the left."""
-    shifted = torch.full_like(x, fill)
-    shifted[:, by:] = x[:, : max(x.shape[1] - by, 0)]
-    return shifted
+    # Exported, a slice that is as long as x needs no bound on how short rows may be.
+    return torch.cat([x.new_full((x.shape[0], by, *x.shape[2:]), fill), x], 1)[:, : x.shape[1]]

@@ -66,6 +66,25 @@ def quantize(weight: Tensor, kind: str) -> QuantizedTable:
 
 
 def dequantized(table: QuantizedTable, rows: Tensor) -> Tensor:
-    """The rows ``[..., w]`` that a quantized table stands for, in float32, at int64 ``[...]``."""
-    values = table.values.view(torch.int8)[rows].view(table.values.dtype)  # bytes: torch indexes few kinds of float8
-    return values.float() * table.scales[rows][..., None]
+    """The rows ``[..., w]`` that a quantized table stands for, in float32, at int64 ``[...]``.
+
+    Values may also be uint8, the bits of e4m3, for runtimes that know no such dtype.
+    """
+    values, scales = table
+    if values.dtype == torch.uint8:
+        read = scales.new_tensor(_E4M3)[values[rows].long()]
+    elif values.dtype == torch.int8:
+        read = values[rows].float()
+    else:
+        read = values.view(torch.int8)[rows].view(values.dtype).float()  # bytes: torch indexes few kinds of float8
+    return read * scales[rows][..., None]
+
+
+def _e4m3(bits: int) -> float:
+    """The number that 8 bits stand for: a sign, 4 bits of exponent, 3 of mantissa. The two NaN are not told apart."""
+    exponent, mantissa = bits >> 3 & 15, bits & 7
+    number = (8 + mantissa if exponent else mantissa) * 2.0 ** (max(exponent, 1) - 10)
+    return -number if bits >> 7 else number
+
+
+_E4M3 = tuple(map(_e4m3, range(256)))

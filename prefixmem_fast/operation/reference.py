@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .._dtypes import accumulator
 from ..addressing import AddressSpec, TokenStream, prefix_rows, window_codes
-from ..addressing.addresses import active_rows
+from ..addressing.addresses import active_rows, rows_at
 from .interface import QuantizedTable, RowSums
-from .quantization import dequantized
 from .rules import RowUpdate
+from .sums import sum_orders
 
 __all__ = [
     "dense_gradient",
@@ -58,29 +58,9 @@ def _forward(
     source: Tensor | TokenStream, table: Tensor | QuantizedTable, spec: AddressSpec, dtype: torch.dtype
 ) -> Tensor:
     if not isinstance(source, TokenStream):
-        return _sum_orders(active_rows(source, spec), table, dtype)
-    codes, level = window_codes(source, spec)
-    S = _sum_orders(active_rows(codes, spec), table, dtype)  # [B, T, A, H * w]
-    out = torch.zeros_like(S[..., 0, :])
-    for a, active in enumerate(spec.active_levels):
-        out = torch.where((level == active)[..., None], S[..., a, :], out)
-    return out
-
-
-def _sum_orders(rows: Tensor, table: Tensor | QuantizedTable, dtype: torch.dtype) -> Tensor:
-    """Rows ``[..., A, N, H]``, -1 for none, to S ``[..., A, H * w]``."""
-    width = (table.values if isinstance(table, QuantizedTable) else table).shape[1]
-    total = torch.zeros((*rows.shape[:-2], rows.shape[-1], width), dtype=accumulator(dtype), device=rows.device)
-    for row in rows.unbind(-2):  # [..., A, H]
-        total = total + torch.where(row[..., None] >= 0, _read(table, row.clamp(min=0)), 0)
-    return total.to(dtype).flatten(-2)
-
-
-def _read(table: Tensor | QuantizedTable, rows: Tensor) -> Tensor:
-    """Rows in the accumulator's dtype."""
-    if isinstance(table, QuantizedTable):
-        return dequantized(table, rows)
-    return table[rows].to(accumulator(table.dtype))
+        return sum_orders(active_rows(source, spec), table, dtype)
+    rows = rows_at(*window_codes(source, spec), spec)  # [B, T, A, N, H], of one level at most
+    return sum_orders(rows.amax(-3), table, dtype)
 
 
 def dense_gradient(
@@ -95,10 +75,8 @@ def dense_gradient(
 def row_sums(grad: Tensor, source: Tensor | TokenStream, spec: AddressSpec, dtype: torch.dtype) -> RowSums:
     """The touched rows, ascending and each once, and the sums of their gradients in `dtype`; summed in float32."""
     if isinstance(source, TokenStream):
-        codes, level = window_codes(source, spec)
-        here = level[..., None] == level.new_tensor(spec.active_levels)  # [B, T, A]
-        rows = torch.where(here[..., None, None], active_rows(codes, spec), -1)
-        grad = grad[..., None, :].expand(*here.shape, -1)  # the gradient of each active level
+        rows = rows_at(*window_codes(source, spec), spec)  # [B, T, A, N, H]
+        grad = grad[..., None, :].expand(*rows.shape[:-2], -1)  # the gradient of each active level
     else:
         rows = active_rows(source, spec)
     grad = grad.unflatten(-1, (spec.heads, -1)).to(accumulator(grad.dtype))  # [..., A, H, w]

@@ -1,4 +1,4 @@
-"""Recommendations over HTTP: `prefixmem serve`.
+"""A trained model where it is served: over HTTP, in vLLM, and the encoder without Python.
 
 engine.py               what an engine takes and returns: requests, and searches with the beams of each level
 folder.py               what a folder serves: its model, its vocabulary, and how a history becomes a prompt
@@ -15,6 +15,8 @@ vllm_models.py          the models that vLLM loads, and what its newer runner as
 vllm_processors.py      the logits processor that keeps requests among the items, for both runners
 token_windows.py        the last tokens before each token of an engine's step
 item_logits.py          logits masked to the items
+
+export.py               the encoder in plain PyTorch operators, for runtimes without Python
 """
 
 from importlib import import_module
@@ -30,6 +32,7 @@ _MODULE_OF = {
     "VLLMEngine": "vllm_engine",
     "Worker": "worker",
     "engine_arguments": "vllm",
+    "exportable": "export",
     "generate_items": "vllm",
     "make_app": "http",
     "make_engine": "engine",
