@@ -61,6 +61,15 @@ class Stepped:
         return self.state.step(codes + self.first[level - 1])
 
 
+class Encoded(Stepped):
+    """The last tokens of each sequence encoded, and one kept: what needs no operation over windows."""
+
+    def step(self, level: int, codes: Tensor) -> Tensor:
+        tokens = self.state.tokens
+        tokens.copy_(torch.cat([tokens[:, 1:], (codes + self.first[level - 1])[:, None]], 1))
+        return self.state.encoder.encode_tokens(tokens, self.vocabulary, new_tokens=1)[:, 0]
+
+
 class Graphed:
     """The steps of a whole SID captured in CUDA graphs, one a level, and replayed on other codes."""
 
@@ -115,6 +124,7 @@ def decoding(device: str, sequences: int, table_rows: int, dtype: str) -> Case:
 
     plain: dict[str, Callable[[], Any]] = {
         f"{Ours.reads}, DecodingState": partial(Stepped, encoder, sequences),
+        f"{Ours.reads}, the last L tokens encoded": partial(Encoded, encoder, sequences),
         "eager PyTorch, the prefix read anew": partial(Recomputed, EagerTables, encoder, sequences),
         "plain PyTorch, one fused table, the prefix read anew": partial(Recomputed, FusedTable, encoder, sequences),
     }

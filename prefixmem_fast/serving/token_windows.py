@@ -66,7 +66,7 @@ class TokenStore:
     """
 
     def __init__(self, slots: int, block_size: int, device: torch.device) -> None:
-        self.block_size = block_size
+        self.block_size, self._checked = block_size, False
         self._tokens = torch.full((slots + 1,), -1, dtype=torch.int64, device=device)  # the last one of padding
 
     def windows(
@@ -86,7 +86,12 @@ class TokenStore:
             query_start_loc: ``[R + 1]``, where the tokens of each request begin in the step.
             block_table: ``[R, blocks]``, the blocks of each request.
             width: W.
+
+        Raises:
+            NotImplementedError: the slots are not those of the blocks.
         """
+        if not self._checked:
+            self._check(positions, slot_mapping, query_start_loc, block_table)
         padding = len(self._tokens) - 1
         self._tokens[torch.where(slot_mapping >= 0, slot_mapping, padding).long()] = input_ids.long()
         request = requests_of_tokens(query_start_loc, len(input_ids))[:, None]
@@ -94,3 +99,17 @@ class TokenStore:
         block = (position.clamp(min=0) // self.block_size).clamp(max=block_table.shape[1] - 1)
         slot = block_table[request, block].long() * self.block_size + position % self.block_size
         return torch.where(position >= 0, self._tokens[slot.clamp(0, padding)], -1)
+
+    def _check(self, positions: Tensor, slot_mapping: Tensor, query_start_loc: Tensor, block_table: Tensor) -> None:
+        """Hold the first step's slots against its blocks: an engine may lay its cache out otherwise."""
+        request = requests_of_tokens(query_start_loc, len(positions))
+        block = block_table[request, (positions // self.block_size).clamp(max=block_table.shape[1] - 1)]
+        expected = block.long() * self.block_size + positions % self.block_size
+        real = slot_mapping >= 0
+        if not torch.equal(slot_mapping[real].long(), expected[real]):
+            raise NotImplementedError(
+                f"the slots of this engine's KV cache are not those of its blocks of {self.block_size} tokens, so the "
+                "tokens before a token cannot be found; take the V2 model runner (VLLM_USE_V2_MODEL_RUNNER=1), or "
+                "another block_size"
+            )
+        self._checked = True

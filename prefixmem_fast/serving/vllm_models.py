@@ -65,7 +65,7 @@ class PrefixMemMixin:
         """As of the model; the encoder's tensors among them have been read with the encoder."""
         own = f"{NAME}."
         loaded = super().load_weights((name, weight) for name, weight in weights if not name.startswith(own))
-        return loaded | {own + name for name, _ in self.prefixmem.named_parameters()}
+        return (loaded or set()) | {own + name for name, _ in self.prefixmem.named_parameters()}
 
     def forward(
         self,

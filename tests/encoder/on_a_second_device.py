@@ -143,7 +143,7 @@ def test_decoding():
         m = found.step(ids[:, t].to(FAR))
         assert m.device == FAR
         assert torch.equal(m.cpu(), expected.step(ids[:, t]))
-        assert [shape for _, _, shape in CROSSINGS[1:3]] == [(4,), (4, 8)], "tokens and S"
+        assert [shape for _, _, shape in CROSSINGS[1:3]] == [(4, 3), (4, 8)], "tokens and S"
 
 
 def test_a_quantized_copy_is_where_the_model_is():

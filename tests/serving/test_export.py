@@ -131,7 +131,7 @@ def encoders(draw):
     return encoder if kind is None else encoder.quantize(kind)
 
 
-@settings(max_examples=40)
+@settings(max_examples=150)
 @given(encoders(), st.data())
 def test_the_module_is_the_encoder(encoder, data):
     """Of rows and of windows, with every kind of table."""
@@ -146,6 +146,16 @@ def test_the_module_is_the_encoder(encoder, data):
     assert_equal(found, expected(encoder, input_ids, segment_ids, known))
     steps = exportable(encoder, known, window=True)(windows_of(input_ids, encoder))
     assert_equal(steps, [part.flatten(0, 1) for part in expected(encoder, input_ids, None, known)])
+
+
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_over_long_rows(kind, window):
+    encoder = KINDS[kind]()
+    module = exportable(encoder, known(), window=window)
+    check(encoder, module, window, False, [*SHAPES, (4, 60)])
+    if not window:
+        check(encoder, module, window, True, [(4, 60)])
 
 
 def test_numbers_of_eight_bits():

@@ -101,6 +101,13 @@ def test_a_cached_block_carries_its_tokens():
     assert step(torch.tensor([51]), 4, [2, 0]).tolist() == [[60, 61, 62, 63, 51]]
 
 
+def test_another_layout_is_refused():
+    """Blocks of 8 tokens, taken for blocks of 4."""
+    store, positions = TokenStore(32, BLOCK, torch.device("cpu")), torch.arange(6)
+    with pytest.raises(NotImplementedError, match="not those of its blocks of 4 tokens"):
+        store.windows(positions, positions, 8 + positions, torch.tensor([0, 6]), torch.tensor([[1, 2]]), WIDTH)
+
+
 def test_which_request_a_token_is_of():
     assert requests_of_tokens(torch.tensor([0, 2, 2, 5]), 7).tolist() == [0, 0, 2, 2, 2, 2, 2]
 

@@ -56,6 +56,7 @@ GREEDY = {
     "preemption": {"arguments": FEW_BLOCKS},
     "torch.compile": {"arguments": {"enforce_eager": False}},
     "worker processes": {"mp": True},
+    "two worker processes, tensor parallel": {"mp": True, "arguments": {"tensor_parallel_size": 2}},
     "Llama": {"model": "llama"},
     "Qwen2": {"model": "qwen2"},
     "cross-item orders": {"encoder": "cross-item"},

@@ -51,6 +51,8 @@ def prepare(case: Case) -> None:
         TRITON_INTERPRET=str(case.runner - 1),
         HF_HUB_OFFLINE="1",
     )
+    if case.arguments.get("tensor_parallel_size"):
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"  # a core each; by itself vLLM asks for a NUMA node each
     if case.runner == 2:  # vLLM asks for a backend of Triton that is active here; the interpreter needs none
         from triton import backends
 
