@@ -82,6 +82,7 @@ def test_the_command_answers_what_the_engine_finds(tmp_path):
         assert server.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_the_end_of_a_server_is_graceful(tmp_path):
     write_model(tmp_path, kind="bare")
     write_index(tmp_path / "items.json")
