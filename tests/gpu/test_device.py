@@ -282,6 +282,35 @@ def test_a_decoding_step_in_a_cuda_graph():
         torch.testing.assert_close(m, whole[:, t], rtol=2e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_window_allocates_nothing_and_waits_for_nothing(dtype):
+    encoder, vocabulary, ids = decoding(dtype)
+    whole = encoder.encode_tokens(ids, vocabulary)
+    windows = ids[:, :4].clone()
+    out, workspace = (
+        torch.empty(len(ids), 512, device="cuda", dtype=dtype),
+        torch.empty(len(ids), 256, device="cuda", dtype=dtype),
+    )
+    encoder.encode_window(windows, vocabulary, out=out, workspace=workspace)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        encoder.encode_window(windows, vocabulary, out=out, workspace=workspace)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = torch.cuda.memory_stats()["allocation.all.allocated"]
+        encoder.encode_window(windows, vocabulary, out=out, workspace=workspace)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == made
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for t in range(4, ids.shape[1] + 1):
+        windows.copy_(ids[:, t - 4 : t])
+        graph.replay()
+        expected = encoder.encode_window(windows, vocabulary)
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=1e-4)
+        if t >= 5:
+            torch.testing.assert_close(out, whole[:, t - 1], rtol=2e-2, atol=1e-4)
+
+
 def test_generation_on_the_device():
     """Cached beam search is recomputation, with the kernels behind the hooks; static shapes and a trie too."""
     pytest.importorskip("transformers", reason="transformers is not installed")
