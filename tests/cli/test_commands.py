@@ -181,12 +181,12 @@ FAULTS = {
     "decoding: prompt": (
         "encoder.decoding.DecodingState.prefill",
         lambda prefill: lambda self, ids: self.encoder.encode_tokens(ids, self.vocabulary),
-        "level after the prompt",
+        "decoding step",
     ),
     "quantized: scales": (
-        "operation.reference.dequantized",
+        "operation.sums.dequantized",
         lambda read: lambda table, rows: read(table._replace(scales=table.scales * (1 + 2**-6)), rows),
-        "reference int8 decoding step",
+        "reference int8 windows",
     ),
     "lags": (
         "encoder.prefixmem.PrefixMem._sum_lags",
