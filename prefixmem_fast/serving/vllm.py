@@ -244,9 +244,8 @@ def _saved(trie: SIDTrie) -> Path:
     content.update(trie.catalogue.codes.contiguous().numpy())
     folder = cache_folder() or Path(tempfile.mkdtemp(prefix="prefixmem_fast-"))
     file = folder / "tries" / f"{content.hexdigest()[:24]}.safetensors"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        trie.save(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    trie.save(file)  # anew each time: what is there may be damaged, or of another release
     return file
 
 

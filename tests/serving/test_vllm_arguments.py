@@ -59,12 +59,14 @@ def test_arguments_of_an_engine(folder, catalogue, cache, tmp_path):
     (file,) = cache.iterdir()
     assert settings["trie"] == str(file)
     assert SIDTrie.load(file).catalogue.items == catalogue.items
+    file.write_bytes(b"damaged")
     index, trie = tmp_path / "items.json", tmp_path / "trie.safetensors"
     index.write_text(json.dumps(dict(zip(catalogue.items, CODES.tolist(), strict=True))))
     SIDTrie(catalogue, vocabulary()).save(trie)
     for one in (index, trie, SIDTrie(catalogue, vocabulary())):
         again = vllm.engine_arguments(folder, one)["additional_config"]["prefixmem"]
         assert again["trie"] == str(file)
+        assert SIDTrie.load(file).catalogue.items == catalogue.items
     other = vllm.engine_arguments(folder, SIDTrie(catalogue, vocabulary(), end=9))["additional_config"]["prefixmem"]
     assert other["trie"] != str(file)
 
