@@ -157,6 +157,7 @@ class Worker:
                 pass  # it has ended
             except Exception:  # what it sent cannot be read
                 traceback.print_exc()
+            self._not_ready()
             reason = self._end()
             if self._closing.is_set():
                 break
@@ -165,7 +166,6 @@ class Worker:
                 self.state = "failed"
                 self.on_failed()
                 break
-            self.state = "starting"
             say(f"prefixmem serve: the engine's process ended{reason}; it is started again")
             self._give_up(WorkerDied("the engine's process has ended and is started again; send the request once more"))
             self._closing.wait(pause)
@@ -235,9 +235,15 @@ class Worker:
                 raise EOFError
             return connection.recv()
         except BaseException:
+            self._not_ready()  # first: who is told now asks next whether the engine is ready
             for _, future in batch:
                 future.set_exception(WorkerDied("the engine's process ended during this search; send it once more"))
             raise
+
+    def _not_ready(self) -> None:
+        with self._lock:
+            if self.state == "ready":
+                self.state = "starting"
 
     def _take(self) -> list[tuple[Request, Future]]:
         """What waits, up to a batch, without what has been cancelled."""

@@ -85,6 +85,22 @@ def test_a_process_that_dies_in_a_search_is_started_again(folder):
         assert found(worker.submit(PLAIN))
 
 
+def test_who_is_told_of_the_end_finds_no_engine_ready(folder, monkeypatch):
+    """While the process that has ended is still waited for."""
+    end, reaped = Worker._end, threading.Event()
+    monkeypatch.setattr(Worker, "_end", lambda self: (reaped.wait(SECONDS), end(self))[1])
+    with Watched(engines.says, folder) as watched:
+        worker = watched.wait()
+        with pytest.raises(WorkerDied):
+            worker.submit(DIE).result(SECONDS)
+        state = worker.state
+        with pytest.raises(NotReady):
+            worker.submit(PLAIN)
+        reaped.set()
+        assert state == "starting"
+        assert found(watched.wait().submit(PLAIN))
+
+
 def test_a_process_that_is_killed_while_nothing_is_asked(folder):
     with Watched(engines.says, folder) as watched:
         os.kill(watched.wait().pid, signal.SIGKILL)

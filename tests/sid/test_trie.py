@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -122,6 +122,7 @@ def test_wrappers_are_two_text_tokens(wrappers):
 
 
 @given(tries())
+@settings(max_examples=25)
 def test_a_saved_trie_is_the_same(made):
     trie, _ = made
     trie.catalogue = Catalogue([f"{i} ä\0\ud800" for i in range(len(trie.catalogue))], trie.catalogue.codes, None)
