@@ -487,7 +487,8 @@ class PrefixMem(nn.Module):
             zeros = S.new_zeros(len(S), self.config.hidden_size)
             return Encoded(zeros, None if self.head_proj is None else zeros)
         if nothing:
-            out if add else out.zero_()
+            if not add:
+                out.zero_()
         elif type(self.out_proj) is not OutputProjection:  # wrapped, by LoRA say
             m = self.out_proj(S)
             out.add_(m) if add else out.copy_(m)

@@ -39,6 +39,11 @@ class OutputProjection(nn.Linear):
         nn.init.normal_(self.weight, std=self.init_std)
 
 
+def has_head(encoder: nn.Module) -> bool:
+    """Whether an encoder adds something to the last hidden states, by tables with `output_slot`."""
+    return any(getattr(module, "head_proj", None) is not None for module in encoder.modules())
+
+
 def last_tokens(x: Tensor, count: int) -> Tensor:
     """The last `count` of ``[B, T, d]``.
 

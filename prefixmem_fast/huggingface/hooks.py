@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoder import PrefixMem
-from ..encoder.projection import Encoded
+from ..encoder.projection import Encoded, has_head
 from ..sid import SIDVocabulary
 from .kv_cache import cache_argument, cache_given, cache_returned, parameters_of
 from .token_history import begin_history, history_of
@@ -265,7 +265,7 @@ class Attachment:
 
     @property
     def _has_head(self) -> bool:
-        return any(getattr(module, "head_proj", None) is not None for module in self.encoder.modules())
+        return has_head(self.encoder)
 
     @property
     def _window(self) -> int:

@@ -184,7 +184,7 @@ def read_windows(
         strides = "" if out.is_contiguous() else ", not contiguous"
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}{strides}; give contiguous {dtype} {shape}")
     backend = choose_backend(backend, windows=windows, token_table=token_table, weight=table, out=out)
-    if type(out) is Tensor and not torch.compiler.is_compiling():  # the operator costs 10 us of Python more
+    if type(out) is Tensor and not torch.compiler.is_compiling():  # the operator's own Python would take as long
         given = table if scales is None else QuantizedTable(table, scales)
         with nullcontext() if not torch.is_grad_enabled() else torch.no_grad():
             functions_of(backend).read_windows(windows, token_table, given, spec, out)

@@ -2,6 +2,7 @@
 
 engine.py               what an engine takes and returns: requests, and searches with the beams of each level
 folder.py               what a folder serves: its model, its vocabulary, and how a history becomes a prompt
+catalogue_engine.py     what the engines have in common
 transformers_engine.py  the engine on transformers
 vllm_engine.py          the engine on vLLM
 worker.py               an engine in a process of its own, the requests that wait for it, and its end
@@ -23,6 +24,7 @@ from importlib import import_module
 
 _MODULE_OF = {
     "Beam": "engine",
+    "CatalogueEngine": "catalogue_engine",
     "Engine": "engine",
     "Found": "engine",
     "Request": "engine",

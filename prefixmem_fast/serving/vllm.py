@@ -87,8 +87,8 @@ def engine_arguments(
             )
     if options.get("enable_prompt_embeds"):
         raise ValueError("enable_prompt_embeds: prompt embeddings have no tokens for the encoder; leave it out")
-    config = read_json(folder / "config.json")
-    kind, encoder = config.get("model_type"), (folder / FOLDER / "config.json").is_file()
+    config, encoder = _described(folder)
+    kind = config.get("model_type")
     if encoder and kind not in ARCHITECTURES:
         raise ValueError(
             f"{folder} holds a model of type {shown(kind)}; served are {', '.join(ARCHITECTURES)}. Another family "
@@ -110,18 +110,20 @@ def engine_arguments(
     arguments["additional_config"] = {**own, NAME: {**settings, **own.get(NAME, {})}}
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         arguments["skip_tokenizer_init"] = True
-    if (
-        encoder and torch.cuda.is_available()
-    ):  # vLLM's own models with embeddings of this kind do so: piecewise graphs lose them
+    if encoder and torch.cuda.is_available():  # as vLLM's own models with such embeddings: piecewise graphs lose them
         arguments["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL"}
     return {**arguments, **options}
 
 
 def serves(folder: str | Path) -> bool:
     """Whether a folder holds a model with an encoder that vLLM can serve."""
-    folder = Path(folder)
-    kind = read_json(folder / "config.json").get("model_type")
-    return (folder / FOLDER / "config.json").is_file() and kind in ARCHITECTURES
+    config, encoder = _described(Path(folder))
+    return encoder and config.get("model_type") in ARCHITECTURES
+
+
+def _described(folder: Path) -> tuple[dict[str, Any], bool]:
+    """The configuration of a folder's model, and whether an encoder lies beside it."""
+    return read_json(folder / "config.json"), (folder / FOLDER / "config.json").is_file()
 
 
 def settings_of(vllm_config: Any) -> dict[str, Any]:

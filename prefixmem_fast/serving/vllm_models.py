@@ -23,7 +23,7 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from ..encoder import PrefixMem
-from ..encoder.projection import Encoded
+from ..encoder.projection import Encoded, has_head
 from ..sid import SIDVocabulary
 from .token_windows import TokenStore, windows_of_step
 from .vllm import NAME, settings_of
@@ -160,8 +160,7 @@ def _model_state() -> type:
             super().__init__(vllm_config, model, encoder_cache, device)
             shape = self.max_num_tokens, self.inputs_embeds_size
             self.embeds = torch.zeros(shape, dtype=self.dtype, device=device)
-            has_head = any(getattr(module, "head_proj", None) is not None for module in model.prefixmem.modules())
-            self.head = torch.zeros(shape, dtype=self.dtype, device=device) if has_head else None
+            self.head = torch.zeros_like(self.embeds) if has_head(model.prefixmem) else None
 
         def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
             n, model = input_batch.num_tokens, self.model

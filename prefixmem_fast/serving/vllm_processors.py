@@ -36,7 +36,8 @@ class ItemsOnly(*_BASES):
         settings = settings_of(vllm_config)
         self.trie, self.end = SIDTrie.load(settings["trie"]), int(settings["end"])
         self._requests: dict[int, tuple[list[int], list[int]]] = {}  # of V1: prompt and output of each place
-        self._states, self._free = (state, set()) if is_pin_memory is None else (None, set())
+        self._states = state if is_pin_memory is None else None  # of V2
+        self._free: set[int] = set()  # slots of V2 whose requests are left alone
 
     def is_argmax_invariant(self) -> bool:
         return False
