@@ -74,6 +74,28 @@ def test_windows_of_every_backend_are_those_of_the_reference(mode, dtype):
     assert met >= 3
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_of_a_window_that_do_not_stand_side_by_side(backend):
+    one = encoder()
+    weight, spec = one.memory.weight.detach(), one.config.spec
+    ids = torch.tensor([sid(1, 3, 4), [7, *sid(1, 3)], sid(3, 0, 5)])
+    strided = ids.t().contiguous().t()
+    assert strided.stride(1) > 1
+    found, expected = (window_memory(w, vocabulary().table, weight, spec, backend=backend) for w in (strided, ids))
+    assert expected.any()
+    assert torch.equal(found, expected)
+
+
+def test_a_prompt_begins_afresh():
+    """After a longer one, whose end would make its first token the second of a SID."""
+    one, state = encoder(), DecodingState(encoder(), vocabulary(), 1)
+    state.prefill(torch.tensor([[5, *sid(1)]]))
+    state.prefill(torch.empty(1, 0, dtype=torch.int64))
+    assert (state.tokens == -1).all()
+    second = torch.tensor([sid(1, 3)[1]])
+    torch.testing.assert_close(state.step(second), one.encode_tokens(second[None], vocabulary())[:, -1])
+
+
 def test_what_a_window_may_be():
     one = encoder()
     table, weight, spec = vocabulary().table, one.memory.weight.detach(), one.config.spec
