@@ -1,4 +1,5 @@
 import os
+import tempfile
 
 # Before anything imports triton: the kernels run on CPU tensors. The GPU suite sets 0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -29,6 +30,12 @@ def poisoned_empty():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def temporary_folder(monkeypatch, tmp_path):
+    """Where tempfile makes its folders: the documents' mkdtemp() leave theirs behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from prefixmem_fast import detach
 from prefixmem_fast.cli import parser_of
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("temporary_folder")
+
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -303,6 +303,7 @@ def run_exported(tmp_path_factory):
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.usefixtures("temporary_folder")
 def test_what_the_documents_say_of_cpp(run_exported):
     """Its lines of Python, and the command that runs the example."""
     scope: dict = {}
