@@ -25,7 +25,7 @@ from ..checkpoint import (
     write_tensors,
 )
 from ..encoder import PrefixMem, PrefixMemory
-from ..encoder.saving import tensors_of
+from ..encoder.saving import save_encoder, tensors_of
 from ..sid import SIDVocabulary
 from .ranks import gathered, on_all, on_first, rank
 from .tables import blocks_of, memories_of
@@ -52,12 +52,14 @@ def save_pretrained(
     attachment = getattr(model, "prefixmem_attachment", None)
     if attachment is not None:
         encoder, vocabulary = attachment.encoder, attachment.vocabulary
-        on_first(lambda: type(model).save_pretrained(model, folder))
+        state = _whole_state_dict(model)
+        on_first(lambda: type(model).save_pretrained(model, folder, state_dict=state))
         folder = folder / FOLDER
     if not isinstance(encoder, PrefixMem):
         raise TypeError(f"model is a {type(model).__name__}; give a PrefixMem, or a model that one is attached to")
     if not any(memory.division for memory in memories_of(encoder).values()):
-        on_first(lambda: encoder.save_pretrained(folder, vocabulary, max_shard_size=max_shard_size))
+        options = {"max_shard_size": max_shard_size, "whole": _whole_state_dict(encoder)}
+        on_first(lambda: save_encoder(encoder, folder, vocabulary, **options))
         return
     _save(encoder, folder, vocabulary, bytes_of(max_shard_size))
 
@@ -87,7 +89,7 @@ def _save(encoder: PrefixMem, folder: Path, vocabulary: SIDVocabulary | None, li
             config = identity(folder / CONFIG)
 
         on_all(look)
-        own = _rows_here(encoder, limit)
+        own = _rows_here(encoder, _whole_state_dict(encoder) or {}, limit)
         of_ranks = gathered({place: entry_of(chunks_of(rows)) for place, rows in own.items()})
         parts = {place: entry for found in of_ranks for place, entry in sorted(found.items())}
         name = hashlib.sha256("".join(parts[place]["sha256"] for place in sorted(parts)).encode()).hexdigest()[:12]
@@ -134,14 +136,27 @@ def _save(encoder: PrefixMem, folder: Path, vocabulary: SIDVocabulary | None, li
             raise
 
 
-def _rows_here(encoder: PrefixMem, limit: int) -> dict[tuple[str, int], Tensor]:
+def _whole_state_dict(module: nn.Module) -> dict[str, Tensor] | None:
+    """The state_dict of a module that FSDP2 has divided, whole, for the first rank; None of another. Collective."""
+    state = module.state_dict(keep_vars=True)
+    if not any(hasattr(tensor, "device_mesh") for tensor in state.values()):
+        return None
+    whole: dict[int, Tensor] = {}  # tied parameters stay one
+    for tensor in state.values():
+        if id(tensor) not in whole:
+            put_together = tensor.full_tensor() if hasattr(tensor, "device_mesh") else tensor
+            whole[id(tensor)] = put_together.detach().cpu() if rank() == 0 else tensor
+    return {name: whole[id(tensor)] for name, tensor in state.items()}
+
+
+def _rows_here(encoder: PrefixMem, whole: dict[str, Tensor], limit: int) -> dict[tuple[str, int], Tensor]:
     """The rows that this rank writes, by tensor and first row; of ranks that hold copies, one writes."""
     memories = {
         f"{name}.weight": memory for name, memory in memories_of(encoder).items() if memory.division is not None
     }
     rows: dict[tuple[str, int], Tensor] = {}
     for name, tensor in tensors_of(encoder).items():
-        blocks = [(0, tensor)] if rank() == 0 else []
+        blocks = [(0, whole.get(name, tensor))] if rank() == 0 else []
         if name in memories:
             blocks = _neighbours(memories[name]) if memories[name].division.is_first_copy else []
         for first, block in blocks:

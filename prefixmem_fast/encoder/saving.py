@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,11 +42,16 @@ def save_encoder(
     *,
     max_shard_size: int | str = "2GB",
     weights: bool = True,
+    whole: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an encoder into a folder; see `checkpoint.save`.
 
+    Args:
+        whole: by name, what is written in place of the encoder's own tensors: those that FSDP2 has divided.
+
     Raises:
-        ValueError: the vocabulary's codebooks are not the encoder's, or an argument is not as stated.
+        ValueError: the vocabulary's codebooks are not the encoder's, an argument is not as stated, or a tensor is
+            divided over processes and not in `whole`.
         OSError: the folder cannot be written; what was in it is left as it was.
     """
     if vocabulary is not None:
@@ -56,7 +61,13 @@ def save_encoder(
             module.division.save(encoder, Path(path), vocabulary, max_shard_size)
             return
     values = None if vocabulary is None else vocabulary.to_dict()
-    tensors = {name: tensor.contiguous() for name, tensor in tensors_of(encoder).items()}
+    tensors = {name: (whole or {}).get(name, tensor).contiguous() for name, tensor in tensors_of(encoder).items()}
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "device_mesh"):  # its parts are put together by all processes, and this may be one
+            raise ValueError(
+                f"{name} is divided over processes by FSDP2; call prefixmem_fast.distributed.save_pretrained on every "
+                "rank, or the model's save_pretrained with state_dict=accelerator.get_state_dict(model)"
+            )
     checkpoint.save(
         Path(path), encoder.config.to_dict(), values, tensors, max_shard_size=max_shard_size, weights=weights
     )

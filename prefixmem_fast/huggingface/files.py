@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoint import FOLDER
 from ..encoder.saving import load_weights, save_encoder
-from .hooks import unwrapped
+from .hooks import NAME, unwrapped
 
 
 def watch_files(model: nn.Module, base: nn.Module) -> None:
@@ -56,7 +57,7 @@ class _Method:
             raise RuntimeError(f"the model of this {name} is gone; keep it in a variable")
         return getattr(type(model), name)(model, *args, **options)
 
-    def _save(self, folder: str | Path, *, weights: bool) -> None:
+    def _save(self, folder: str | Path, *, weights: bool, whole: Mapping[str, Tensor] | None = None) -> None:
         attachment = getattr(self._base(), "prefixmem_attachment", None)
         if attachment is not None:
             encoder = unwrapped(attachment.encoder)
@@ -69,7 +70,7 @@ class _Method:
                 )
             if divisions:
                 return
-            save_encoder(encoder, Path(folder) / FOLDER, attachment.vocabulary, weights=weights)
+            save_encoder(encoder, Path(folder) / FOLDER, attachment.vocabulary, weights=weights, whole=whole)
 
 
 class _SaveModel(_Method):
@@ -77,6 +78,8 @@ class _SaveModel(_Method):
         """The model's save_pretrained, and beside it what attaches the encoder again."""
         if options.get("push_to_hub"):
             raise ValueError("push_to_hub=True would leave the encoder's folder out; call model.push_to_hub() instead")
+        start, given = f"{NAME}.", options.get("state_dict") or {}  # which transformers empties
+        whole = {name.removeprefix(start): tensor for name, tensor in given.items() if name.startswith(start)}
         single, index = (Path(save_directory) / f"model.safetensors{end}" for end in ("", ".index.json"))
         before = _status(single), _status(index)
         result = self._original("save_pretrained", save_directory, is_main_process=is_main_process, **options)
@@ -85,7 +88,7 @@ class _SaveModel(_Method):
             one, many = (_status(file) not in (None, old) for file, old in zip((single, index), before, strict=True))
             hidden = many and not one and single.is_file()
             # Files of an earlier save hold the encoder of then.
-            self._save(save_directory, weights=not readable or hidden or not (one or many))
+            self._save(save_directory, weights=not readable or hidden or not (one or many), whole=whole)
             if hidden:
                 warnings.warn(
                     f"{single} is of an earlier save, and transformers reads it before the files that it has just "

@@ -1,4 +1,5 @@
-"""Divided tables in the checkpoints of transformers' Trainer, which saves from its first process alone."""
+"""Tables in the checkpoints of transformers' Trainer: divided ones, which its first process does not hold, and managed
+ones under FSDP2, which are in no state_dict."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ FOLDER = "prefixmem_tables"  # in a checkpoint
 
 
 class TableCheckpoints(TrainerCallback):
-    """Has a Trainer save and resume divided tables and their optimizer's state: ``callbacks=[TableCheckpoints()]``.
+    """Has a Trainer save and resume tables and their optimizer's state: ``callbacks=[TableCheckpoints()]``.
 
     Each checkpoint gets a folder `prefixmem_tables`, see `prefixmem_fast.distributed.save_tables`. A run may be resumed
     with another number of processes and in another layout.

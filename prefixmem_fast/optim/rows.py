@@ -122,6 +122,9 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
     @torch.no_grad()
     def _step_sparse(self, weight: Tensor, grad: Tensor) -> None:
         if not grad.is_sparse:
+            if not (self._group_of(weight)["lr"] or grad.any()):
+                self.start(weight)  # torch.distributed.checkpoint.state_dict makes state by such a step
+                return
             raise TypeError(
                 f"a table of shape {tuple(weight.shape)} has a dense gradient; {type(self).__name__} takes "
                 'grad="sparse" or grad="fused": set it on the module, or train the table with torch.optim'

@@ -1,18 +1,22 @@
 """Two ranks save after half of the steps; three, two and one go on from there, in either layout."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-from prefixmem_fast import PrefixMem, attach
+from prefixmem_fast import PrefixMem, attach, detach
 from prefixmem_fast._weights import CheckpointError
 from prefixmem_fast.distributed import load_tables, replicate, save_pretrained, save_tables, saving, shard
 from prefixmem_fast.distributed.ranks import gathered
 from tests.distributed.examples import RULES, alone, batches, encoder, loss_of, tables_of
 from tests.distributed.processes import case
+from tests.distributed.token_examples import build as build_model
 from tests.helpers import models
 
 LAYOUTS = {"replicate": replicate, "shard": shard, "alone": lambda model, **_: alone(model)}
@@ -135,6 +139,33 @@ def save_a_model_with_an_encoder(rank, world):
     ):
         model.save_pretrained(folder(f"alone-{rank}"))
     assert not (folder(f"alone-{rank}") / "prefixmem").exists()
+
+
+@case(2)
+def save_what_fsdp2_has_divided(rank, world):
+    """save_pretrained on every rank puts the parts together; one rank alone does not wait for the others."""
+    whole = build_model(models.encoder, "fused")
+    for name, layout in {"replicate": replicate, "managed": partial(replicate, managed=True), "shard": shard}.items():
+        model = layout(build_model(models.encoder, "fused"))
+        ignored = {model.prefixmem.memory.weight} if name == "replicate" else None
+        fully_shard(model.model.layers[0])
+        fully_shard(model, ignored_params=ignored)
+        assert isinstance(model.prefixmem.out_proj.weight, DTensor)
+        if name != "shard":
+            with pytest.raises(
+                ValueError, match=r"weight is divided over processes by FSDP2; call prefixmem_fast\.dist"
+            ):
+                model.prefixmem.save_pretrained(folder(f"part-{rank}"))
+        out = folder(f"fsdp2-{name}")
+        save_pretrained(model, out)
+        save_pretrained(model.prefixmem, out / "encoder")
+        again = type(whole).from_pretrained(out)
+        assert again.config.architectures == [type(whole).__name__]
+        for found in (out, out / "encoder"):
+            attached = attach(again, PrefixMem.from_pretrained(found), models.vocabulary())
+            same = dict(attached.named_parameters())
+            assert all(torch.equal(same[name], parameter) for name, parameter in whole.named_parameters())
+            detach(attached)
 
 
 def damage_last_byte(file):

@@ -10,8 +10,15 @@ def test_tables_of_two_ranks_go_on_on_three_on_one_and_in_another_layout(tmp_pat
     theirs = tmp_path / "tables" / "theirs"
     theirs.mkdir(parents=True)
     (theirs / "config.json").write_text("{}")
-    names = {"save", "go_on", "refuse", "save_whole_encoders", "save_that_fails_late", "save_a_model_with_an_encoder"}
-    assert run_cases(2, tmp_path, MODULE, environment=environment) == names
+    assert run_cases(2, tmp_path, MODULE, environment=environment) == {
+        "save",
+        "go_on",
+        "refuse",
+        "save_whole_encoders",
+        "save_that_fails_late",
+        "save_a_model_with_an_encoder",
+        "save_what_fsdp2_has_divided",
+    }
     assert sorted(path.name for path in (tmp_path / "tables").iterdir() if path.name[0] == ".") == []
     damaged = shutil.copytree(tmp_path / "tables" / "shard-adagrad", tmp_path / "tables" / "damaged")
     file = max(damaged.glob("*.distcp"))

@@ -7,6 +7,11 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from prefixmem_fast import AddressSpec, PrefixMem, PrefixMemConfig, optim, prefix_memory
 from prefixmem_fast.optim import clip_grad_norm_, for_model
@@ -419,6 +424,36 @@ def test_loaded_state_of_a_bfloat16_table_stays_float32(rows):
     loaded = optimizer.state[model.encoder.memory.weight]
     assert {value.dtype for name, value in loaded.items() if name != "step"} == {torch.float32}
     torch.testing.assert_close(optimizer.state_dict()["state"], state["state"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("rows", [optim.SGD, optim.RowWiseAdagrad, optim.RowWiseAdam, optim.LazyAdam])
+@pytest.mark.parametrize("grad", ["sparse", "fused"])
+def test_state_by_parameter_names(grad, rows, started, flat):
+    """torch.distributed.checkpoint makes missing state by a step with dense gradients of zero at rates of zero."""
+    own, other = model_with(grad), model_with(grad)
+    optimizer, fresh = for_model(own, 0.01, rows=rows), for_model(other, 0.01, rows=rows)
+    trained(own, optimizer, steps=2 * started)
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    state = copy.deepcopy(get_optimizer_state_dict(own, optimizer, options=options))
+    other.load_state_dict(own.state_dict())
+    set_optimizer_state_dict(other, fresh, state, options=options)
+    torch.testing.assert_close(fresh.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
+    for model, one in ((own, optimizer), (other, fresh)):
+        trained(model, one, seed=5)
+    assert not torch.equal(own.encoder.memory.weight, model_with(grad).encoder.memory.weight)
+    for name, value in own.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("rate", "value"), [(0.0, 1.0), (0.1, 0.0)])
+def test_other_dense_gradients_are_refused(rate, value):
+    table = model_with("sparse").encoder.memory.weight
+    optimizer = optim.RowWiseAdagrad([table], rate)
+    table.grad = torch.full_like(table, value)
+    with pytest.raises(TypeError, match="has a dense gradient"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("other", [torch.optim.Adafactor, torch.optim.SGD, lambda p: torch.optim.Adam(p, amsgrad=True)])
