@@ -25,7 +25,7 @@ from ..checkpoint import (
     write_tensors,
 )
 from ..encoder import PrefixMem, PrefixMemory
-from ..encoder.saving import save_encoder, tensors_of
+from ..encoder.saving import is_part, save_encoder, tensors_of
 from ..sid import SIDVocabulary
 from .ranks import gathered, on_all, on_first, rank
 from .tables import blocks_of, memories_of
@@ -137,16 +137,28 @@ def _save(encoder: PrefixMem, folder: Path, vocabulary: SIDVocabulary | None, li
 
 
 def _whole_state_dict(module: nn.Module) -> dict[str, Tensor] | None:
-    """The state_dict of a module that FSDP2 has divided, whole, for the first rank; None of another. Collective."""
+    """The state_dict of a module that FSDP2 or ZeRO 3 has divided, whole, for the first rank; None of others.
+
+    Collective.
+    """
     state = module.state_dict(keep_vars=True)
-    if not any(hasattr(tensor, "device_mesh") for tensor in state.values()):
+    if not any(is_part(tensor) for tensor in state.values()):
         return None
     whole: dict[int, Tensor] = {}  # tied parameters stay one
     for tensor in state.values():
         if id(tensor) not in whole:
-            put_together = tensor.full_tensor() if hasattr(tensor, "device_mesh") else tensor
+            put_together = _put_together(tensor)
             whole[id(tensor)] = put_together.detach().cpu() if rank() == 0 else tensor
     return {name: whole[id(tensor)] for name, tensor in state.items()}
+
+
+def _put_together(tensor: Tensor) -> Tensor:
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor.full_tensor() if is_part(tensor) else tensor
 
 
 def _rows_here(encoder: PrefixMem, whole: dict[str, Tensor], limit: int) -> dict[tuple[str, int], Tensor]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..addressing import AddressSpec
 from ..encoder import PrefixMemory, QuantizedMemory
+from ..encoder.saving import is_part
 from ..operation.table_state import table_state
 from .ranks import several
 
@@ -48,7 +49,7 @@ def trained_by_rows(model: nn.Module, *, meta: bool = False) -> dict[str, Prefix
             )
         if memory.tables == "mapped":
             raise ValueError(f'{where} has tables="mapped", which is not trained; load the encoder with tables="host"')
-        if hasattr(memory.weight, "ds_id") or hasattr(memory.weight, "device_mesh"):
+        if is_part(memory.weight):
             raise ValueError(
                 f"{where} is divided by DeepSpeed or FSDP already; make this call before they wrap the model"
             )

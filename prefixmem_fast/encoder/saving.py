@@ -47,7 +47,7 @@ def save_encoder(
     """Write an encoder into a folder; see `checkpoint.save`.
 
     Args:
-        whole: by name, what is written in place of the encoder's own tensors: those that FSDP2 has divided.
+        whole: by name, what is written in place of the encoder's own tensors: those that FSDP2 or ZeRO 3 has divided.
 
     Raises:
         ValueError: the vocabulary's codebooks are not the encoder's, an argument is not as stated, or a tensor is
@@ -62,11 +62,12 @@ def save_encoder(
             return
     values = None if vocabulary is None else vocabulary.to_dict()
     tensors = {name: (whole or {}).get(name, tensor).contiguous() for name, tensor in tensors_of(encoder).items()}
-    for name, tensor in tensors.items():
-        if hasattr(tensor, "device_mesh"):  # its parts are put together by all processes, and this may be one
+    for name, parameter in encoder.named_parameters():
+        if is_part(parameter) and name not in (whole or {}):  # all processes put it together, and this may be one
             raise ValueError(
-                f"{name} is divided over processes by FSDP2; call prefixmem_fast.distributed.save_pretrained on every "
-                "rank, or the model's save_pretrained with state_dict=accelerator.get_state_dict(model)"
+                f"{name} is divided over processes, by FSDP2 or DeepSpeed; call "
+                "prefixmem_fast.distributed.save_pretrained on every rank, or the model's save_pretrained with "
+                "state_dict=accelerator.get_state_dict(model)"
             )
     checkpoint.save(
         Path(path), encoder.config.to_dict(), values, tensors, max_shard_size=max_shard_size, weights=weights
@@ -212,6 +213,11 @@ def same_weights(config: dict[str, Any]) -> dict[str, Any]:
         for name, value in config.items()
         if name not in _HOW_WEIGHTS_STARTED
     }
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether a parameter is a DTensor, as FSDP2 leaves it, or one that DeepSpeed's ZeRO 3 has divided."""
+    return hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id")
 
 
 def tensors_of(encoder: Encoder) -> dict[str, Tensor]:

@@ -1,11 +1,15 @@
 """DeepSpeed's ZeRO stages around managed and divided tables, against one process."""
 
+import os
+from pathlib import Path
+
 import deepspeed
 import pytest
 import torch
+import torch.distributed as dist
 
-from prefixmem_fast import optim
-from prefixmem_fast.distributed import replicate, shard
+from prefixmem_fast import PrefixMem, attach, optim
+from prefixmem_fast.distributed import replicate, save_pretrained, shard
 from tests.distributed.examples import alone, tables_of
 from tests.distributed.processes import case
 from tests.distributed.token_examples import build, stream
@@ -58,6 +62,32 @@ def hidden_tables(rank, world):
                 part = memory.division.part_of if memory.division else lambda table: table
                 whole = tables_of(reference)["prefixmem.memory"]
                 torch.testing.assert_close(memory.weight.detach(), part(whole), rtol=1e-4, atol=1e-5)
+
+
+@case(2)
+def save(rank, world):
+    """Of whole tables and of divided ones, with what ZeRO 3 has divided put together."""
+    trained = build(models.encoder, "fused")
+    for name, layout in LAYOUTS.items():
+        model = layout(build(models.encoder, "fused"))
+        engine = engine_of(model, rest_of(model), 3)
+        own = model.prefixmem.out_proj.weight
+        assert own.shape != trained.prefixmem.out_proj.weight.shape
+        out = Path(os.environ["PREFIXMEM_TEST_FOLDER"]) / name
+        save_pretrained(model, out)
+        if name == "managed":
+            with pytest.raises(ValueError, match=r"weight is divided over processes, by FSDP2 or DeepSpeed; call"):
+                model.prefixmem.save_pretrained(out / str(rank))
+            state = engine._zero3_consolidated_16bit_state_dict()  # accelerate's get_state_dict
+            if rank == 0:
+                model.save_pretrained(out / "one", state_dict=state)
+            dist.barrier()
+        for folder in (out, out / "one") if name == "managed" else (out,):
+            again = attach(
+                type(trained).from_pretrained(folder), PrefixMem.from_pretrained(folder), models.vocabulary()
+            )
+            saved = dict(again.named_parameters())
+            assert all(torch.equal(saved[key], parameter) for key, parameter in trained.named_parameters())
 
 
 def rest_of_others(model, table):
