@@ -324,9 +324,10 @@ def unwrapped(encoder: nn.Module) -> PrefixMem:
 
 def below_the_output_layer(model: nn.Module) -> nn.Module:
     """The module whose output the output layer takes: the decoder's last hidden states."""
-    if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
+    base = getattr(model, "base_model", model)  # the model itself where its prefix names none, as Gemma 3's did
+    if (getattr(model.config, "is_encoder_decoder", False) or base is model) and hasattr(model, "get_decoder"):
         return model.get_decoder()
-    return getattr(model, "base_model", model)
+    return base
 
 
 def input_embeddings_of(model: nn.Module) -> list[InputEmbedding]:
