@@ -25,7 +25,7 @@ from ..checkpoint import (
     write_tensors,
 )
 from ..encoder import PrefixMem, PrefixMemory
-from ..encoder.saving import is_part, save_encoder, tensors_of
+from ..encoder.saving import check_merged, is_part, save_encoder, tensors_of
 from ..sid import SIDVocabulary
 from .ranks import gathered, on_all, on_first, rank
 from .tables import blocks_of, memories_of
@@ -57,6 +57,8 @@ def save_pretrained(
         folder = folder / FOLDER
     if not isinstance(encoder, PrefixMem):
         raise TypeError(f"model is a {type(model).__name__}; give a PrefixMem, or a model that one is attached to")
+    if attachment is None:
+        check_merged(encoder)
     if not any(memory.division for memory in memories_of(encoder).values()):
         options = {"max_shard_size": max_shard_size, "whole": _whole_state_dict(encoder)}
         on_first(lambda: save_encoder(encoder, folder, vocabulary, **options))

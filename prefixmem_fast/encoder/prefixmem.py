@@ -29,7 +29,7 @@ from .config import PrefixMemConfig
 from .memory import PrefixMemory, check_config
 from .projection import Encoded, OutputProjection, last_tokens
 from .quantized import QuantizedMemory
-from .saving import load_encoder, save_encoder
+from .saving import check_merged, load_encoder, save_encoder
 
 _OF_TABLES = ("memory.weight", "memory._extra_state")
 
@@ -142,11 +142,13 @@ class PrefixMem(nn.Module):
 
         Raises:
             TypeError: the tables are float64.
-            ValueError: `kind` is unknown, a row is not finite, or the encoder is quantized already.
+            ValueError: `kind` is unknown, a row is not finite, the encoder is quantized already, or PEFT has put
+                adapters around a projection.
         """
         if self.config.quantization is not None:
             raise ValueError(f"the encoder is {self.config.quantization}; quantize the one that it was made from")
         self.memory.check_whole("quantize")
+        check_merged(self)
         memory = self.memory
         table = quantize(memory.weight, kind)
         options = {"backend": memory.backend, "dropout": self.dropout, "dtype": memory.weight.dtype}
@@ -175,9 +177,11 @@ class PrefixMem(nn.Module):
             max_shard_size: bytes of a weights file, or a string such as "500MB"; larger tables are split by rows.
 
         Raises:
-            ValueError: the vocabulary's codebooks are not the encoder's, or `max_shard_size` is no size.
+            ValueError: the vocabulary's codebooks are not the encoder's, `max_shard_size` is no size, or PEFT has put
+                adapters around a projection.
             OSError: the folder cannot be written; what was in it is left as it was.
         """
+        check_merged(self)
         save_encoder(self, path, vocabulary, max_shard_size=max_shard_size)
 
     @classmethod
@@ -515,15 +519,15 @@ def first_lag_weights(lags: int, device: torch.device | str | None, dtype: torch
 
 def _leave_shards_alone(encoder: PrefixMem, state_dict: dict[str, Tensor], prefix: str, _: object) -> None:
     """Without a managed table where the rest is divided by FSDP2: loaders of such a state_dict take DTensors alone."""
-    if _is_beside_shards(encoder):
+    if is_beside_shards(encoder):
         for name in _OF_TABLES:
             state_dict.pop(prefix + name, None)
 
 
 def _miss_nothing_beside_shards(encoder: PrefixMem, keys: Any) -> None:
-    if _is_beside_shards(encoder):
+    if is_beside_shards(encoder):
         keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(_OF_TABLES)]
 
 
-def _is_beside_shards(encoder: PrefixMem) -> bool:
+def is_beside_shards(encoder: PrefixMem) -> bool:
     return getattr(encoder.memory, "managed", False) and hasattr(encoder.out_proj.weight, "device_mesh")

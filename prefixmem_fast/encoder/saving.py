@@ -220,12 +220,32 @@ def is_part(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id")
 
 
+def check_merged(encoder: Encoder) -> None:
+    """Raises ValueError where PEFT has put adapters around a projection: they are none of the encoder's tensors."""
+    for name, module in encoder.named_modules():
+        if hasattr(module, "base_layer"):
+            raise ValueError(
+                f"{name} has adapters of PEFT on it, which would be left out; merge them first, by the PeftModel's "
+                "merge_and_unload(), or save the PeftModel"
+            )
+
+
 def tensors_of(encoder: Encoder) -> dict[str, Tensor]:
-    """Parameters, then buffers: what a quantized encoder keeps its tables in. Managed tables come first, by name."""
+    """Parameters, then buffers: what a quantized encoder keeps its tables in. Managed tables come first, by name.
+
+    Of a projection that PEFT has wrapped it is the weight alone: PEFT saves and loads its adapters.
+    """
     managed = {
         f"{name}.weight" if name else "weight": module.weight
         for name, module in encoder.named_modules()
         if getattr(module, "managed", False)
     }
     tensors = {**managed, **dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
+    for wrapper in [f"{name}." for name, module in encoder.named_modules() if hasattr(module, "base_layer")]:
+        own = f"{wrapper}base_layer."
+        tensors = {
+            name.replace(own, wrapper, 1): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(own) or not name.startswith(wrapper)
+        }
     return {name: tensor.detach() for name, tensor in tensors.items()}

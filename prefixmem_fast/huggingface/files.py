@@ -8,6 +8,7 @@ later and has a copy of it for each adapter (modules_to_save), with each adapter
 
 from __future__ import annotations
 
+import re
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from ..checkpoint import FOLDER
 from ..encoder.saving import load_weights, save_encoder
 from .hooks import NAME, unwrapped
+
+_CHECKPOINT = re.compile(r"checkpoint-\d+")  # of a Trainer, whose callback saves the tables there
 
 
 def watch_files(model: nn.Module, base: nn.Module) -> None:
@@ -62,7 +65,8 @@ class _Method:
         if attachment is not None:
             encoder = unwrapped(attachment.encoder)
             divisions = [d for module in encoder.modules() if (d := getattr(module, "division", None)) is not None]
-            if not all(division.saved_apart for division in divisions):
+            in_checkpoint = _CHECKPOINT.fullmatch(Path(folder).name)
+            if not all(division.saved_apart and in_checkpoint for division in divisions):
                 warnings.warn(
                     f"{folder} gets the model without the tables of its encoder, which are divided over processes: "
                     "call prefixmem_fast.distributed.save_pretrained(model, folder) on every rank, or save_tables",

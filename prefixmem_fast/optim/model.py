@@ -208,19 +208,22 @@ class ModelOptimizer(WaitsForUpdates, torch.optim.Optimizer):
         The state of divided ones is each rank's own: `distributed.save_tables` writes it.
         """
         state = super().state_dict()
-        tables = [] if self.apart is None else [p for group in self.apart.param_groups for p in group["params"]]
-        if tables and all(table_state(table).part is None for table in tables):
+        if self._is_apart_whole():
             state["apart"], state["first_lr"] = self.apart.state_dict(), self._first_lr
         return state
 
+    def _is_apart_whole(self) -> bool:
+        tables = [] if self.apart is None else [p for group in self.apart.param_groups for p in group["params"]]
+        return bool(tables) and all(table_state(table).part is None for table in tables)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every torch optimizer.
+        """As every torch optimizer. The state of divided tables stays: `distributed.load_tables` reads it.
 
         Raises:
             ValueError: the state is of another model's parameters or of another rule; nothing has been changed.
         """
         check_state(self, state_dict, [self._optimizers[part] for part in self._parts])
-        if self.apart is not None and "apart" in state_dict:
+        if self._is_apart_whole() and "apart" in state_dict:
             self.apart.load_state_dict(state_dict["apart"])
             self._first_lr = state_dict["first_lr"]
         super().load_state_dict(state_dict)

@@ -134,8 +134,8 @@ def _check(encoder: PrefixMem) -> None:
     for name, tensor in (("the table", table), *encoder.out_proj.named_parameters(prefix="out_proj")):
         if hasattr(tensor, "device_mesh"):
             raise ValueError(
-                f"{name} is a DTensor, a part of it on each process; save the encoder with save_pretrained on every "
-                "rank and read it with PrefixMem.from_pretrained"
+                f"{name} is a DTensor, a part of it on each process; call prefixmem_fast.distributed.save_pretrained "
+                "on every rank and read what it wrote with PrefixMem.from_pretrained"
             )
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device and has no numbers; load the encoder first")

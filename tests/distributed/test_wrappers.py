@@ -14,7 +14,14 @@ def test_transformers_trainer(tmp_path):
     environment = {"PREFIXMEM_TEST_FOLDER": str(tmp_path)}
     module = "tests.distributed.trainer_cases"
     assert run_cases(1, tmp_path, module, environment=environment) == {"trainer_alone", "resume_alone"}
-    assert run_cases(2, tmp_path, module, environment=environment) == {"trainer", "resume", "fsdp2"}
+    assert run_cases(2, tmp_path, module, environment=environment) == {
+        "trainer",
+        "resume",
+        "resume_otherwise",
+        "best_checkpoint",
+        "adapters",
+        "fsdp2",
+    }
     assert (tmp_path / "resumed-shard" / "checkpoint-2" / "prefixmem_tables").is_dir()
     assert run_cases(1, tmp_path, module, environment=environment) == {"trainer_alone", "resume_alone"}
 

@@ -4,17 +4,19 @@ import os
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers.trainer
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 
-from prefixmem_fast import PrefixMem, optim
-from prefixmem_fast.distributed import replicate, shard
+from prefixmem_fast import PrefixMem, attach, optim
+from prefixmem_fast.distributed import load_tables, replicate, shard
 from prefixmem_fast.huggingface.table_checkpoints import TableCheckpoints
 from prefixmem_fast.recommender.training.trainer import StopAt
 from tests.distributed.examples import tables_of
@@ -23,6 +25,7 @@ from tests.distributed.token_examples import build, stream
 from tests.helpers import models
 
 ROWS = torch.cat(stream(4, steps=4)).tolist()  # 32, a quarter of them text alone
+SAVING = {"save_strategy": "steps", "save_steps": 2}
 WAYS = {
     "fused": ("fused", {"max_grad_norm": 0.0}),
     "sparse, clipped": ("sparse", {"max_grad_norm": 0.1}),
@@ -39,7 +42,7 @@ def folder():
     return Path(os.environ["PREFIXMEM_TEST_FOLDER"])
 
 
-def run(model, world, out, steps=4, resume=None, trainer_class=Trainer, **options):
+def run(model, world, out, steps=4, resume=None, trainer_class=Trainer, tables=None, **options):
     arguments = TrainingArguments(
         str(out),
         per_device_train_batch_size=4 // world,
@@ -47,16 +50,22 @@ def run(model, world, out, steps=4, resume=None, trainer_class=Trainer, **option
         logging_steps=1,
         report_to=[],
         use_cpu=True,
-        seed=1,
         disable_tqdm=True,
         learning_rate=1e-2,
         warmup_steps=2,
-        **{"save_strategy": "no", **options},
+        **{"seed": 1, "save_strategy": "no", **options},
     )
     optimizer = optim.for_model(model, 1e-2, encoder_lr_multiple=2.0)
     dataset = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in ROWS]
-    callbacks = [TableCheckpoints(), StopAt(steps)]
-    trainer = trainer_class(model, arguments, train_dataset=dataset, optimizers=(optimizer, None), callbacks=callbacks)
+    callbacks = [tables or TableCheckpoints(), StopAt(steps)]
+    trainer = trainer_class(
+        model,
+        arguments,
+        train_dataset=dataset,
+        eval_dataset=dataset[:4],
+        optimizers=(optimizer, None),
+        callbacks=callbacks,
+    )
     trainer.train(resume_from_checkpoint=resume)
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
@@ -80,7 +89,7 @@ def trainer_alone(rank, world):
 def resume(rank, world):
     """From the checkpoint of step 2, in the layout that it was saved in."""
     expected = torch.load(folder() / "fused.pt")
-    options = {"save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0.0}
+    options = {**SAVING, "max_grad_norm": 0.0}
     for name, layout in LAYOUTS.items():
         out = folder() / f"resumed-{name}"
         with warnings.catch_warnings():
@@ -96,15 +105,76 @@ def resume(rank, world):
 
 @case(1)
 def resume_alone(rank, world):
-    """One process goes on from the checkpoint of two, whose tables were divided."""
-    out = folder() / "resumed-shard"
-    if out.is_dir():
-        expected = torch.load(folder() / "fused.pt")
-        model = shard(build(models.encoder, "fused"))
-        options = {"save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0.0}
-        run(model, world, out, resume=str(out / "checkpoint-2"), **options)
-        table = model.prefixmem.memory.weight.detach()
-        torch.testing.assert_close(table, expected["prefixmem.memory"], rtol=1e-4, atol=1e-5)
+    """One process goes on from the checkpoint of two, whose tables were divided; before that it makes one for two."""
+    expected, options = torch.load(folder() / "fused.pt"), {**SAVING, "max_grad_norm": 0.0}
+    if not (folder() / "resumed-shard").is_dir():
+        run(shard(build(models.encoder, "fused")), world, folder() / "of-one", steps=2, **options)
+        return
+    model = shard(build(models.encoder, "fused"))
+    run(model, world, folder() / "resumed-shard", resume=str(folder() / "resumed-shard" / "checkpoint-2"), **options)
+    table = model.prefixmem.memory.weight.detach()
+    torch.testing.assert_close(table, expected["prefixmem.memory"], rtol=1e-4, atol=1e-5)
+
+
+@case(2)
+def resume_otherwise(rank, world):
+    """From one process, from the other layout of managed tables, and from a folder that is not the Trainer's own."""
+    expected, options = torch.load(folder() / "fused.pt"), {**SAVING, "max_grad_norm": 0.0}
+    for saved, name in (("of-one", "shard"), ("resumed-managed", "shard"), ("resumed-shard", "managed")):
+        checkpoint, other = folder() / saved / "checkpoint-2", folder() / f"from-{saved}"
+        for tables in (TableCheckpoints(), TableCheckpoints(resume_from=checkpoint)):
+            model = LAYOUTS[name](build(models.encoder, "fused"))
+            with torch.no_grad():
+                model.prefixmem.memory.weight.zero_()
+            again = {"resume": str(checkpoint), "tables": tables, **options}
+            if tables.resume_from is None and name == "shard":
+                with pytest.raises(FileNotFoundError, match=r"checkpoint-2 has no prefixmem_tables.*resume_from"):
+                    run(model, world, other, **again)
+            elif tables.resume_from is not None:
+                same_as(model, run(model, world, other, **again), expected)
+    other = folder() / "of-another-run"
+    run(shard(build(models.encoder, "fused")), world, other, steps=2, **{**options, "seed": 2})
+    with pytest.raises(ValueError, match=r"checkpoint-2 is of another run than the one that is resumed; give TableCh"):
+        run(shard(build(models.encoder, "fused")), world, other, resume=str(checkpoint), **options)
+
+
+@case(2)
+def best_checkpoint(rank, world):
+    """The tables that a Trainer ends with are those of the checkpoint whose model it loads."""
+    worst = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    options = {**SAVING, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_grad_norm": 0.0, **worst}
+    for name, layout in LAYOUTS.items():
+        model, out = layout(build(models.encoder, "fused")), folder() / f"best-{name}"
+        run(model, world, out, **options)
+        read = layout(build(models.encoder, "fused"))
+        load_tables(read, out / "checkpoint-1" / "prefixmem_tables")
+        assert torch.equal(model.prefixmem.memory.weight, read.prefixmem.memory.weight), name
+        load_tables(read, out / "checkpoint-4" / "prefixmem_tables")
+        assert not torch.equal(model.prefixmem.memory.weight, read.prefixmem.memory.weight), name
+
+
+@case(2)
+def adapters(rank, world):
+    """A PeftModel's checkpoints hold adapters alone: beside divided tables, the encoder's W_out is saved too."""
+
+    def made():
+        model = get_peft_model(models.tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+        return shard(attach(model, models.encoder(grad="fused"), models.vocabulary())).train()
+
+    options, out = {**SAVING, "max_grad_norm": 0.0}, folder() / "adapters"
+    torch.manual_seed(0)
+    model = made()
+    losses = run(model, world, out, **options)
+    torch.manual_seed(0)
+    again = made()
+    with torch.no_grad():
+        again.prefixmem.memory.weight.zero_()
+        again.prefixmem.out_proj.weight.zero_()
+    assert run(again, world, out, resume=str(out / "checkpoint-2"), **options) == losses
+    for own, other in zip(again.prefixmem.parameters(), model.prefixmem.parameters(), strict=True):
+        assert torch.equal(own, other)
+    with pytest.warns(UserWarning, match=r"final gets the model without the tables of its encoder"):
+        model.save_pretrained(folder() / f"{rank}" / "final")
 
 
 @case(2)
@@ -160,7 +230,7 @@ def fsdp2(rank, world):
             os.environ.pop("FSDP_IGNORED_MODULES", None)
             if layout == "replicate":
                 os.environ["FSDP_IGNORED_MODULES"] = r".*memory"
-            saving = {"save_strategy": "steps", "save_steps": 2} if name == "fused" else {}
+            saving = SAVING if name == "fused" else {}
             options = {**options, **saving, "fsdp": True, "fsdp_config": {"version": 2}}
             model = LAYOUTS[layout](build(models.encoder, grad))
             out = folder() / f"fsdp2-{layout}"

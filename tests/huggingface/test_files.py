@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -227,6 +228,27 @@ def test_peft_with_the_encoder_beside_the_adapters(tmp_path):
     torch.testing.assert_close(search(whole, prompts()).sequences_scores, search(merged, prompts()).sequences_scores)
     detach(merged)
     assert "save_pretrained" not in merged.__dict__
+
+
+def test_adapters_on_the_projection(tmp_path):
+    """The encoder's folder has the projection that they are added to; where nobody saves them they are not left out."""
+    adapted = LoraConfig(r=4, target_modules=["out_proj"], init_lora_weights=False)
+    model = get_peft_model(attach(tiny_model(), encoder(), vocabulary()), adapted).eval()
+    expected = model(**prompts()).logits
+    model.get_base_model().save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "adapters")
+    again = attach(tiny_model(), PrefixMem.from_pretrained(tmp_path), vocabulary())
+    assert torch.equal(again.prefixmem.out_proj.weight, model.prefixmem.out_proj.base_layer.weight)
+    assert not torch.equal(again.eval()(**prompts()).logits, expected)
+    assert torch.equal(PeftModel.from_pretrained(again, tmp_path / "adapters").eval()(**prompts()).logits, expected)
+    for left_out in (
+        partial(model.prefixmem.save_pretrained, tmp_path / "own"),
+        partial(model.prefixmem.quantize, "int8"),
+    ):
+        with pytest.raises(ValueError, match=r"out_proj has adapters of PEFT on it, .*merge_and_unload\(\)"):
+            left_out()
+    assert not (tmp_path / "own").exists()
+    model.merge_and_unload().prefixmem.quantize("int8")
 
 
 def test_peft_around_an_attached_model(tmp_path):
