@@ -148,10 +148,10 @@ def _whole_state_dict(module: nn.Module) -> dict[str, Tensor] | None:
         return None
     whole: dict[int, Tensor] = {}  # tied parameters stay one
     for tensor in state.values():
-        if id(tensor) not in whole:
+        if is_part(tensor) and id(tensor) not in whole:
             put_together = _put_together(tensor)
-            whole[id(tensor)] = put_together.detach().cpu() if rank() == 0 else tensor
-    return {name: whole[id(tensor)] for name, tensor in state.items()}
+            whole[id(tensor)] = put_together.cpu() if rank() == 0 else tensor
+    return {name: whole.get(id(tensor), tensor).detach() for name, tensor in state.items()}
 
 
 def _put_together(tensor: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def _put_together(tensor: Tensor) -> Tensor:
 
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
-    return tensor.full_tensor() if is_part(tensor) else tensor
+    return tensor.full_tensor()
 
 
 def _rows_here(encoder: PrefixMem, whole: dict[str, Tensor], limit: int) -> dict[tuple[str, int], Tensor]:
@@ -169,8 +169,8 @@ def _rows_here(encoder: PrefixMem, whole: dict[str, Tensor], limit: int) -> dict
         f"{name}.weight": memory for name, memory in memories_of(encoder).items() if memory.division is not None
     }
     rows: dict[tuple[str, int], Tensor] = {}
-    for name, tensor in tensors_of(encoder).items():
-        blocks = [(0, whole.get(name, tensor))] if rank() == 0 else []
+    for name, tensor in tensors_of(encoder, whole).items():
+        blocks = [(0, tensor)] if rank() == 0 else []
         if name in memories:
             blocks = _neighbours(memories[name]) if memories[name].division.is_first_copy else []
         for first, block in blocks:

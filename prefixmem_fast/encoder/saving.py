@@ -61,7 +61,6 @@ def save_encoder(
             module.division.save(encoder, Path(path), vocabulary, max_shard_size)
             return
     values = None if vocabulary is None else vocabulary.to_dict()
-    tensors = {name: (whole or {}).get(name, tensor).contiguous() for name, tensor in tensors_of(encoder).items()}
     for name, parameter in encoder.named_parameters():
         if is_part(parameter) and name not in (whole or {}):  # all processes put it together, and this may be one
             raise ValueError(
@@ -69,6 +68,7 @@ def save_encoder(
                 "prefixmem_fast.distributed.save_pretrained on every rank, or the model's save_pretrained with "
                 "state_dict=accelerator.get_state_dict(model)"
             )
+    tensors = {name: tensor.contiguous() for name, tensor in tensors_of(encoder, whole).items()}
     checkpoint.save(
         Path(path), encoder.config.to_dict(), values, tensors, max_shard_size=max_shard_size, weights=weights
     )
@@ -230,10 +230,11 @@ def check_merged(encoder: Encoder) -> None:
             )
 
 
-def tensors_of(encoder: Encoder) -> dict[str, Tensor]:
+def tensors_of(encoder: Encoder, whole: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Parameters, then buffers: what a quantized encoder keeps its tables in. Managed tables come first, by name.
 
-    Of a projection that PEFT has wrapped it is the weight alone: PEFT saves and loads its adapters.
+    Those of `whole` take the place of the encoder's own. Of a projection that PEFT has wrapped it is the weight alone:
+    PEFT saves and loads its adapters.
     """
     managed = {
         f"{name}.weight" if name else "weight": module.weight
@@ -241,6 +242,7 @@ def tensors_of(encoder: Encoder) -> dict[str, Tensor]:
         if getattr(module, "managed", False)
     }
     tensors = {**managed, **dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
+    tensors = {name: (whole or {}).get(name, tensor) for name, tensor in tensors.items()}
     for wrapper in [f"{name}." for name, module in encoder.named_modules() if hasattr(module, "base_layer")]:
         own = f"{wrapper}base_layer."
         tensors = {

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from ..checkpoint import write_tensors
 from ..distributed import load_tables, save_tables
 from ..distributed.ranks import on_first
 from ..distributed.tables import memories_of
@@ -101,14 +102,9 @@ def _are_beside_shards(model: nn.Module) -> bool:
 
 
 def _save_rest(model: nn.Module, checkpoint: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file(_rest_of(model), checkpoint / REST)
-
-
-def _rest_of(model: nn.Module) -> dict[str, Any]:
     """An encoder's tensors but its divided tables."""
-    return {name: tensor.contiguous() for name, tensor in unwrapped(getattr(model, NAME)).state_dict().items()}
+    rest = unwrapped(getattr(model, NAME)).state_dict()
+    write_tensors(checkpoint / REST, {name: tensor.contiguous() for name, tensor in rest.items()})
 
 
 def _load(model: nn.Module, checkpoint: Path) -> None:

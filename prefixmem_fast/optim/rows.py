@@ -78,7 +78,7 @@ class RowOptimizer(WaitsForUpdates, torch.optim.Optimizer):
         An update that still runs (`overlap=True`) is not waited for: the step reads nothing of the table.
 
         Raises:
-            TypeError: a gradient is dense.
+            TypeError: a gradient is dense, and not of zeros at a rate of zero, which make missing state alone.
             RuntimeError: `release` has let go of a table.
             Exception: what an update that ran beside the caller has raised.
         """

@@ -82,14 +82,19 @@ def test_the_command_answers_what_the_engine_finds(tmp_path):
         assert server.wait(60) == 0
 
 
+def program_that_says(folder):
+    """A program that serves a model whose engine waits to be told to go on."""
+    write_model(folder, kind="bare")
+    write_index(folder / "items.json")
+    engines.pipes(folder)
+    program = folder / "says.py"
+    program.write_text(SAYS)
+    return program
+
+
 @pytest.mark.slow
 def test_the_end_of_a_server_is_graceful(tmp_path):
-    write_model(tmp_path, kind="bare")
-    write_index(tmp_path / "items.json")
-    engines.pipes(tmp_path)
-    program = tmp_path / "says.py"
-    program.write_text(SAYS)
-    with process(program, tmp_path) as (server, line), ThreadPoolExecutor(2) as pool:
+    with process(program_that_says(tmp_path), tmp_path) as (server, line), ThreadPoolExecutor(2) as pool:
         address = line.strip()
         held = pool.submit(post, address, "item 0")
         engines.entered(tmp_path)
@@ -115,12 +120,7 @@ def runs(pid):
 
 @pytest.mark.slow
 def test_a_server_that_is_killed_leaves_no_engine_behind(tmp_path):
-    write_model(tmp_path, kind="bare")
-    write_index(tmp_path / "items.json")
-    engines.pipes(tmp_path)
-    program = tmp_path / "says.py"
-    program.write_text(SAYS)
-    with process(program, tmp_path) as (server, line), ThreadPoolExecutor(1) as pool:
+    with process(program_that_says(tmp_path), tmp_path) as (server, line), ThreadPoolExecutor(1) as pool:
         held = pool.submit(post, line.strip(), "item 0")
         pid = engines.entered(tmp_path)
         assert runs(pid)
